@@ -1,0 +1,48 @@
+"""Shared helpers: tiny configs, the skip of GPU tests, and a home for caches."""
+
+import pytest
+import torch
+
+from wavelet_lm.config import Config
+
+TINY = {
+    "C": 16,
+    "layers": 2,
+    "levels": 3,
+    "block_size": 32,
+    "mlp_expansion": 2,
+    "pkm_num_keys": 16,
+    "pkm_top_k": 3,
+    "fwpkm_num_keys": 16,
+    "fwpkm_top_k": 3,
+    "fwpkm_heads": 2,
+    "per_scale_mixer_widths": (1, 1, 0.5, 0.5),
+}
+
+
+def tiny_config(**overrides) -> Config:
+    """A config with every part of the headline model, at a size for tests."""
+    return Config(**{**TINY, **overrides})
+
+
+def perturb(model: torch.nn.Module, scale: float = 0.1, seed: int = 0) -> torch.nn.Module:
+    """Move every parameter, so that none sits at a special value such as a zero gain."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += scale * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return model
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,72 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.nn.functional import cross_entropy
+
+from wavelet_lm.models import losses
+
+
+@pytest.fixture(params=[1, 40, 10**6])
+def chunk_elements(request, monkeypatch):
+    """One position at a time, a few, all at once."""
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", request.param)
+
+
+def data(N=13, C=5, V=7, dtype=torch.float64):
+    return (
+        torch.randn(N, C, dtype=dtype, requires_grad=True),
+        torch.randn(V, C, dtype=dtype, requires_grad=True),
+        torch.randint(V, (N,)),
+    )
+
+
+def test_value_and_gradients_equal_torch(chunk_elements):
+    hidden, weight, targets = data()
+    value = losses.mean_cross_entropy(hidden, weight, targets)
+    got = torch.autograd.grad(3 * value, (hidden, weight))
+    plain = cross_entropy(hidden @ weight.T, targets)
+    torch.testing.assert_close(value, plain)
+    for a, b in zip(got, torch.autograd.grad(3 * plain, (hidden, weight)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradcheck(chunk_elements):
+    hidden, weight, targets = data(N=4)
+    assert gradcheck(lambda h, w: losses.mean_cross_entropy(h, w, targets), (hidden, weight))
+
+
+def test_per_token_values(chunk_elements):
+    hidden, weight, targets = data()
+    expected = cross_entropy(hidden @ weight.T, targets, reduction="none")
+    got = losses.token_cross_entropy(hidden, weight, targets)
+    torch.testing.assert_close(got, expected)
+
+
+def test_small_gradients_survive_half_precision():
+    """With 4,096 positions a gradient over N would underflow float16 before it is scaled."""
+    hidden, weight, targets = data(N=4096, C=16, V=300, dtype=torch.float32)
+    with torch.autocast("cpu", torch.float16):
+        losses.mean_cross_entropy(hidden, weight, targets).backward()
+    grads = hidden.grad, weight.grad
+    plain = cross_entropy(hidden @ weight.T, targets)
+    for got, expected in zip(grads, torch.autograd.grad(plain, (hidden, weight)), strict=True):
+        assert (got - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_logits_never_stand_in_memory_at_once(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 1000)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes() // 4)
+            return result
+
+    hidden, weight, targets = data(N=500, C=4, V=100, dtype=torch.float32)
+    with Watch():
+        losses.mean_cross_entropy(hidden, weight, targets).backward()
+    assert largest <= 500 * 4

@@ -1,0 +1,313 @@
+"""The whole model: counts, causality, chunks, formulas, gradients."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, pad
+
+from tests.conftest import perturb, tiny_config
+from wavelet_lm.config import Config
+from wavelet_lm.models.registry import build_model, n_params
+from wavelet_lm.models.wavelet_lm import window_carry
+
+ROOT = Path(__file__).parents[2]
+V = 23
+
+VARIANTS = {
+    "headline": {},
+    "padded": {"C": 20},
+    "identity transform": {"mixer_transform": "identity", "C": 20},
+    "no crawl, full widths": {"wavelet_crawl": False, "per_scale_mixer_widths": None},
+    "haar": {"wavelet_mode": "haar", "wavelet_crawl": False},
+    "own lifting per block": {"shared_lifting_weights": False, "lifting_linear_only": True},
+    "norms": {"wavelet_decomp_norm": True, "wavelet_recon_norm": True, "skip_proj_out": True},
+    "no gate, no routing": {"use_mixer_gate": False, "cross_scale_gating": False, "low_rank": 0},
+    "no bypass": {"decompose_bypass": False, "per_layer_embedding": False},
+    "plain residuals": {"learned_residual": False},
+    "nothing but wavelets": {"mlp_expansion": 0, "pkm_enabled": False, "fwpkm_enabled": False},
+    "tied": {"tie_embedding_to_lm_head": True, "mlp_layers": 3},
+}
+
+
+def make(dtype=torch.float64, **overrides):
+    torch.manual_seed(0)
+    return perturb(build_model(tiny_config(**overrides), V).to(dtype)).eval()
+
+
+def tokens(B: int = 2, T: int = 40) -> torch.Tensor:
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+# --- parameter counts ------------------------------------------------------------------------
+
+
+def test_headline_has_exactly_its_parameters():
+    config = Config.from_json(ROOT / "config.json")
+    with torch.device("meta"):
+        model = build_model(config, 50257)
+    block = model.blocks[0]
+    assert n_params(model) == 882_511_981
+    assert n_params(model.wavelets) == 83_927_055
+    assert n_params(model.embedding) == n_params(model.head) == 102_926_336
+    assert n_params(block.mixer.scales) == 44_113_920
+    assert n_params(block.feedforward.branches["mlp"]) == 167_815_168
+    assert n_params(block.feedforward.branches["pkm"]) == 38_010_880
+    assert n_params(block.feedforward.branches["fwpkm"]) == 38_010_880
+
+
+def test_the_mini_recipe_has_exactly_its_parameters():
+    config = Config.from_json(
+        ROOT / "config.json",
+        C=512,
+        layers=10,
+        levels=7,
+        mlp_expansion=0,
+        pkm_enabled=False,
+        fwpkm_enabled=False,
+        mixer_transform="identity",
+        wavelet_crawl_k=33,
+        per_scale_mixer_widths=[1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5],
+        wavelet_decomp_norm=True,
+        wavelet_recon_norm=True,
+        skip_proj_out=True,
+        tie_embedding_to_lm_head=True,
+    )
+    with torch.device("meta"):
+        assert n_params(build_model(config, 50257)) == 72_875_467
+
+
+def test_config_json_holds_the_defaults_but_for_auto():
+    """The root config is the default one; compile and amp_dtype say there what auto would find."""
+    stated = json.loads((ROOT / "config.json").read_text())
+    differing = {k for k, v in Config().to_dict().items() if k in stated and stated[k] != v}
+    assert differing == {"compile", "amp_dtype"}
+
+
+# --- time ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_future_changes_no_bit_of_the_past(variant):
+    model = make(**VARIANTS[variant])
+    idx = tokens()
+    changed = idx.clone()
+    changed[:, 25:] = (idx[:, 25:] + 1) % V
+    before, after = model(idx)[0], model(changed)[0]
+    assert torch.equal(before[:, :25], after[:, :25])
+    assert not torch.equal(before[:, 25:], after[:, 25:])
+
+
+def test_the_past_reaches_every_later_position():
+    model = make()
+    changed = tokens()
+    changed[:, 0] = (changed[:, 0] + 1) % V
+    difference = (model(tokens())[0] - model(changed)[0]).abs().amax(-1)
+    assert (difference > 0).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("lengths", [[1] * 40, [13, 1, 26], [39, 1]])
+def test_any_chunks_give_the_same_logits(variant, lengths):
+    model = make(**VARIANTS[variant])
+    idx = tokens()
+    whole, _ = model(idx)
+    state, parts = None, []
+    for chunk in idx.split(lengths, dim=1):
+        logits, state = model(chunk, state)
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-10)
+
+
+def test_chunks_in_float32_stay_within_the_target():
+    """targets.md: at most 1e-4 of the logits' range."""
+    model = make(torch.float32)
+    idx = tokens(T=200)
+    whole, _ = model(idx)
+    state, parts = None, []
+    for chunk in idx.split(1, dim=1):
+        logits, state = model(chunk, state)
+        parts.append(logits)
+    error = (torch.cat(parts, 1) - whole).abs().max()
+    assert error <= 1e-4 * (whole.max() - whole.min())
+
+
+def test_a_state_can_be_continued_twice():
+    """Calling never changes the state that was passed in: two futures of one past."""
+    model = make()
+    _, state = model(tokens())
+    first = model(tokens(), state)[0]
+    model(tokens() * 0, state)
+    assert torch.equal(model(tokens(), state)[0], first)
+
+
+def test_last_only_is_the_last_position():
+    model = make()
+    torch.testing.assert_close(model(tokens(), last_only=True)[0], model(tokens())[0][:, -1:])
+
+
+def test_carry_is_the_previous_mean_of_the_first_block():
+    config = {"data_order": "sequential"}
+    model = make(**config)
+    _, state = model(tokens())
+    carry = window_carry(state)
+    assert carry.shape == (2, 16)
+    without, zero = model(tokens())[0], model(tokens(), carry=torch.zeros_like(carry))[0]
+    torch.testing.assert_close(without, zero, rtol=0, atol=1e-12)
+    assert (model(tokens(), carry=carry)[0] - without).abs().max() > 1e-3
+
+
+# --- values ----------------------------------------------------------------------------------
+
+
+def reference_logits(model, idx):
+    """The formulas of the model in the plainest form, for the headline switches, one text."""
+    c = model.config
+    Cp, S = c.padded_channels, c.n_scales
+    H = torch.ones(1, 1, dtype=torch.float64)
+    while H.shape[0] < Cp:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)]) / 2**0.5
+    e = model.embedding.weight[idx]
+    x, mean_prev = e, None
+    lift = model.wavelets[0]
+    for block in model.blocks:
+        T = x.shape[0]
+        mean = torch.stack([x[: t + 1].mean(0) for t in range(T)])
+        g = mean
+        if mean_prev is not None:
+            g = g + mean_prev @ block.bypass.cross_layer_mix.weight.T
+        x = x + block.embedding_gain * e
+        cur = pad(block.norm1(x), (0, Cp - c.C))
+        details = []
+        for k in range(c.levels):
+            delay = lift.delays[k]
+            weights = delay.logits.softmax(0)
+            past = torch.zeros_like(cur)
+            for j, w in enumerate(weights):
+                lag = delay.min_lag + j
+                if lag < T:
+                    past[lag:] += w * cur[: T - lag]
+            d = (past - lift.predict[k](cur)) / 2**0.5
+            cur = (cur + lift.update[k](d)) / 2**0.5
+            details.insert(0, d)
+        bands = [
+            band + pad(block.bypass.gains[s] * g, (0, Cp - c.C))
+            for s, band in enumerate([cur, *details])
+        ]
+        X = [band @ H for band in bands]
+        mixed = []
+        for s, mixer in enumerate(block.mixer.scales):
+            gate = sum(block.mixer.routing[s, r] * X[r] for r in range(S))
+            signal, inner = X[s], mixer
+            if hasattr(mixer, "A"):
+                signal, gate, inner = signal @ mixer.A.T, gate @ mixer.A.T, mixer.mixer
+            y = (signal @ inner.W.T) * torch.nn.functional.silu(gate @ inner.G.T)
+            y = y + (signal @ inner.V) @ inner.U.T
+            if hasattr(mixer, "A"):
+                y = y @ mixer.B.T
+            mixed.append((y @ H) * block.scale_weights[s])
+        r = mixed[0]
+        for k in reversed(range(c.levels)):
+            r = 2**0.5 * r - lift.update[k](mixed[c.levels - k])
+        x = block.spectral_gain.gain * x + block.projection(r)
+        h2 = block.feedforward.norm(x)
+        m = sum(
+            block.feedforward.gains[name].gain * branch(h2[None])[0]
+            for name, branch in block.feedforward.branches.items()
+        )
+        x = block.feedforward_gain.gain * x + m
+        mean_prev = mean
+    return model.final_norm(x) @ model.head.weight.T
+
+
+@pytest.mark.parametrize("C", [16, 20])
+@pytest.mark.parametrize("T", [3, 40])
+def test_logits_are_the_formulas(C, T):
+    """Short texts rotate the signal, long ones the weights: both are the same function."""
+    model = make(C=C)
+    idx = tokens(1, T)
+    torch.testing.assert_close(model(idx)[0][0], reference_logits(model, idx[0]), rtol=0, atol=1e-9)
+
+
+def test_rotating_weights_or_signal_is_the_same():
+    mixer = make().blocks[0].mixer
+    bands = torch.randn(4, 2, 64, 16, dtype=torch.float64)
+    assert bands[..., 0].numel() > mixer.n_weight_rows > bands[:, :1, :1, 0].numel()
+    one_by_one = [mixer(bands[:, b : b + 1, t : t + 1]) for b in range(2) for t in range(64)]
+    pieces = torch.cat(one_by_one, 2).view(4, 2, 64, 16)
+    torch.testing.assert_close(mixer(bands), pieces, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_initial_values():
+    torch.manual_seed(0)
+    model = build_model(tiny_config(C=256, layers=1), 1000)
+    block = model.blocks[0]
+    assert model.embedding.weight.std() == pytest.approx(1 / 16, rel=0.02)
+    mixer = block.mixer.scales[0]
+    assert (mixer.W - torch.eye(256)).std() == pytest.approx(1e-3, rel=0.05)
+    assert mixer.G.std() == pytest.approx(0.02, rel=0.05)
+    assert mixer.U.std() == pytest.approx(0.01, rel=0.1)
+    assert torch.equal(block.bypass.cross_layer_mix.weight, 0.5 * torch.eye(256))
+    assert not block.bypass.gains.any()
+    assert not block.embedding_gain.any()
+    assert block.projection.weight.abs().max() <= 1e-3 / 16
+    assert block.feedforward.branches["mlp"].linears[-1].weight.abs().max() <= 0.02 / 512**0.5
+    assert block.feedforward.branches["pkm"].values.std() == pytest.approx(0.02, rel=0.05)
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_is_cross_entropy(variant):
+    model = make(**VARIANTS[variant])
+    idx = tokens()
+    logits, _ = model(idx[:, :-1])
+    expected = cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="none")
+    losses = model.token_losses(idx[:, :-1], idx[:, 1:])
+    torch.testing.assert_close(losses.flatten(), expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.loss(idx[:, :-1], idx[:, 1:])[0], expected.mean())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_gets_a_gradient(variant):
+    """All but unread memory rows, and the first block's mix of a mean that does not exist."""
+    model = make(**VARIANTS[variant]).train()
+    idx = tokens(4)
+    model.loss(idx[:, :-1], idx[:, 1:])[0].backward()
+    for name, p in model.named_parameters():
+        if name == "blocks.0.bypass.cross_layer_mix.weight":
+            assert not p.requires_grad
+            continue
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        assert p.grad.any(), name
+        if not name.endswith(("values", "keys_a", "keys_b")):  # padding leaves some columns unread
+            assert p.grad.count_nonzero() >= p.numel() / 2, name
+
+
+def test_dropout_is_on_in_training_only():
+    model = make(dropout_mixer=0.5, dropout_mlp=0.5)
+    idx = tokens()
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_compiled_loss_and_gradients_are_the_same(backend):
+    idx = tokens()
+    gradients = []
+    for compiled in (False, True):
+        model = make(torch.float32)
+        loss = torch.compile(model.loss, backend=backend) if compiled else model.loss
+        loss(idx[:, :-1], idx[:, 1:])[0].backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for eager, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, eager, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_inductor_loss_and_gradients_are_the_same():
+    test_compiled_loss_and_gradients_are_the_same("inductor")

@@ -1,0 +1,579 @@
+"""Every option of the project, once: name, type, default, range and meaning.
+
+`Config` is flat, like the JSON files and the command-line flags, and is put together from one
+frozen dataclass per part of the program, so that a module can say which part it reads (a block
+takes a `ModelConfig`). The same declarations drive JSON reading and writing, `train.py`'s flags,
+`--help`, every error message and the reference in `docs/config.md`
+(`python -m wavelet_lm.config > docs/config.md`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wavelet_lm.errors import UserError
+
+
+class ConfigError(UserError):
+    """A key that is unknown, of the wrong type, out of range, or at odds with another key."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of one key besides its name, type and default."""
+
+    meaning: str
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    choices: tuple[Any, ...] | None = None
+
+    def range(self) -> str:
+        """The allowed values in words, empty when every value of the type is allowed."""
+        if self.choices is not None:
+            return " | ".join(_show(choice) for choice in self.choices)
+        bounds = [("> ", self.above), (">= ", self.minimum), ("<= ", self.maximum)]
+        return " and ".join(f"{sign}{_show(bound)}" for sign, bound in bounds if bound is not None)
+
+    def allows(self, value: Any) -> bool:
+        if self.choices is not None:
+            # `True in (1,)` holds in Python; a choice must also agree in type.
+            return any(value == c and type(value) is type(c) for c in self.choices)
+        return (
+            (self.above is None or value > self.above)
+            and (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+        )
+
+
+def option(default: Any, meaning: str, **limits: Any) -> Any:
+    return field(default=default, metadata={"option": Option(meaning, **limits)})
+
+
+def not_yet(default: Any, meaning: str) -> Any:
+    """A key of the model family whose other values this version refuses by name."""
+    return option(default, f"{meaning} (fixed in this version)", choices=(default,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network. The keys and their meaning are described in the README, "How it works"."""
+
+    model: str = option("wavelet_lm", "network to build", choices=("wavelet_lm",))
+    C: int = option(2048, "channels of the residual stream", minimum=1)
+    layers: int = option(2, "number of blocks", minimum=1)
+    levels: int = option(5, "wavelet levels of a block; it has levels + 1 scales", minimum=1)
+    wavelet_mode: str = option(
+        "lifting", "learned lifting or fixed Haar filters", choices=("lifting", "haar")
+    )
+    shared_lifting_weights: bool = option(True, "one set of lifting nets for all blocks")
+    lifting_linear_only: bool = option(
+        False, "predict and update nets are one matrix, not two layers"
+    )
+    lifting_hidden_mult: int = option(1, "hidden width of a lifting net, times C", minimum=1)
+    lifting_init: str = option(
+        "haar", "initial predict and update nets", choices=("haar", "zero", "random")
+    )
+    lifting_dropout: float = option(0.0, "dropout inside the lifting nets", minimum=0, maximum=0.99)
+    wavelet_crawl: bool = option(True, "learn a mixture of lags around 2^k at level k")
+    wavelet_crawl_k: int = option(3, "lags in that mixture, an odd number", minimum=1)
+    wavelet_decomp_norm: bool = option(False, "LayerNorm per scale after the decomposition")
+    wavelet_recon_norm: bool = option(False, "LayerNorm per scale before the reconstruction")
+    untied_reconstruction: bool = not_yet(False, "own update nets for the reconstruction")
+    multi_basis_lifting: bool = not_yet(False, "several wavelets side by side")
+    multi_basis_inits: tuple[str, ...] = option(
+        ("haar", "random"), "initial nets of each wavelet of multi_basis_lifting"
+    )
+    mixer_transform: str = option(
+        "fwht", "rotation of the channels before mixing", choices=("fwht", "identity")
+    )
+    per_scale_mixer_widths: tuple[float, ...] | None = option(
+        (1.0, 1.0, 1.0, 0.5, 0.5, 0.5),
+        "mixer width of each scale as a fraction of C, coarse to fine; none = all full",
+        above=0,
+        maximum=1,
+    )
+    low_rank: int = option(4, "rank of the mixer's additive low-rank term, 0 = none", minimum=0)
+    use_mixer_gate: bool = option(True, "gate the mixer (SwiGLU)")
+    mixer_gate_activation: str = option(
+        "silu", "activation of that gate", choices=("silu", "sigmoid", "gelu", "relu")
+    )
+    cross_scale_gating: bool = option(True, "gates read a learned mixture of all scales")
+    mixer_depth: int = not_yet(1, "mixers in a row per scale")
+    mixer_depth_stabilizers: bool = not_yet(False, "learned scales around stacked mixers")
+    mixer_depth_residuals: bool = not_yet(False, "residuals around stacked mixers")
+    mixer_exp_parametrization: bool = not_yet(False, "exponential form of the mixer matrix")
+    decompose_bypass: bool = option(True, "feed the running mean of the past to every scale")
+    decompose_bypass_cross_window: bool = option(
+        True,
+        "with data_order sequential, hand the last running mean to the next window;"
+        " inert with random crops",
+    )
+    decompose_bypass_ema: bool = not_yet(False, "learned exponential mean in place of the mean")
+    learned_residual: bool = option(True, "learned gains of the two residual branches")
+    skip_proj_out: bool = option(False, "no output projection after the reconstruction")
+    per_layer_embedding: bool = option(True, "add the gained token embedding in every block")
+    mlp_expansion: int = option(20, "hidden width of the MLP, times C; 0 = no MLP", minimum=0)
+    mlp_layers: int = option(2, "linear layers of the MLP", minimum=2)
+    pkm_enabled: bool = option(True, "product-key memory")
+    pkm_num_keys: int = option(16384, "its value rows per head, a square number", minimum=1)
+    pkm_top_k: int = option(32, "rows read per position and head", minimum=1)
+    pkm_heads: int = option(1, "its heads", minimum=1)
+    fwpkm_enabled: bool = option(True, "second product-key memory, the one with fast weights")
+    fwpkm_num_keys: int = option(16384, "its value rows per head, a square number", minimum=1)
+    fwpkm_top_k: int = option(32, "rows read per position and head", minimum=1)
+    fwpkm_heads: int = option(1, "its heads", minimum=1)
+    fwpkm_inference_updates: bool = not_yet(False, "adapt the fast weights while generating")
+    fwpkm_update_lr: float = option(0.01, "step size of fwpkm_inference_updates", minimum=0)
+    fwpkm_chunk_size: int = option(64, "tokens between those updates", minimum=2)
+    tie_embedding_to_lm_head: bool = option(False, "one matrix for embedding and head")
+    dropout_embedding: float = option(0.2, "dropout of the embedding", minimum=0, maximum=0.99)
+    dropout_mixer: float = option(0.1, "dropout of the mixed scales", minimum=0, maximum=0.99)
+    dropout_projection: float = option(
+        0.1, "dropout of the reconstructed signal", minimum=0, maximum=0.99
+    )
+    dropout_mlp: float = option(0.1, "dropout of the MLP's output", minimum=0, maximum=0.99)
+    dropout_lm_head: float = option(0.24, "dropout before the head", minimum=0, maximum=0.99)
+    looped_blocks: bool = not_yet(False, "apply one block several times")
+    looped_blocks_count: int = option(8, "how often, with looped_blocks", minimum=1)
+    loop_iterations: int = not_yet(1, "passes through the whole stack")
+    stochastic_depth_rate: float = not_yet(0.0, "probability of dropping a block")
+    gradient_checkpointing: bool = not_yet(False, "recompute activations in the backward pass")
+    stable_parametrization: bool = not_yet(False, "all stab_* switches at once")
+    stab_embed_scaling: bool = not_yet(False, "embedding times sqrt(C)")
+    stab_ff_scaling: bool = not_yet(False, "width-scaled last MLP matrix")
+    stab_proj_out_scaling: bool = not_yet(False, "width-scaled output projection")
+    stab_mixer_eps_scaling: bool = not_yet(False, "width-scaled noise of the mixer's identity")
+    stab_spectral_norm: bool = not_yet(False, "mixer matrices of spectral norm 1")
+    stab_lifting_level_scaling: bool = not_yet(False, "level-scaled lifting nets")
+    multinodal_enabled: bool = not_yet(False, "an ensemble of small models")
+    multinodal_num_cells: int = option(4, "its models", minimum=1)
+    multinodal_cell_dim: int = option(128, "channels of each", minimum=1)
+    multinodal_combination: str = option(
+        "mean", "how their logits combine", choices=("mean", "sum")
+    )
+    multinodal_features_per_cell: int = option(
+        0, "embedding channels that each may use, 0 = all", minimum=0
+    )
+    multinodal_bagged_eps: float = option(0.0, "value of the other channels")
+    multinodal_cross_cell_gating: bool = not_yet(False, "let the models gate each other")
+    multinodal_cross_cell_gate_interval: int = option(1, "blocks between gates", minimum=1)
+
+    @property
+    def n_scales(self) -> int:
+        return self.levels + 1
+
+    @property
+    def padded_channels(self) -> int:
+        """Channels inside a block's wavelet branch: a power of two where the Hadamard needs it."""
+        return 1 << (self.C - 1).bit_length() if self.mixer_transform == "fwht" else self.C
+
+    @property
+    def mixer_widths(self) -> tuple[int, ...]:
+        """Width of each scale's mixer in channels, coarse to fine."""
+        fractions = self.per_scale_mixer_widths or (1.0,) * self.n_scales
+        return tuple(max(1, int(self.padded_channels * fraction)) for fraction in fractions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text and how it becomes batches of tokens."""
+
+    dataset: str = option(
+        "wikitext-103",
+        "built-in name (python-stdlib, wikitext-103, wikitext-2, pg19, text8, enwik8, tinystories,"
+        " openwebtext), a file or folder of text, or a hub data set NAME[:CONFIG]",
+    )
+    tokenizer: str = option(
+        "auto", "gpt2, sentencepiece:VOCAB, bytes, char, or auto: what suits the data set"
+    )
+    split: tuple[float, ...] = option(
+        (0.9, 0.05, 0.05),
+        "train, valid, test fractions of data that has no splits of its own",
+        minimum=0,
+        maximum=1,
+    )
+    data_order: str = option(
+        "random", "random crops, or sequential streams", choices=("random", "sequential")
+    )
+    block_size: int = option(256, "positions of a training window", minimum=1)
+    cache_dir: str = option(
+        "~/.cache/wavelet_lm", "folder of the encoded texts; they are rebuilt when missing"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Optimisation, its schedule, and what a run writes."""
+
+    epochs: float = option(5, "passes over the training tokens", above=0)
+    max_steps: int | None = option(None, "optimizer steps, in place of epochs", minimum=1)
+    micro_batch_size: int = option(8, "windows per forward pass", minimum=1)
+    grad_accum: int = option(1, "forward passes per optimizer step", minimum=1)
+    optimizer: str = option(
+        "Adagrad",
+        "optimizer; Muon takes the matrices and leaves the rest to AdamW",
+        choices=("Adagrad", "AdamW", "Muon", "Adagrad8bit", "AdamW8bit"),
+    )
+    optimizer_eps: float = option(2e-13, "its epsilon", above=0)
+    adam_betas: tuple[float, ...] = option(
+        (0.9, 0.95), "moment decays of AdamW", minimum=0, maximum=0.99999
+    )
+    lr: float = option(0.01, "peak learning rate", above=0)
+    min_lr: float = option(2e-4, "learning rate at the end of the cosine", minimum=0)
+    weight_decay: float = option(
+        1e-6, "weight decay: Adagrad's on all parameters, the others' on matrices", minimum=0
+    )
+    warmup_fraction: float = option(
+        0.3, "share of the steps with a linear warm-up", minimum=0, maximum=1
+    )
+    grad_clip: float = option(1.0, "largest gradient norm, 0 = no clipping", minimum=0)
+    use_amp: bool = option(True, "mixed precision (autocast)")
+    amp_dtype: str = option(
+        "auto",
+        "its type; auto = bf16 where the GPU has it, else fp16, and fp32 on a CPU",
+        choices=("auto", "fp16", "bf16", "fp32"),
+    )
+    allow_tf32: bool = option(True, "TensorFloat-32 for float32 products on CUDA")
+    compile: bool | str = option(
+        "auto",
+        "torch.compile: true stops where it cannot, auto compiles on CUDA where it can",
+        choices=("auto", True, False),
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU if there is one")
+    seed: int = option(1337, "seed of every random generator", minimum=0, maximum=2**32 - 1)
+    eval_interval: int = option(250, "steps between validations", minimum=1)
+    eval_batches: int = option(
+        50, "micro-batches of a validation, evenly spaced, the same each time", minimum=1
+    )
+    log_interval: int = option(10, "steps between lines of metrics.jsonl", minimum=1)
+    save_interval: int = option(1000, "steps between saves of the last checkpoint", minimum=1)
+    skip_warmup_saves: bool = option(True, "write no best checkpoint during warm-up")
+    init_from: str = option("", "run or checkpoint file whose weights to start from")
+    out_dir: str = option("logs", "folder in which the run folder is made")
+    runs_file: str = option("runs.md", "table to which a finished run adds its row; empty = none")
+    benchmark_only: bool = option(False, "evaluate benchmark_run_dir and do not train")
+    benchmark_run_dir: str = option("", "run folder for benchmark_only")
+    quantize_enabled: bool = not_yet(False, "8-bit post-training quantization")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """The sample at the end of training, and the defaults of generate.py for the run."""
+
+    generation_prompt: str = option("The history of", "text to continue")
+    num_new_tokens: int = option(512, "tokens to generate", minimum=1)
+    temperature: float = option(1.0, "softmax temperature, 0 = greedy", minimum=0)
+    top_k: int = option(0, "sample among the k likeliest tokens, 0 = all", minimum=0)
+    top_p: float = option(
+        0.95, "sample among the fewest tokens that hold this probability", above=0, maximum=1
+    )
+    repetition_penalty: float = option(
+        1.1, "divides the positive logits of tokens seen before, multiplies the others", above=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelConfig, DataConfig, TrainingConfig, GenerationConfig):
+    """All options. Construction validates: `ConfigError` names the key at fault."""
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            object.__setattr__(self, spec.name, _checked(spec, getattr(self, spec.name)))
+        _check_contradictions(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Config:
+        """Build from a flat mapping; unknown keys raise with the nearest known one."""
+        for key in values:
+            if key not in FIELDS:
+                raise ConfigError(f"{source}: unknown key {key!r}{_nearest(key, FIELDS)}")
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_json(cls, path: str | Path, **overrides: Any) -> Config:
+        """Read a flat JSON file; keyword overrides win over its values."""
+        return cls.from_dict({**read_json_object(path), **overrides}, source=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def to_json(self) -> str:
+        """One key a line, lists kept on theirs, in the order of declaration."""
+        lines = (f" {json.dumps(k)}: {json.dumps(v)}" for k, v in self.to_dict().items())
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    def replace(self, **changes: Any) -> Config:
+        return Config.from_dict({**self.to_dict(), **changes})
+
+
+FIELDS = {spec.name: spec for spec in dataclasses.fields(Config)}
+GROUPS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "generation": GenerationConfig,
+}
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file, or a `UserError` that names the file (and line) at fault."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a {type(values).__name__}, an object is needed")
+    return values
+
+
+# --- one value -----------------------------------------------------------------------------------
+
+
+def _show(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "none"
+    if isinstance(value, (tuple, list)):
+        return ",".join(_show(item) for item in value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
+        return str(int(value))
+    return str(value) if value != "" else '""'
+
+
+def _type_words(spec: dataclasses.Field) -> str:
+    return {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "bool | str": "auto, true or false",
+        "str": "a text",
+        "int | None": "a whole number or none",
+        "tuple[float, ...]": "a list of numbers",
+        "tuple[float, ...] | None": "a list of numbers or none",
+        "tuple[str, ...]": "a list of texts",
+    }[spec.type]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _converted(spec: dataclasses.Field, value: Any) -> Any:
+    """`value` in the field's Python type; raises ValueError where it does not fit."""
+    kind = spec.type
+    if value is None and kind.endswith("| None"):
+        return None
+    if kind.startswith("int"):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError
+        return value
+    if kind == "float":
+        if not _is_number(value):
+            raise ValueError
+        return float(value)
+    if kind.startswith("tuple"):
+        is_item = _is_number if "float" in kind else lambda item: isinstance(item, str)
+        if not isinstance(value, (list, tuple)) or not value or not all(map(is_item, value)):
+            raise ValueError
+        return tuple(float(item) if "float" in kind else item for item in value)
+    allowed = {"bool": bool, "str": str, "bool | str": (bool, str)}[kind]
+    if not isinstance(value, allowed):
+        raise ValueError
+    return value
+
+
+def _checked(spec: dataclasses.Field, value: Any) -> Any:
+    """The converted value within its range, or a `ConfigError` that says what is allowed."""
+    limits: Option = spec.metadata["option"]
+    try:
+        value = _converted(spec, value)
+    except ValueError:
+        raise ConfigError(f"{spec.name} is {value!r}; it must be {_type_words(spec)}") from None
+    items = value if isinstance(value, tuple) else (value,)
+    if value is not None and not all(limits.allows(item) for item in items):
+        raise ConfigError(f"{spec.name} is {_show(value)}; it must be {limits.range()}")
+    return value
+
+
+def parse_value(key: str, text: str) -> Any:
+    """The value of `key` from its command-line form (`none`, `true`, `1,1,.5`, `0.02`, …)."""
+    spec = FIELDS[key]
+    kind = spec.type
+    word = text.strip().lower()
+    try:
+        if word == "none" and kind.endswith("| None"):
+            return None
+        if kind.startswith("bool"):
+            return {"true": True, "1": True, "false": False, "0": False, "auto": "auto"}[word]
+        if kind.startswith("int"):
+            return int(text)
+        if kind == "float":
+            return float(text)
+        if kind.startswith("tuple"):
+            items = text.strip("[]() ").split(",")
+            return tuple(float(item) if "float" in kind else item.strip() for item in items)
+    except (ValueError, KeyError):
+        raise ConfigError(f"--{key} is {text!r}; it must be {_type_words(spec)}") from None
+    return text
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    """A hint with the most similar known key, or nothing when none is similar."""
+    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+# --- keys that contradict each other -------------------------------------------------------------
+
+
+def _check_contradictions(c: Config) -> None:
+    def refuse(condition: bool, message: str) -> None:
+        if condition:
+            raise ConfigError(message)
+
+    widths = c.per_scale_mixer_widths
+    refuse(
+        widths is not None and len(widths) != c.n_scales,
+        f"per_scale_mixer_widths has {len(widths or ())} entries but levels {c.levels} makes"
+        f" {c.n_scales} scales; give {c.n_scales} or none",
+    )
+    refuse(
+        c.wavelet_crawl and c.wavelet_crawl_k % 2 == 0,
+        f"wavelet_crawl_k is {c.wavelet_crawl_k}; it must be odd",
+    )
+    refuse(
+        c.wavelet_mode == "haar" and c.wavelet_crawl,
+        "wavelet_mode haar has fixed filters and cannot crawl; set wavelet_crawl to false",
+    )
+    refuse(
+        c.skip_proj_out and c.padded_channels != c.C,
+        f"skip_proj_out needs C to be a power of two with mixer_transform fwht, and C is {c.C};"
+        f" use C {c.padded_channels}, mixer_transform identity, or keep the projection",
+    )
+    for memory in ("pkm", "fwpkm"):
+        keys, heads = getattr(c, f"{memory}_num_keys"), getattr(c, f"{memory}_heads")
+        enabled = getattr(c, f"{memory}_enabled")
+        refuse(
+            enabled and math.isqrt(keys) ** 2 != keys,
+            f"{memory}_num_keys is {keys}; it must be a square number such as"
+            f" {math.isqrt(keys) ** 2 or 1}",
+        )
+        refuse(
+            enabled and c.C % (2 * heads) != 0,
+            f"{memory}_heads is {heads}; C ({c.C}) must be divisible by twice the heads",
+        )
+    refuse(
+        len(c.split) != 3 or abs(sum(c.split) - 1) > 1e-6 or min(c.split[:2]) <= 0,
+        f"split is {_show(c.split)}; it must be three fractions that sum to 1"
+        " (train and valid above 0)",
+    )
+    refuse(len(c.adam_betas) != 2, f"adam_betas is {_show(c.adam_betas)}; it must be two numbers")
+    refuse(c.min_lr > c.lr, f"min_lr ({_show(c.min_lr)}) is above lr ({_show(c.lr)})")
+    refuse(
+        c.benchmark_only and not c.benchmark_run_dir,
+        "benchmark_only needs benchmark_run_dir, the run folder to evaluate",
+    )
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line without the usage text."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message}; see --help")
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """One `--key VALUE` per option, by group; `--key` and `--no_key` for booleans."""
+    for group, part in GROUPS.items():
+        flags = parser.add_argument_group(f"{group} options")
+        for spec in dataclasses.fields(part):
+            limits: Option = spec.metadata["option"]
+            extra = f"; {limits.range()}" if limits.range() else ""
+            text = f"{limits.meaning} [{_show(spec.default)}{extra}]".replace("%", "%%")
+            boolean = {"nargs": "?", "const": "true"} if spec.type.startswith("bool") else {}
+            metavar = {"int": "N", "float": "X", "bool": "BOOL"}.get(spec.type.split()[0], "TEXT")
+            metavar = "LIST" if spec.type.startswith("tuple") else metavar
+            flags.add_argument(
+                f"--{spec.name}", metavar=metavar, help=text, default=argparse.SUPPRESS, **boolean
+            )
+            if boolean:
+                flags.add_argument(
+                    f"--no_{spec.name}",
+                    dest=spec.name,
+                    action="store_const",
+                    const="false",
+                    default=argparse.SUPPRESS,
+                    help=argparse.SUPPRESS,
+                )
+
+
+def parse_flags(parser: argparse.ArgumentParser, arguments: list[str] | None) -> dict[str, Any]:
+    """Parse; every option of `Config` that was given arrives as its typed value, others as text.
+
+    An unknown flag raises `ConfigError` with the nearest known one.
+    """
+    known, unknown = parser.parse_known_args(arguments)
+    flags = [text for text in unknown if text.startswith("--")]
+    if flags:
+        flag = flags[0].split("=")[0]
+        names = [name for action in parser._actions for name in action.option_strings]
+        raise ConfigError(f"unknown option {flag}{_nearest(flag, names)}")
+    if unknown:
+        raise ConfigError(f"unexpected argument {unknown[0]!r}; options are written --key value")
+    return {k: parse_value(k, v) if k in FIELDS else v for k, v in vars(known).items()}
+
+
+# --- reference -----------------------------------------------------------------------------------
+
+
+def reference() -> str:
+    """The config reference as Markdown."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every key of a config file, and every `--key value` flag of `train.py`. Booleans are",
+        "written `--key`, `--key false` or `--no_key`; lists `1,1,.5`; null `none`.",
+        "Generated by `python -m wavelet_lm.config > docs/config.md`.",
+    ]
+    for group, part in GROUPS.items():
+        lines += ["", f"## {group.capitalize()}", "", (part.__doc__ or "").strip(), ""]
+        lines += ["| key | type | default | range | meaning |", "| --- | --- | --- | --- | --- |"]
+        for spec in dataclasses.fields(part):
+            limits: Option = spec.metadata["option"]
+            cells = (
+                f"`{spec.name}`",
+                _type_words(spec).removeprefix("a "),
+                f"`{_show(spec.default)}`",
+                limits.range().replace("|", "\\|"),
+                limits.meaning,
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,96 @@
+"""Windows of tokens in the order in which training reads them.
+
+Both orders are pure functions of the micro-step, so a resumed run reads the same batches without
+any saved state.
+"""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wavelet_lm.config import Config
+from wavelet_lm.errors import UserError
+
+
+class Batches(Protocol):
+    """`batches[i]` is the i-th micro-batch: tokens and next tokens, int64 [B, block_size] each."""
+
+    def __getitem__(self, micro_step: int) -> tuple[Tensor, Tensor]: ...
+
+    def starts_text(self, micro_step: int) -> bool:
+        """Whether this micro-batch does not continue the windows of the one before it."""
+        ...
+
+
+class RandomCrops:
+    """Windows at positions drawn independently for each micro-step from (seed, micro-step)."""
+
+    def __init__(self, tokens: np.ndarray, batch_size: int, block_size: int, seed: int):
+        _require_tokens(tokens, block_size + 1, block_size)
+        self.tokens, self.seed = tokens, seed
+        self.batch_size, self.block_size = batch_size, block_size
+
+    def __getitem__(self, micro_step: int) -> tuple[Tensor, Tensor]:
+        generator = np.random.default_rng((self.seed, micro_step))
+        starts = generator.integers(len(self.tokens) - self.block_size, size=self.batch_size)
+        return cut(self.tokens, starts, self.block_size)
+
+    def starts_text(self, micro_step: int) -> bool:
+        return True
+
+
+class SequentialStreams:
+    """The text cut into `batch_size` parts that are read side by side, window after window."""
+
+    def __init__(self, tokens: np.ndarray, batch_size: int, block_size: int):
+        _require_tokens(tokens, batch_size * block_size + 1, block_size)
+        self.tokens, self.block_size = tokens, block_size
+        stream_length = (len(tokens) - 1) // batch_size
+        self.starts = np.arange(batch_size) * stream_length
+        self.n_windows = stream_length // block_size
+
+    def __getitem__(self, micro_step: int) -> tuple[Tensor, Tensor]:
+        offset = micro_step % self.n_windows * self.block_size
+        return cut(self.tokens, self.starts + offset, self.block_size)
+
+    def starts_text(self, micro_step: int) -> bool:
+        return micro_step % self.n_windows == 0
+
+
+def training_batches(config: Config, tokens: np.ndarray) -> Batches:
+    if config.data_order == "sequential":
+        return SequentialStreams(tokens, config.micro_batch_size, config.block_size)
+    return RandomCrops(tokens, config.micro_batch_size, config.block_size, config.seed)
+
+
+def validation_batches(config: Config, tokens: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+    """`eval_batches` micro-batches of evenly spaced windows; fewer where the text is short."""
+    n_targets = len(tokens) - 1
+    block_size = min(config.block_size, n_targets)
+    n_windows = min(config.eval_batches * config.micro_batch_size, n_targets // block_size)
+    starts = np.linspace(0, n_targets - block_size, n_windows).astype(np.int64)
+    n_batches = -(-n_windows // config.micro_batch_size)
+    return [cut(tokens, part, block_size) for part in np.array_split(starts, n_batches)]
+
+
+def steps_per_epoch(config: Config, n_tokens: int) -> int:
+    """⌊tokens / (batch · block_size)⌋, at least 1; a batch is one optimizer step's windows."""
+    batch = config.micro_batch_size * config.grad_accum * config.block_size
+    return max(1, n_tokens // batch)
+
+
+def cut(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
+    """Windows of `block_size` tokens at `starts`, and the tokens that follow each position."""
+    windows = np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int64)
+    windows = torch.from_numpy(windows)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def _require_tokens(tokens: np.ndarray, needed: int, block_size: int) -> None:
+    if len(tokens) < needed:
+        raise UserError(
+            f"the training split has {len(tokens)} tokens but a batch needs at least {needed};"
+            f" give more text or lower block_size (now {block_size})"
+        )

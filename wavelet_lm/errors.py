@@ -1,0 +1,41 @@
+"""Errors that speak to the person at the keyboard, and how commands report them.
+
+Everything that a user can get wrong raises `UserError` with one line: what was given, what is
+allowed, what to do. Commands wrap their `main` in `run_command`, which turns it into that line on
+standard error and exit status 2. A stack trace is therefore always a defect of the program.
+"""
+
+import signal
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave; the message is one complete line."""
+
+
+class Interrupted(Exception):
+    """A stop that the user asked for (Ctrl-C, SIGTERM); the message says how to go on."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main` and exit: 0, 2 for a user's error, 128 + signal when interrupted."""
+    name = sys.argv[0].rsplit("/", 1)[-1]
+    try:
+        main()
+    except UserError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(f"{name}: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # `generate.py … | head`: the reader has left, which is not an error
+        sys.stderr.close()
+        sys.exit(0)

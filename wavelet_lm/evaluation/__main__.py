@@ -1,0 +1,51 @@
+"""Evaluate a trained model: `python -m wavelet_lm.evaluation RUN --split test`."""
+
+import json
+import sys
+
+from wavelet_lm.config import OneLineParser
+from wavelet_lm.errors import UserError, run_command
+from wavelet_lm.evaluation.likelihood import evaluate_run
+from wavelet_lm.evaluation.report import table
+from wavelet_lm.files import write_text
+
+
+def main() -> None:
+    parser = OneLineParser(prog="python -m wavelet_lm.evaluation", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="run folder, or a checkpoint inside it")
+    parser.add_argument(
+        "--split",
+        choices=("train", "valid", "test"),
+        help="[test, or valid where there is no test split]",
+    )
+    parser.add_argument("--dataset", help="other data than the run's own, with its tokenizer")
+    parser.add_argument("--batch_size", type=int, help="windows at once")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    args = parser.parse_args()
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"batch_size is {args.batch_size}; it must be 1 or more")
+
+    from tqdm import tqdm
+
+    def log(message: str) -> None:
+        print(message, file=sys.stderr)
+
+    with tqdm(unit=" tokens", unit_scale=True, disable=None, leave=False) as bar:
+        results = evaluate_run(
+            args.run,
+            args.split,
+            dataset=args.dataset,
+            batch_size=args.batch_size,
+            device=args.device,
+            progress=bar.update,
+            log=log,
+        )
+    about = ", ".join(f"{key} {results[key]}" for key in ("run", "dataset", "split", "tokenizer"))
+    print(f"{about}, {results['n_params']:,} parameters\n{table(results)}")
+    if args.json:
+        write_text(args.json, json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

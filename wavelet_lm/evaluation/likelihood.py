@@ -1,0 +1,216 @@
+"""How likely a text is under a model: nats per token, perplexities and bits per byte.
+
+A text of N tokens has N − 1 targets, for its first token is never one. Windows of `block_size`
+targets start every `stride` targets, each with no memory of what came before, and the last one is
+as short as the text's end makes it. The first window scores all its targets, every later one only
+those that no window before it has seen, so each target is scored once:
+
+    stride = block_size          non-overlapping windows
+    stride = block_size / 2      sliding windows: at least half a window of context after the first
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from wavelet_lm.devices import amp_dtype, autocast, reading, resolve_device
+from wavelet_lm.errors import UserError
+
+if TYPE_CHECKING:
+    from wavelet_lm.data import TokenSplit
+    from wavelet_lm.data.tokenizers import Tokenizer
+
+# Positions of a batch of windows where no batch size is given.
+BATCH_POSITIONS = 4096
+
+
+def score(
+    model: nn.Module,
+    tokens: np.ndarray,
+    *,
+    block_size: int,
+    stride: int,
+    batch_size: int,
+    device: torch.device,
+    amp: AbstractContextManager | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[float, int]:
+    """The summed negative log-likelihood of tokens 1 … N − 1 in nats, and their number N − 1.
+
+    Args:
+        model: `model.token_losses(idx, targets) -> [B, T]`, nats of each target.
+        tokens: [N], N ≥ 2, any integer type; may be a memory map.
+        block_size: targets of a window.
+        stride: targets between the starts of windows, 1 … block_size.
+        batch_size: windows at once.
+        amp: autocast context to run in, re-enterable.
+        progress: called with the number of targets scored by each batch.
+    """
+    total = 0.0
+    n_scored = 0
+    for batch, n_context in window_batches(len(tokens), block_size, stride, batch_size):
+        window = torch.from_numpy(tokens[batch].astype(np.int64)).to(device)
+        with reading(model), amp or nullcontext():
+            losses = model.token_losses(window[:, :-1], window[:, 1:])[:, n_context:]
+        total += losses.double().sum().item()
+        n_scored += losses.numel()
+        if progress is not None:
+            progress(losses.numel())
+    return total, n_scored
+
+
+def window_batches(
+    n_tokens: int, block_size: int, stride: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Positions [B, T + 1] of the tokens of up to `batch_size` windows of one shape.
+
+    With them comes the number of leading targets that serve as context only. The first window and
+    a short last one are batches of their own where they differ from the rest.
+    """
+    if not 1 <= stride <= block_size or batch_size < 1 or n_tokens < 2:
+        raise ValueError(f"{n_tokens=}, {block_size=}, {stride=}, {batch_size=}")
+    n_targets = n_tokens - 1
+    overlap = block_size - stride
+    # A window that starts at s is the first to see the targets from s + overlap on.
+    starts = np.arange(0, max(n_targets - overlap, 1), stride)
+    is_full = starts + block_size <= n_targets
+    first = is_full & (starts == 0) if overlap else np.zeros_like(is_full)
+    groups = [starts[first], starts[is_full & ~first], starts[~is_full]]
+    for group in groups:
+        for i in range(0, len(group), batch_size):
+            batch = group[i : i + batch_size, None]
+            length = min(block_size, n_targets - int(batch[0, 0]))
+            yield batch + np.arange(length + 1), 0 if batch[0, 0] == 0 else overlap
+
+
+def evaluate(
+    model: nn.Module,
+    split: TokenSplit,
+    tokenizer: Tokenizer,
+    *,
+    block_size: int,
+    batch_size: int | None = None,
+    device: torch.device | str = "cpu",
+    amp: AbstractContextManager | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Both protocols, `non_overlapping` and `sliding`, as plain numbers.
+
+    Returns for each: `nll` (nats per token), `perplexity` (per token), `bits_per_byte` of the text
+    after the first token, `word_perplexity` (over the data set's canonical number of words; None
+    where there is none), `tokens` and `bytes` scored, `block_size`, `stride`, `seconds`.
+
+    Raises:
+        UserError: for fewer than two tokens, and for losses that are not finite.
+    """
+    if len(split.tokens) < 2:
+        raise UserError(f"the split has {len(split.tokens)} tokens; at least 2 are needed")
+    n_bytes = split.n_bytes - len(tokenizer.token_bytes(int(split.tokens[0])))
+    results = {}
+    for name, stride in strides(block_size).items():
+        started = time.perf_counter()
+        nats, n_tokens = score(
+            model,
+            split.tokens,
+            block_size=block_size,
+            stride=stride,
+            batch_size=batch_size or max(1, BATCH_POSITIONS // block_size),
+            device=torch.device(device),
+            amp=amp,
+            progress=progress,
+        )
+        if not math.isfinite(nats):
+            raise UserError(
+                "the model's losses are not finite; use a checkpoint before it diverged"
+            )
+        results[name] = {
+            "nll": nats / n_tokens,
+            "perplexity": _exp(nats / n_tokens),
+            "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
+            "word_perplexity": _exp(nats / split.n_words) if split.n_words else None,
+            "tokens": n_tokens,
+            "bytes": n_bytes,
+            "block_size": block_size,
+            "stride": stride,
+            "seconds": time.perf_counter() - started,
+        }
+    return results
+
+
+def strides(block_size: int) -> dict[str, int]:
+    """The two protocols and their strides."""
+    return {"non_overlapping": block_size, "sliding": max(1, block_size // 2)}
+
+
+def evaluate_run(
+    run: str | Path,
+    split: str | None = None,
+    *,
+    dataset: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    progress: Callable[[int], object] | None = None,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Evaluate a run folder or checkpoint on its own data, or on `dataset` with its tokenizer.
+
+    Args:
+        split: `train`, `valid` or `test`; None is test, or valid where there is no test split.
+        batch_size: windows at once; None suits the size of the run's windows.
+
+    Returns:
+        What `evaluate` does, and `run`, `dataset`, `split`, `tokenizer`, `n_params`.
+    """
+    from wavelet_lm.data import prepare_data
+    from wavelet_lm.data.tokenizers import load_tokenizer
+    from wavelet_lm.inference.generation import check_vocabulary
+    from wavelet_lm.models.checkpoint import load_model
+    from wavelet_lm.models.registry import n_params
+
+    where = resolve_device(device)
+    model, tokenizer = load_model(run, where), load_tokenizer(run)
+    check_vocabulary(model, tokenizer)
+    config = model.config if dataset is None else model.config.replace(dataset=dataset)
+    data = prepare_data(config, tokenizer=tokenizer, log=log)
+    if split is None:
+        split = "test" if data.test is not None else "valid"
+        if data.test is None:
+            log(f"{data.name} has no test split; evaluating on valid")
+    chosen: TokenSplit | None = getattr(data, split)
+    if chosen is None:
+        raise UserError(f"{data.name} has no {split} split; use --split valid")
+    precision = torch.float32 if where.type == "cpu" else amp_dtype(config, where)
+    results = evaluate(
+        model,
+        chosen,
+        tokenizer,
+        block_size=config.block_size,
+        batch_size=batch_size,
+        device=where,
+        amp=autocast(where, precision),
+        progress=progress,
+    )
+    about = {
+        "run": str(run),
+        "dataset": data.name,
+        "split": split,
+        "tokenizer": tokenizer.name,
+        "n_params": n_params(model),
+    }
+    return {**about, **results}
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,138 @@
+"""Model weights on disk: one safetensors file that says itself what it holds.
+
+The header's metadata carries the config, the vocabulary size and the step, so that a file can be
+loaded without anything beside it. A training checkpoint (`last.safetensors`) is the same file with
+more tensors, whose names start with a prefix that no parameter has (`training/checkpoint.py`).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wavelet_lm.config import Config
+from wavelet_lm.errors import UserError
+from wavelet_lm.files import atomic_path
+from wavelet_lm.models.registry import build_model
+
+FORMAT = "wavelet_lm.1"
+EXTRA = "training/"
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    metadata: dict[str, Any],
+    extra: dict[str, Tensor] | None = None,
+) -> None:
+    """Write weights, JSON-ready `metadata`, and `extra` tensors, atomically.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; an older file is kept.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    # safetensors refuses tensors that share memory, as some optimizer states do.
+    tensors |= {EXTRA + name: t.detach().clone() for name, t in (extra or {}).items()}
+    header = {
+        "format": FORMAT,
+        "config": json.dumps(model.config.to_dict()),
+        "vocab_size": str(model.vocab_size),
+        "metadata": json.dumps(metadata),
+    }
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except OSError:
+            raise
+        except Exception as error:  # safetensors reports a full disk as its own error type
+            if "No space left" in str(error):
+                raise OSError(28, "No space left on device") from error
+            raise
+
+
+class Checkpoint:
+    """A checkpoint file, opened: `config`, `vocab_size` and `metadata` are read, tensors on demand.
+
+    Raises:
+        UserError: the file is missing, truncated, or not a checkpoint of this project.
+    """
+
+    def __init__(self, path: str | Path):
+        from safetensors import safe_open
+
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{path}: there is no such checkpoint")
+        try:
+            self._file = safe_open(str(path), framework="pt")
+            header = self._file.metadata() or {}
+        except Exception as error:
+            raise UserError(
+                f"{path}: truncated or not a safetensors file ({error}); use another checkpoint"
+            ) from None
+        if header.get("format") != FORMAT:
+            raise UserError(
+                f"{path}: its format is {header.get('format')!r}, this version reads {FORMAT!r}"
+            )
+        self.config = Config.from_dict(json.loads(header["config"]), source=str(path))
+        self.vocab_size = int(header["vocab_size"])
+        self.metadata: dict[str, Any] = json.loads(header["metadata"])
+        self.names = frozenset(self._file.keys())
+
+    def tensor(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def extra(self) -> dict[str, Tensor]:
+        """The tensors beyond the weights, by name without their prefix."""
+        return {n.removeprefix(EXTRA): self.tensor(n) for n in self.names if n.startswith(EXTRA)}
+
+    def load_into(self, model: nn.Module) -> None:
+        """Copy the weights into a model of the same shape.
+
+        Raises:
+            UserError: names or shapes differ; the line lists the first ones.
+        """
+        parameters = dict(model.named_parameters())
+        names = {name for name in self.names if not name.startswith(EXTRA)}
+        problems = [f"no {name}" for name in sorted(parameters.keys() - names)]
+        problems += [f"unknown {name}" for name in sorted(names - parameters.keys())]
+        for name in sorted(parameters.keys() & names):
+            given, needed = self._file.get_slice(name).get_shape(), list(parameters[name].shape)
+            if given != needed:
+                problems.append(f"{name} is {given}, the model's is {needed}")
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise UserError(
+                f"{self.path}: a checkpoint of another config: {'; '.join(problems[:3])}{more}"
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(self.tensor(name))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint file that `path` means: itself, or a run folder's best, else its last."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        for name in ("best.safetensors", "last.safetensors"):
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"{path}: no best.safetensors or last.safetensors in this folder")
+    return path
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The model of a run folder or a checkpoint file, in eval mode on `device`.
+
+    Raises:
+        UserError: there is none, it is truncated, or it does not fit its config.
+    """
+    checkpoint = Checkpoint(find_checkpoint(path))
+    with torch.device(device):
+        model = build_model(checkpoint.config, checkpoint.vocab_size)
+    checkpoint.load_into(model)
+    return model.eval()

@@ -1,0 +1,83 @@
+"""Cross-entropy of a linear head over a large vocabulary, in chunks of positions.
+
+The logits of all positions never stand in memory: each chunk is projected, reduced and, in
+training, differentiated at once, which costs no recomputation.
+"""
+
+import torch
+from torch import Tensor, nn
+
+# Logits that may stand at once (in elements): 128 MiB in float32.
+CHUNK_ELEMENTS = 2**25
+
+
+def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """−log softmax(h Wᵀ)[target] for every position, without gradients.
+
+    Args:
+        hidden: [N, C]; weight: [V, C]; targets: [N] int64.
+
+    Returns:
+        [N] nats, float32 (float64 for float64 input).
+    """
+    losses = [
+        nn.functional.cross_entropy(_wide(h @ weight.T), t, reduction="none")
+        for h, t in _chunks(hidden, weight, targets)
+    ]
+    return torch.cat(losses)
+
+
+def mean_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean of `token_cross_entropy` as a 0-d tensor, with gradients for `hidden` and `weight`."""
+    if torch.is_grad_enabled():
+        return _MeanCrossEntropy.apply(hidden, weight, targets)
+    return token_cross_entropy(hidden, weight, targets).mean()
+
+
+class _MeanCrossEntropy(torch.autograd.Function):
+    """Both gradients are taken per chunk in the forward pass, while its logits exist.
+
+    They are kept unscaled (∂/∂logits = softmax − onehot), so that nothing underflows in half
+    precision; backward multiplies by the incoming gradient over N.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        device = hidden.device.type
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        w = weight.to(dtype)
+        total = torch.zeros((), dtype=_wide(hidden).dtype, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight)
+        start = 0
+        with torch.autocast(device, enabled=False):
+            for h, t in _chunks(hidden.to(dtype), weight, targets):
+                logits = _wide(h @ w.T)
+                log_norm = logits.logsumexp(-1)
+                total += (log_norm - logits.gather(-1, t[:, None])[:, 0]).sum()
+                grad = (logits - log_norm[:, None]).exp_()
+                grad.scatter_add_(-1, t[:, None], -torch.ones_like(grad[:, :1]))
+                grad = grad.to(dtype)
+                grad_hidden[start : start + len(t)] = grad @ w
+                grad_weight += grad.T @ h
+                start += len(t)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.n = len(targets)
+        return total / ctx.n
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_output / ctx.n
+        return grad_hidden * scale, grad_weight * scale, None
+
+
+def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor):
+    n = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    return zip(hidden.split(n), targets.split(n), strict=True)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,34 @@
+"""The expanded MLP of a block."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from wavelet_lm.config import ModelConfig
+
+OUTPUT_GAIN = 0.02
+
+
+class MLP(nn.Module):
+    """Linear(C → C·expansion), GELU, …, Linear(→ C), dropout; `mlp_layers` linears in all.
+
+    The last matrix starts at 0.02 of torch's default and its bias at 0, so that a new block is
+    nearly the identity.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        hidden = config.C * config.mlp_expansion
+        widths = [config.C] + [hidden] * (config.mlp_layers - 1) + [config.C]
+        self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.dropout = nn.Dropout(config.dropout_mlp)
+        with torch.no_grad():
+            self.linears[-1].weight.mul_(OUTPUT_GAIN)
+            self.linears[-1].bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
+        for linear in self.linears[:-1]:
+            x = nn.functional.gelu(linear(x))
+        return self.dropout(self.linears[-1](x))

@@ -1,0 +1,18 @@
+"""From the name in the config to the network."""
+
+from torch import nn
+
+from wavelet_lm.config import Config
+from wavelet_lm.models.wavelet_lm import WaveletLM
+
+MODELS = {"wavelet_lm": WaveletLM}
+
+
+def build_model(config: Config, vocab_size: int) -> nn.Module:
+    """A model with random weights in training mode; under `torch.device("meta")` none at all."""
+    return MODELS[config.model](config, vocab_size)
+
+
+def n_params(model: nn.Module) -> int:
+    """Distinct parameters, shared ones counted once, frozen ones included."""
+    return sum(p.numel() for p in model.parameters())

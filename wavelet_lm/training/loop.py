@@ -1,0 +1,322 @@
+"""The training loop of one run."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wavelet_lm.config import Config
+from wavelet_lm.data import TokenizedText
+from wavelet_lm.data.batches import training_batches, validation_batches
+from wavelet_lm.errors import Interrupted, UserError
+from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint
+from wavelet_lm.models.wavelet_lm import uses_carry, window_carry
+from wavelet_lm.training.optimizers import Optimizer
+from wavelet_lm.training.precision import Precision
+from wavelet_lm.training.run_folder import RunFolder
+from wavelet_lm.training.schedule import learning_rate, warmup_steps
+
+# A loss this many times that of guessing uniformly has left the region from which it recovers.
+EXPLODED = 4.0
+SMOOTHING = 0.95
+
+
+class Diverged(UserError):
+    """The loss or the weights are no longer finite, or the loss exploded."""
+
+
+class Trainer:
+    """Everything that changes while a model is trained, and the loop that changes it.
+
+    `train` runs to the last step; `save` and `restore` make the rest of a run independent of
+    whether it was stopped in between.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        data: TokenizedText,
+        run: RunFolder,
+        device: torch.device,
+        total_steps: int,
+    ):
+        self.config, self.model, self.data, self.run = config, model, data, run
+        self.device, self.total_steps = device, total_steps
+        self.precision = Precision(config, device)
+        self.optimizer = Optimizer(model, config)
+        self.batches = training_batches(config, data.train.tokens)
+        self.validation = validation_batches(config, data.valid.tokens)
+        self.loss_function: Callable[..., tuple[Tensor, Any]] = model.loss
+        self.step = 0
+        self.evaluated_step = -1
+        self.best_loss, self.best_step = math.inf, -1
+        self.seconds = 0.0
+        self.carry: Tensor | None = None
+        self.smooth_loss: float | None = None
+        self._unread: tuple[int, Tensor] | None = None
+        self._stop_signal = 0
+
+    # --- the loop --------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run from `step` to `total_steps`, then leave `last` and `best` checkpoints behind.
+
+        Raises:
+            Interrupted: after Ctrl-C or SIGTERM, with everything saved.
+            Diverged: the loss is NaN or exploded; nothing is saved, the last good files stay.
+            UserError: the GPU's memory or the disk is full.
+        """
+        try:
+            self._train()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{self.device} ran out of memory at step {self.step}; lower micro_batch_size"
+                f" ({self.config.micro_batch_size}) and raise grad_accum to match"
+            ) from error
+
+    def _train(self) -> None:
+        with self._signals(), self._progress() as bar:
+            batch = self._load(self.step)
+            while self.step < self.total_steps:
+                self._evaluate_if_due()
+                if self.step % self.config.save_interval == 0 and self.step > 0:
+                    self.save()
+                started = time.perf_counter()
+                batch = self._update(batch)
+                self.step += 1
+                self.seconds += time.perf_counter() - started
+                self._report(bar)
+                if self._stop_signal:
+                    self.save()
+                    raise Interrupted(
+                        self._stop_signal,
+                        f"stopped and saved at step {self.step} of {self.total_steps}; go on with:"
+                        f" python train.py --resume {self.run.path}",
+                    )
+            self._evaluate_if_due(last=True)
+            self.save()
+
+    def _update(self, batch: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """One optimizer step; returns the next step's batch, copied while this one computes."""
+        lr = learning_rate(self.config, self.step, self.total_steps)
+        self.optimizer.set_lr(lr)
+        first = self.step * self.config.grad_accum
+        total = torch.zeros((), device=self.device)
+        for micro, (inputs, targets) in enumerate(batch):
+            with self.precision.autocast():
+                loss, state = self.loss_function(
+                    inputs, targets, carry=self._carry(first + micro, len(inputs))
+                )
+            if uses_carry(self.config):
+                self.carry = window_carry(state)
+            self.precision.backward(loss / self.config.grad_accum)
+            total += loss.detach() / self.config.grad_accum
+        next_batch = self._load(self.step + 1)
+        self.precision.update(self.optimizer, self.model, self.config.grad_clip)
+        self.optimizer.zero_grad()
+        # The loss is read one step late, so that the host never waits for the step it has queued.
+        self._read_loss()
+        self._unread = (self.step + 1, total)
+        return next_batch
+
+    def _load(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """The micro-batches of a step, on their way to the device."""
+        first = step * self.config.grad_accum
+        return [
+            tuple(self._to_device(t) for t in self.batches[first + i])
+            for i in range(self.config.grad_accum)
+        ]
+
+    def _to_device(self, tokens: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            return tokens.pin_memory().to(self.device, non_blocking=True)
+        return tokens.to(self.device)
+
+    def _carry(self, micro_step: int, B: int) -> Tensor | None:
+        """The running mean at the end of the window before, zero where a text starts."""
+        if not uses_carry(self.config):
+            return None
+        if self.carry is None or self.batches.starts_text(micro_step):
+            return torch.zeros(B, self.config.C, device=self.device)
+        return self.carry
+
+    # --- watching --------------------------------------------------------------------------------
+
+    def _read_loss(self) -> None:
+        """Read the loss that is still on the device; stop when it is not one to go on from."""
+        if self._unread is None:
+            return
+        step, loss = self._unread[0], float(self._unread[1])
+        self._unread = None
+        limit = EXPLODED * math.log(max(2, self.model.vocab_size))
+        if not math.isfinite(loss) or loss > limit:
+            reason = f"is {loss}" if not math.isfinite(loss) else f"exploded to {loss:.2f}"
+            raise Diverged(self._diverged(f"the loss {reason} at step {step}"))
+        old = loss if self.smooth_loss is None else self.smooth_loss
+        self.smooth_loss = SMOOTHING * old + (1 - SMOOTHING) * loss
+        if step % self.config.log_interval == 0 or step == 1:
+            if self.precision.collapsed:
+                raise Diverged(self._diverged(f"every fp16 gradient overflows at step {step}"))
+            self.run.write_metrics(
+                event="train",
+                step=step,
+                loss=loss,
+                lr=learning_rate(self.config, step - 1, self.total_steps),
+                tokens_per_second=round(self.tokens_per_second, 1),
+                seconds=round(self.seconds, 3),
+            )
+
+    def _diverged(self, reason: str) -> str:
+        kept = [f for f in (self.run.last, self.run.best) if f.is_file()]
+        files = " and ".join(f"{f} (step {Checkpoint(f).metadata['step']})" for f in kept)
+        lr = learning_rate(self.config, self.step, self.total_steps)
+        return (
+            f"training diverged: {reason} (learning rate {lr:.3g}); the last good checkpoint is"
+            f" {files or 'none yet'}; lower lr ({self.config.lr}) or raise warmup_fraction"
+            f" ({self.config.warmup_fraction})"
+        )
+
+    @property
+    def tokens_per_second(self) -> float:
+        tokens = self.config.micro_batch_size * self.config.grad_accum * self.config.block_size
+        return self.step * tokens / self.seconds if self.seconds else 0.0
+
+    def _report(self, bar: Any) -> None:
+        bar.update(1)
+        if self.smooth_loss is not None:
+            lr = learning_rate(self.config, self.step - 1, self.total_steps)
+            bar.set_postfix_str(
+                f"loss {self.smooth_loss:.3f}, lr {lr:.2g}, {self.tokens_per_second:,.0f} tok/s",
+                refresh=False,
+            )
+
+    @contextmanager
+    def _progress(self) -> Iterator[Any]:
+        from tqdm import tqdm
+
+        with tqdm(
+            total=self.total_steps, initial=self.step, unit="step", disable=None, leave=False
+        ) as bar:
+            yield bar
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Let Ctrl-C and SIGTERM end the loop after the current step; a second one at once."""
+
+        def stop(signum: int, frame: Any) -> None:
+            if self._stop_signal:
+                raise Interrupted(signum, "stopped at once, without saving")
+            self._stop_signal = signum
+
+        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+    # --- validation and checkpoints --------------------------------------------------------------
+
+    def _evaluate_if_due(self, last: bool = False) -> None:
+        due = last or self.step % self.config.eval_interval == 0
+        if not due or self.evaluated_step == self.step:
+            return
+        self._read_loss()
+        loss = self.validate()
+        if not math.isfinite(loss):
+            raise Diverged(self._diverged(f"the validation loss is {loss} at step {self.step}"))
+        self.evaluated_step = self.step
+        valid = self.data.valid
+        bits_per_byte = loss / math.log(2) * len(valid.tokens) / valid.n_bytes
+        self.run.write_metrics(
+            event="eval", step=self.step, val_loss=loss, bits_per_byte=bits_per_byte
+        )
+        words = [f"step {self.step:>6}/{self.total_steps}"]
+        if self.smooth_loss is not None:
+            words.append(f"train loss {self.smooth_loss:.4f}")
+        words += [f"valid loss {loss:.4f}", f"{bits_per_byte:.4f} bits/byte"]
+        if self.step:
+            words.append(f"{self.tokens_per_second:,.0f} tokens/s")
+        self.run.log(" | ".join(words))
+        in_warmup = self.step < warmup_steps(self.config, self.total_steps)
+        skip = self.step == 0 or (in_warmup and self.config.skip_warmup_saves and not last)
+        if loss < self.best_loss and not skip:
+            self.best_loss, self.best_step = loss, self.step
+            save_checkpoint(self.run.best, self.model, {"step": self.step, "val_loss": loss})
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss in nats per token over the fixed validation windows, dropout off."""
+        self.model.eval()
+        total, n = 0.0, 0
+        for inputs, targets in self.validation:
+            with self.precision.autocast():
+                losses = self.model.token_losses(self._to_device(inputs), self._to_device(targets))
+            total += float(losses.sum(dtype=torch.float64))
+            n += targets.numel()
+        self.model.train()
+        return total / n
+
+    def save(self) -> None:
+        """Write `last.safetensors`: weights, optimizer, generators, and where the run stands."""
+        self._read_loss()
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise Diverged(self._diverged(f"the weights are not finite at step {self.step}"))
+        tensors, scalars = self.optimizer.state()
+        extra = {f"optimizer/{name}": t for name, t in tensors.items()}
+        extra["generator/cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            extra["generator/cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.carry is not None:
+            extra["carry"] = self.carry
+        metadata = {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "evaluated_step": self.evaluated_step,
+            "best_loss": self.best_loss if self.best_step >= 0 else None,
+            "best_step": self.best_step,
+            "smooth_loss": self.smooth_loss,
+            "seconds": self.seconds,
+            "train_tokens": len(self.data.train.tokens),
+            "scaler": self.precision.scaler.state_dict(),
+            "optimizer": scalars,
+        }
+        save_checkpoint(self.run.last, self.model, metadata, extra)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """The inverse of `save`.
+
+        Raises:
+            UserError: the checkpoint or the data are not those of this run.
+        """
+        saved = checkpoint.metadata
+        if saved["train_tokens"] != len(self.data.train.tokens):
+            raise UserError(
+                f"{checkpoint.path}: trained on {saved['train_tokens']} tokens but"
+                f" {self.config.dataset} now has {len(self.data.train.tokens)}: the data changed;"
+                " start a new run with --init_from"
+            )
+        checkpoint.load_into(self.model)
+        extra = checkpoint.extra()
+        optimizer = {
+            name.removeprefix("optimizer/"): t
+            for name, t in extra.items()
+            if name.startswith("optimizer/")
+        }
+        self.optimizer.load_state(optimizer, saved["optimizer"])
+        torch.set_rng_state(extra["generator/cpu"])
+        if "generator/cuda" in extra and self.device.type == "cuda":
+            torch.cuda.set_rng_state(extra["generator/cuda"], self.device)
+        if "carry" in extra:
+            self.carry = extra["carry"].to(self.device)
+        self.precision.scaler.load_state_dict(saved["scaler"])
+        self.step, self.evaluated_step = saved["step"], saved["evaluated_step"]
+        self.best_step = saved["best_step"]
+        self.best_loss = math.inf if saved["best_loss"] is None else saved["best_loss"]
+        self.smooth_loss, self.seconds = saved["smooth_loss"], saved["seconds"]

@@ -1,0 +1,70 @@
+"""An estimate of the memory that training takes, before it starts."""
+
+import os
+
+import torch
+
+from wavelet_lm.config import Config
+from wavelet_lm.errors import UserError
+from wavelet_lm.models.losses import CHUNK_ELEMENTS
+from wavelet_lm.training.optimizers import STATE_BYTES
+
+GiB = 2**30
+# A CPU trains models of a few million parameters; beyond this a step takes minutes.
+MAX_CPU_PARAMETERS = 100_000_000
+
+
+def refuse_large_model_on_cpu(config: Config, n_params: int, device: torch.device) -> None:
+    """Stop a large model that landed on the CPU only because there is no GPU."""
+    if device.type == "cpu" and config.device == "auto" and n_params > MAX_CPU_PARAMETERS:
+        raise UserError(
+            f"this config has {n_params / 1e6:.0f}M parameters and there is no CUDA GPU; on a CPU"
+            " try --config configs/quickstart.json or --config configs/shakespeare_char.json"
+            " (--device cpu insists)"
+        )
+
+
+def estimate_bytes(config: Config, n_params: int, vocab_size: int) -> int:
+    """Weights, gradients, optimizer state, activations kept for backward, and one logits chunk.
+
+    The activations count what each block keeps per position, in units of its channels: about 6
+    vectors per level and lifting layer (inputs, hidden and outputs of the nets), 12 per scale
+    (bands, gates, products, transforms, dropout), the MLP's hidden layers, and 10 more.
+    """
+    fixed = n_params * (8 + STATE_BYTES[config.optimizer])
+    net_vectors = 1 if config.lifting_linear_only else 2 * config.lifting_hidden_mult
+    per_block = config.padded_channels * (
+        config.levels * (4 + 3 * net_vectors) + 12 * config.n_scales
+    ) + config.C * (10 + 2 * config.mlp_expansion * (config.mlp_layers - 1))
+    positions = config.micro_batch_size * config.block_size
+    activations = positions * (config.layers * per_block + 4 * config.C) * 4
+    logits = 3 * 4 * min(CHUNK_ELEMENTS, positions * vocab_size)
+    return fixed + activations + logits
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of the GPU, or the whole memory of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def refuse_what_cannot_fit(config: Config, needed: int, device: torch.device) -> None:
+    available = available_bytes(device)
+    if needed > available:
+        raise UserError(
+            f"this config needs about {needed / GiB:.1f} GiB and {device} has"
+            f" {available / GiB:.1f} GiB; lower micro_batch_size ({config.micro_batch_size}),"
+            f" block_size ({config.block_size}), C ({config.C}) or layers ({config.layers})"
+        )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak so far: of the GPU's allocator, or of this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

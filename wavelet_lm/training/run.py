@@ -1,0 +1,187 @@
+"""A whole run: from a config to a trained, evaluated model that has written its first text."""
+
+import shlex
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wavelet_lm.config import Config
+from wavelet_lm.data import TokenizedText, prepare_data
+from wavelet_lm.data.batches import steps_per_epoch
+from wavelet_lm.data.tokenizers import Tokenizer, load_tokenizer
+from wavelet_lm.devices import resolve_device
+from wavelet_lm.errors import UserError
+from wavelet_lm.evaluation.likelihood import evaluate_run
+from wavelet_lm.evaluation.report import table
+from wavelet_lm.inference.generation import generate
+from wavelet_lm.models.checkpoint import Checkpoint, find_checkpoint, load_model
+from wavelet_lm.models.registry import build_model, n_params
+from wavelet_lm.training import memory
+from wavelet_lm.training.compilation import compiled
+from wavelet_lm.training.loop import Trainer
+from wavelet_lm.training.run_folder import RunFolder, command_line
+from wavelet_lm.training.runs_table import append_run
+
+SAMPLE_TOKENS = 512
+
+
+def train(config: Config) -> RunFolder:
+    """Train a new model and leave its run folder.
+
+    Raises:
+        UserError: anything that the user can mend, before or during the run.
+        Interrupted: Ctrl-C or SIGTERM, after saving.
+    """
+    device = resolve_device(config.device)
+    with torch.device("meta"):  # before any data is fetched: could this machine train it at all?
+        memory.refuse_large_model_on_cpu(config, n_params(build_model(config, 1)), device)
+    data = prepare_data(config, tokenizer=_initial_tokenizer(config))
+    torch.manual_seed(config.seed)
+    model = _build(config, data, device)
+    if config.init_from:
+        Checkpoint(find_checkpoint(config.init_from)).load_into(model)
+    run = RunFolder.create(config, data.name)
+    data.tokenizer.save(run.tokenizer)
+    trainer = Trainer(config, model, data, run, device, total_steps(config, data))
+    _announce(trainer)
+    return _finish(trainer)
+
+
+def resume(path: str | Path) -> RunFolder:
+    """Go on with a stopped run, as if it had never been stopped."""
+    run = RunFolder.open(path)
+    if any(row["event"] == "end" for row in run.metrics()):
+        raise UserError(f"{path}: this run is finished; --init_from starts a new one from it")
+    if not run.last.is_file():
+        raise UserError(f"{path}: stopped before its first checkpoint; start it again")
+    config = Config.from_json(run.config_file)
+    device = resolve_device(config.device)
+    data = prepare_data(config, tokenizer=load_tokenizer(run.path))
+    model = _build(config, data, device)
+    checkpoint = Checkpoint(run.last)
+    trainer = Trainer(config, model, data, run, device, checkpoint.metadata["total_steps"])
+    trainer.restore(checkpoint)
+    run.drop_metrics_after(trainer.step)
+    run.log(f"resumed at step {trainer.step} of {trainer.total_steps}: {command_line()}")
+    return _finish(trainer)
+
+
+def total_steps(config: Config, data: TokenizedText) -> int:
+    """Optimizer steps of the run: `max_steps`, or `epochs` times the steps of one."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return max(1, round(config.epochs * steps_per_epoch(config, len(data.train.tokens))))
+
+
+def _initial_tokenizer(config: Config) -> Tokenizer | None:
+    """The tokenizer of the run that the weights come from, None for a model from scratch."""
+    if not config.init_from:
+        return None
+    tokenizer = load_tokenizer(config.init_from)
+    if config.tokenizer not in ("auto", tokenizer.name):
+        raise UserError(
+            f"tokenizer is {config.tokenizer} but {config.init_from} was trained with"
+            f" {tokenizer.name}; leave tokenizer at auto"
+        )
+    return tokenizer
+
+
+def _build(config: Config, data: TokenizedText, device: torch.device) -> nn.Module:
+    vocab_size = data.tokenizer.vocab_size
+    with torch.device("meta"):
+        size = n_params(build_model(config, vocab_size))
+    memory.refuse_large_model_on_cpu(config, size, device)
+    memory.refuse_what_cannot_fit(config, memory.estimate_bytes(config, size, vocab_size), device)
+    with device:
+        return build_model(config, vocab_size)
+
+
+def _announce(trainer: Trainer) -> None:
+    config, data, run = trainer.config, trainer.data, trainer.run
+    size, vocab_size = n_params(trainer.model), data.tokenizer.vocab_size
+    needed = memory.estimate_bytes(config, size, vocab_size)
+    tokens = config.micro_batch_size * config.grad_accum * config.block_size
+    run.log(f"run folder {run.path}")
+    run.log(
+        f"{data.name}: {len(data.train.tokens):,} training tokens, vocabulary {vocab_size:,}"
+        f" ({data.tokenizer.name})"
+    )
+    run.log(
+        f"{size:,} parameters in {config.layers} blocks of {config.C} channels,"
+        f" {config.n_scales} scales; about {needed / memory.GiB:.2f} GiB to train on"
+        f" {trainer.device} in {str(trainer.precision.dtype).removeprefix('torch.')}"
+    )
+    run.log(f"{trainer.total_steps:,} steps of {tokens:,} tokens, {config.optimizer}")
+    if config.decompose_bypass_cross_window and config.data_order == "random":
+        run.log("decompose_bypass_cross_window has no effect with data_order random")
+
+
+def _finish(trainer: Trainer) -> RunFolder:
+    """Train to the end, evaluate the best weights, add the row, write a first text."""
+    run, config = trainer.run, trainer.config
+    trainer.loss_function = compiled(trainer.model, config, trainer.device, run.log)
+    trainer.train()
+    run.log(
+        f"trained {trainer.total_steps:,} steps in {trainer.seconds / 60:.1f} minutes;"
+        f" evaluating {run.best.name} of step {trainer.best_step}"
+    )
+    results = evaluate_run(run.path, device=str(trainer.device), log=run.log)
+    run.write_metrics(event="test", step=trainer.step, **results)
+    for line in table(results).splitlines():
+        run.log(line)
+    if config.runs_file:
+        append_run(config.runs_file, _row(trainer, results))
+        run.log(f"added a row to {config.runs_file}")
+    _write_sample(trainer)
+    run.write_metrics(event="end", step=trainer.step, seconds=round(trainer.seconds, 3))
+    prompt = shlex.quote(config.generation_prompt)
+    run.log(f"more of it: python generate.py --checkpoint {run.path} --prompt {prompt}")
+    return run
+
+
+def _write_sample(trainer: Trainer) -> None:
+    """Log a text of the best weights that starts with the config's prompt."""
+    run, config = trainer.run, trainer.config
+    try:
+        text = generate(
+            load_model(run.best, trainer.device),
+            trainer.data.tokenizer,
+            config.generation_prompt,
+            min(config.num_new_tokens, SAMPLE_TOKENS),
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            repetition_penalty=config.repetition_penalty,
+            seed=config.seed,
+        )
+    except UserError as error:  # such as a prompt that a char vocabulary cannot spell
+        run.log(f"no sample: {error}")
+        return
+    run.log(f"a sample:\n{config.generation_prompt}{text}\n")
+
+
+def _row(trainer: Trainer, results: dict[str, Any]) -> dict[str, str]:
+    """The run's line of `runs.md`."""
+    config, sliding = trainer.config, results["sliding"]
+    word_perplexity = sliding["word_perplexity"]
+    return {
+        "date": f"{datetime.now():%Y-%m-%d}",
+        "name": trainer.run.name,
+        "data": results["dataset"],
+        "parameters": f"{results['n_params']:,}",
+        "key settings": (
+            f"C {config.C}, layers {config.layers}, levels {config.levels},"
+            f" block {config.block_size}, {results['tokenizer']},"
+            f" {config.optimizer} {config.lr:g}, {trainer.total_steps} steps"
+        ),
+        "split": results["split"],
+        "bits/byte": f"{sliding['bits_per_byte']:.4f}",
+        "perplexity/word": f"{word_perplexity:.2f}" if word_perplexity else "",
+        "tokens/s": f"{trainer.tokens_per_second:,.0f}",
+        "peak memory": f"{memory.peak_bytes(trainer.device) / memory.GiB:.2f} GiB",
+        "hours": f"{trainer.seconds / 3600:.2f}",
+        "command": f"`{command_line()}`",
+    }

@@ -1,0 +1,136 @@
+"""The folder of one run: config, environment, logs, metrics, checkpoints."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wavelet_lm.config import Config
+from wavelet_lm.errors import UserError
+from wavelet_lm.files import append_line, as_user_error, write_text
+
+
+class RunFolder:
+    """Paths and writers of a run folder; `log` speaks to the terminal and to `log.txt`."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser()
+        self.config_file = self.path / "config.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.best = self.path / "best.safetensors"
+        self.last = self.path / "last.safetensors"
+        self.tokenizer = self.path / "tokenizer"
+
+    @classmethod
+    def create(cls, config: Config, data_name: str) -> "RunFolder":
+        """Make `out_dir/<data_name>_<timestamp>`, numbered if two runs start in one second."""
+        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        base = Path(config.out_dir).expanduser() / f"{data_name}_{stamp}"
+        path, number = base, 2
+        try:
+            while True:
+                try:
+                    path.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    path, number = base.with_name(f"{base.name}_{number}"), number + 1
+        except OSError as error:
+            raise as_user_error(error, path) from error
+        run = cls(path)
+        write_text(run.config_file, config.to_json())
+        write_text(run.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        run = cls(path)
+        if not run.config_file.is_file():
+            raise UserError(f"{path}: not a run folder (it has no config.json)")
+        return run
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def log(self, message: str) -> None:
+        """One line for people: on standard output (above a progress bar) and in log.txt."""
+        from tqdm import tqdm
+
+        tqdm.write(message)
+        append_line(self.path / "log.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S}  {message}")
+
+    def write_metrics(self, **values: Any) -> None:
+        append_line(self.metrics_file, json.dumps(values))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All complete lines of metrics.jsonl; a line torn by a crash is left out."""
+        rows = []
+        if self.metrics_file.is_file():
+            for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
+        return rows
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget what a run wrote after the checkpoint from which it is resumed."""
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on besides the config."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command_line(),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu": processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def command_line() -> str:
+    """The command as it was typed, starting with `python`."""
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
+def commit() -> str | None:
+    """The commit of the code, with `+` where tracked files differ from it; None outside git."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            result = subprocess.run(
+                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
+            )
+        except OSError:
+            return None
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return None
+    return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def processor() -> str:
+    """The CPU's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

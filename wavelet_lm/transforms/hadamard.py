@@ -1,0 +1,70 @@
+"""Orthonormal fast Walsh–Hadamard transform over the last dimension.
+
+    H_1 = [1],   H_2n = 1/√2 [[H_n, H_n], [H_n, −H_n]]      (Sylvester's order)
+
+H is symmetric and its own inverse. `hadamard_transform` is the definition, the textbook butterfly;
+`HadamardTransform` is what runs: since H_mn = H_m ⊗ H_n, a few small matrix products do the work of
+log2(n) passes over memory.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+# Largest Kronecker factor: small enough that its product stays memory-bound on a GPU, and large
+# enough that every width up to 16,384 takes two products.
+MAX_FACTOR = 128
+
+
+def hadamard_transform(x: Tensor) -> Tensor:
+    """H x over the last dimension of `x` [..., n], n a power of two, by butterflies."""
+    n = x.shape[-1]
+    if n & (n - 1):
+        raise ValueError(f"the Hadamard transform needs a power of two, not {n}")
+    shape = x.shape
+    half = 1
+    while half < n:
+        a, b = x.reshape(*shape[:-1], n // (2 * half), 2, half).unbind(-2)
+        x = torch.stack((a + b, a - b), dim=-2)
+        half *= 2
+    return x.reshape(shape) / math.sqrt(n)
+
+
+class HadamardTransform(nn.Module):
+    """`hadamard_transform` for one width `n`, as products with Kronecker factors of H.
+
+    The factors hold ±1, which every floating type represents exactly; the scale 1/√n is applied
+    once at the end. Runs in the input's own dtype, autocast or not, so that float32 weights are
+    rotated in float32.
+    """
+
+    def __init__(self, n: int):
+        super().__init__()
+        if n < 1 or n & (n - 1):
+            raise ValueError(f"the Hadamard transform needs a power of two, not {n}")
+        self.n = n
+        bits = n.bit_length() - 1
+        n_factors = max(1, -(-bits // (MAX_FACTOR.bit_length() - 1)))
+        self.sizes = [1 << (bits // n_factors + (i < bits % n_factors)) for i in range(n_factors)]
+        for i, size in enumerate(self.sizes):
+            factor = hadamard_transform(torch.eye(size)) * math.sqrt(size)
+            self.register_buffer(f"factor_{i}", factor.round(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """H x over the last dimension: [..., n] -> [..., n], dtype kept."""
+        shape = x.shape
+        with torch.autocast(x.device.type, enabled=False):
+            outer = 1
+            for i, size in enumerate(self.sizes):
+                factor = getattr(self, f"factor_{i}").to(x.dtype)
+                inner = self.n // (outer * size)
+                if inner == 1:
+                    x = x.reshape(-1, size) @ factor
+                else:
+                    x = factor @ x.reshape(-1, size, inner)
+                outer *= size
+            return x.reshape(shape) * (1 / math.sqrt(self.n))
+
+    def extra_repr(self) -> str:
+        return f"{self.n}"

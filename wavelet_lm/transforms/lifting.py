@@ -1,0 +1,100 @@
+"""Learned lifting wavelet, undecimated and causal.
+
+The lifting scheme (Sweldens, 1996) builds a wavelet from a predict step P and an update step U and
+inverts exactly whatever they are. Here both are small networks over the channels, and the signal
+is split not into even and odd samples but into the present and a delayed copy of itself, so every
+level keeps the full length and looks only back:
+
+    past_k  = delay_k(c_k)                       lag 2^k, or a learned mixture of lags (crawl)
+    d_k     = (past_k − P_k(c_k)) / √2           detail
+    c_{k+1} = (c_k + U_k(d_k)) / √2              approximation
+
+The inverse needs no past: c_k = √2 c_{k+1} − U_k(d_k).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from wavelet_lm.config import ModelConfig
+from wavelet_lm.transforms.crawl import Crawl, Shift
+from wavelet_lm.transforms.haar import HaarWavelet
+
+INIT_NOISE = 0.01
+
+
+def build_wavelet(config: ModelConfig, channels: int) -> nn.Module:
+    """The decomposition that the config names, for signals [B, T, channels]."""
+    if config.wavelet_mode == "haar":
+        return HaarWavelet(config.levels)
+    return LiftingWavelet(config, channels)
+
+
+class LiftingWavelet(nn.Module):
+    """`decompose` into levels + 1 bands and `reconstruct` from them."""
+
+    def __init__(self, config: ModelConfig, channels: int):
+        super().__init__()
+        levels = range(config.levels)
+        self.delays = nn.ModuleList(
+            Crawl(k, config.wavelet_crawl_k) if config.wavelet_crawl else Shift(2**k)
+            for k in levels
+        )
+        self.predict = nn.ModuleList(lifting_net(config, channels, 1.0) for _ in levels)
+        self.update = nn.ModuleList(lifting_net(config, channels, 0.5) for _ in levels)
+
+    def decompose(
+        self, x: Tensor, state: tuple[Tensor, ...] | None = None
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Split a signal into bands.
+
+        Args:
+            x: [B, T, C], a whole signal or its next chunk.
+            state: per level the positions that its delay still needs; None starts a text.
+
+        Returns:
+            The bands [a, d_{L−1}, …, d_0], coarse to fine, each [B, T, C], and the state.
+        """
+        details, histories = [], []
+        for k, (delay, predict, update) in enumerate(
+            zip(self.delays, self.predict, self.update, strict=True)
+        ):
+            past, history = delay(x, None if state is None else state[k])
+            detail = (past - predict(x)) / math.sqrt(2)
+            x = (x + update(detail)) / math.sqrt(2)
+            details.append(detail)
+            histories.append(history)
+        return [x, *reversed(details)], tuple(histories)
+
+    def reconstruct(self, bands: list[Tensor]) -> Tensor:
+        """Bands, coarse to fine, back to [B, T, C]: exact when they are what `decompose` gave."""
+        x = bands[0]
+        for detail, update in zip(bands[1:], reversed(self.update), strict=True):
+            x = math.sqrt(2) * x - update(detail)
+        return x
+
+
+def lifting_net(config: ModelConfig, channels: int, gain: float) -> nn.Module:
+    """A predict (gain 1) or update (gain ½) net; `haar` starts it near gain times the identity."""
+    hidden = channels * config.lifting_hidden_mult
+    if config.lifting_linear_only:
+        net: nn.Module = nn.Linear(channels, channels)
+        layers = [net]
+    else:
+        first, last = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
+        net = nn.Sequential(first, nn.GELU(), nn.Dropout(config.lifting_dropout), last)
+        layers = [first, last]
+    with torch.no_grad():
+        for layer in layers:
+            layer.bias.zero_()
+        if config.lifting_init == "zero":
+            layers[-1].weight.zero_()
+        else:
+            for layer in layers:
+                layer.weight.normal_(0, INIT_NOISE)
+        if config.lifting_init == "haar":
+            for layer in layers:
+                layer.weight[:channels, :channels] = torch.eye(channels)
+            layers[-1].weight[:, :channels] *= gain
+    return net
