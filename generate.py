@@ -2,13 +2,13 @@
 
 import sys
 
-from wavelet_lm import load_model, load_tokenizer
 from wavelet_lm.config import OneLineParser
+from wavelet_lm.data.tokenizers import load_tokenizer
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import run_command
 from wavelet_lm.inference.sampling import SamplingOptions
 from wavelet_lm.inference.terminal import write_samples
-from wavelet_lm.models.checkpoint import find_checkpoint
+from wavelet_lm.models.checkpoint import find_checkpoint, load_model
 
 
 def main() -> None:

@@ -3,8 +3,7 @@
 `Config` is flat, like the JSON files and the command-line flags, and is put together from one
 frozen dataclass per part of the program, so that a module can say which part it reads (a block
 takes a `ModelConfig`). The same declarations drive JSON reading and writing, `train.py`'s flags,
-`--help`, every error message and the reference in `docs/config.md`
-(`python -m wavelet_lm.config > docs/config.md`).
+`--help`, every error message and the reference in `docs/config.md` (`config_reference.py`).
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ class Option:
     def range(self) -> str:
         """The allowed values in words, empty when every value of the type is allowed."""
         if self.choices is not None:
-            return " | ".join(_show(choice) for choice in self.choices)
+            return " | ".join(show(choice) for choice in self.choices)
         bounds = [("> ", self.above), (">= ", self.minimum), ("<= ", self.maximum)]
-        return " and ".join(f"{sign}{_show(bound)}" for sign, bound in bounds if bound is not None)
+        return " and ".join(f"{sign}{show(bound)}" for sign, bound in bounds if bound is not None)
 
     def allows(self, value: Any) -> bool:
         if self.choices is not None:
@@ -346,20 +345,21 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 # --- one value -----------------------------------------------------------------------------------
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     """A value as it is typed on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if value is None:
         return "none"
     if isinstance(value, (tuple, list)):
-        return ",".join(_show(item) for item in value)
+        return ",".join(show(item) for item in value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
         return str(int(value))
     return str(value) if value != "" else '""'
 
 
-def _type_words(spec: dataclasses.Field) -> str:
+def type_words(spec: dataclasses.Field) -> str:
+    """The type of a key as people say it."""
     return {
         "int": "a whole number",
         "float": "a number",
@@ -409,10 +409,10 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
     try:
         value = _converted(spec, value)
     except ValueError:
-        raise ConfigError(f"{spec.name} is {value!r}; it must be {_type_words(spec)}") from None
+        raise ConfigError(f"{spec.name} is {value!r}; it must be {type_words(spec)}") from None
     items = value if isinstance(value, tuple) else (value,)
     if value is not None and not all(limits.allows(item) for item in items):
-        raise ConfigError(f"{spec.name} is {_show(value)}; it must be {limits.range()}")
+        raise ConfigError(f"{spec.name} is {show(value)}; it must be {limits.range()}")
     return value
 
 
@@ -434,7 +434,7 @@ def parse_value(key: str, text: str) -> Any:
             items = text.strip("[]() ").split(",")
             return tuple(float(item) if "float" in kind else item.strip() for item in items)
     except (ValueError, KeyError):
-        raise ConfigError(f"--{key} is {text!r}; it must be {_type_words(spec)}") from None
+        raise ConfigError(f"--{key} is {text!r}; it must be {type_words(spec)}") from None
     return text
 
 
@@ -485,11 +485,11 @@ def _check_contradictions(c: Config) -> None:
         )
     refuse(
         len(c.split) != 3 or abs(sum(c.split) - 1) > 1e-6 or min(c.split[:2]) <= 0,
-        f"split is {_show(c.split)}; it must be three fractions that sum to 1"
+        f"split is {show(c.split)}; it must be three fractions that sum to 1"
         " (train and valid above 0)",
     )
-    refuse(len(c.adam_betas) != 2, f"adam_betas is {_show(c.adam_betas)}; it must be two numbers")
-    refuse(c.min_lr > c.lr, f"min_lr ({_show(c.min_lr)}) is above lr ({_show(c.lr)})")
+    refuse(len(c.adam_betas) != 2, f"adam_betas is {show(c.adam_betas)}; it must be two numbers")
+    refuse(c.min_lr > c.lr, f"min_lr ({show(c.min_lr)}) is above lr ({show(c.lr)})")
     refuse(
         c.benchmark_only and not c.benchmark_run_dir,
         "benchmark_only needs benchmark_run_dir, the run folder to evaluate",
@@ -513,7 +513,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         for spec in dataclasses.fields(part):
             limits: Option = spec.metadata["option"]
             extra = f"; {limits.range()}" if limits.range() else ""
-            text = f"{limits.meaning} [{_show(spec.default)}{extra}]".replace("%", "%%")
+            text = f"{limits.meaning} [{show(spec.default)}{extra}]".replace("%", "%%")
             boolean = {"nargs": "?", "const": "true"} if spec.type.startswith("bool") else {}
             metavar = {"int": "N", "float": "X", "bool": "BOOL"}.get(spec.type.split()[0], "TEXT")
             metavar = "LIST" if spec.type.startswith("tuple") else metavar
@@ -545,35 +545,3 @@ def parse_flags(parser: argparse.ArgumentParser, arguments: list[str] | None) ->
     if unknown:
         raise ConfigError(f"unexpected argument {unknown[0]!r}; options are written --key value")
     return {k: parse_value(k, v) if k in FIELDS else v for k, v in vars(known).items()}
-
-
-# --- reference -----------------------------------------------------------------------------------
-
-
-def reference() -> str:
-    """The config reference as Markdown."""
-    lines = [
-        "# Configuration",
-        "",
-        "Every key of a config file, and every `--key value` flag of `train.py`. Booleans are",
-        "written `--key`, `--key false` or `--no_key`; lists `1,1,.5`; null `none`.",
-        "Generated by `python -m wavelet_lm.config > docs/config.md`.",
-    ]
-    for group, part in GROUPS.items():
-        lines += ["", f"## {group.capitalize()}", "", (part.__doc__ or "").strip(), ""]
-        lines += ["| key | type | default | range | meaning |", "| --- | --- | --- | --- | --- |"]
-        for spec in dataclasses.fields(part):
-            limits: Option = spec.metadata["option"]
-            cells = (
-                f"`{spec.name}`",
-                _type_words(spec).removeprefix("a "),
-                f"`{_show(spec.default)}`",
-                limits.range().replace("|", "\\|"),
-                limits.meaning,
-            )
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(reference(), end="")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from wavelet_lm import Config, UserError, build_model
-from wavelet_lm.data.tokenizers import make_tokenizer
+from wavelet_lm.data.tokenizers import ByteTokenizer
 from wavelet_lm.evaluation.likelihood import evaluate_run
 from wavelet_lm.models.checkpoint import save_checkpoint
 
@@ -35,7 +35,7 @@ def make_run(folder, **changes):
     config = Config(
         **{**SMALL, "dataset": str(text), "cache_dir": str(folder / "cache"), **changes}
     )
-    byte_tokenizer().save(folder / "tokenizer")
+    ByteTokenizer().save(folder / "tokenizer")
     model = build_model(config, 256)
     torch.nn.init.zeros_(model.head.weight)
     save_checkpoint(folder / "best.safetensors", model, {})

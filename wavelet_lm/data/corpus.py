@@ -1,0 +1,344 @@
+"""Texts before they are tokens: files, folders and the standard library as streams of documents.
+
+A `Corpus` has, for each of train, valid and test, a sequence of documents that can be read any
+number of times; a document is a stream of text pieces of bounded size, so that no file ever stands
+in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import hashlib
+import json
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from wavelet_lm.errors import UserError
+
+Document = Iterator[str]
+Documents = Callable[[], Iterator[Document]]
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".txt.gz", ".md.gz", ".jsonl.gz")
+SPLIT_NAMES = {
+    "train": ("train",),
+    "valid": ("valid", "val", "validation", "dev"),
+    "test": ("test",),
+}
+PIECE_BYTES = 1 << 20
+STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A named text in splits.
+
+    splits: documents of train, valid and, where there is one, test; key: changes whenever the
+    text or the way it is split changes; default_tokenizer: what `auto` means here; n_words: the
+    canonical word counts of splits that have one; n_bytes, n_tokens: what a split must hold, the
+    latter per (tokenizer, split), for data sets whose exact text is published.
+    """
+
+    name: str
+    splits: dict[str, Documents]
+    key: str
+    default_tokenizer: str
+    n_words: dict[str, int] = field(default_factory=dict)
+    n_bytes: dict[str, int] = field(default_factory=dict)
+    n_tokens: dict[tuple[str, str], int] = field(default_factory=dict)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def path_corpus(path: Path, split: tuple[float, ...], log: Callable[[str], None]) -> Corpus:
+    """The corpus of an existing file or folder.
+
+    A folder with `train` and `valid` files or subfolders uses those (and `test`); anything else is
+    concatenated in sorted order and cut by position into the fractions `split`.
+    """
+    name = _short_name(path)
+    if path.is_dir():
+        named = _named_splits(path)
+        if named:
+            used = {file for files in named.values() for file in files}
+            unused = [file for file in _text_files(path) if file not in used]
+            if unused:
+                log(f"{path}: uses its train/valid/test, not {_some(unused, path)}")
+            key = _key({part: _digests(files) for part, files in named.items()})
+            return Corpus(name, {s: _reader(f) for s, f in named.items()}, key, "gpt2")
+    files = _text_files(path)
+    key = _key({"files": _digests(files), "split": list(split)})
+    return Corpus(name, cut_by_position(_reader(files), fractions=split), key, "gpt2")
+
+
+def _text_files(path: Path) -> list[Path]:
+    """The supported file `path`, or those in the folder, sorted by their relative path."""
+    formats = "/".join(SUFFIXES)
+    if not path.is_dir():
+        if not path.name.lower().endswith(SUFFIXES):
+            raise UserError(f"{path}: not a text file that is supported ({formats})")
+        return [path]
+    inside = sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix())
+    files = [
+        file
+        for file in inside
+        if file.name.lower().endswith(SUFFIXES)
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not files:
+        raise UserError(f"{path}: the folder holds no text files ({formats})")
+    return files
+
+
+def _named_splits(folder: Path) -> dict[str, list[Path]]:
+    """Files of the splits that the folder names; empty when it names no train split."""
+    found: dict[str, list[Path]] = {}
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    for entry in entries:
+        is_text = entry.is_dir() or entry.name.lower().endswith(SUFFIXES)
+        stem = entry.name.lower().split(".")[0]
+        for split, names in SPLIT_NAMES.items():
+            if is_text and stem in names:
+                found.setdefault(split, []).extend(_text_files(entry))
+    missing = {"train", "valid"} - set(found)
+    if len(missing) == 1:
+        (have,) = {"train", "valid"} - missing
+        raise UserError(
+            f"{folder}: there is a {have} split but no {missing.pop()}; add a file or folder of"
+            f" that name, or rename {have} to have the text split by position"
+        )
+    if missing:
+        return {}
+    return {split: found[split] for split in SPLIT_NAMES if split in found}
+
+
+def _short_name(path: Path) -> str:
+    path = path.resolve()
+    stem = path.name if path.is_dir() else path.name.split(".")[0]
+    if not path.is_dir() and stem in ("input", "train", "text", "data"):
+        stem = path.parent.name
+    return stem or "text"
+
+
+def _reader(files: Iterable[Path]) -> Documents:
+    files = list(files)
+
+    def documents() -> Iterator[Document]:
+        for file in files:
+            yield from read_documents(file)
+
+    return documents
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """The documents of one file: each row of a .jsonl, else the whole file.
+
+    Raises `UserError` naming the place when the file is not what its name says.
+    """
+    if ".jsonl" in path.name.lower():
+        for row in _jsonl_rows(path):
+            yield iter((row,))
+    else:
+        yield _text_pieces(path)
+
+
+def _text_pieces(path: Path) -> Iterator[str]:
+    decode = codecs.utf_8_decode
+    offset, lines, rest = 0, 0, b""
+    with _open(path) as file:
+        while True:
+            chunk = file.read(PIECE_BYTES)
+            data = rest + chunk
+            try:
+                text, used = decode(data, "strict", not chunk)
+            except UnicodeDecodeError as error:
+                line = lines + data[: error.start].count(b"\n") + 1
+                raise UserError(
+                    f"{path}: not valid UTF-8 at byte {offset + error.start}, line {line}; convert"
+                    " the file to UTF-8"
+                ) from error
+            if text:
+                yield text
+            if not chunk:
+                return
+            offset, lines, rest = offset + used, lines + text.count("\n"), data[used:]
+
+
+def _jsonl_rows(path: Path) -> Iterator[str]:
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+                text = row["text"] if isinstance(row, dict) else None
+            except KeyError:
+                text = None
+            except UnicodeDecodeError as error:
+                raise UserError(f"{place}: not valid UTF-8") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{place}: not a JSON row ({error})") from error
+            if not isinstance(text, str):
+                raise UserError(f'{place}: the row has no text; rows are {{"text": "…"}}')
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UserError(f"{place}: the text has half a surrogate pair") from error
+            yield text
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked if it is gzip; what goes wrong while reading is a `UserError`."""
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: broken gzip ({error}); get the file again") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror or error})")
+
+
+# --- cutting by position -------------------------------------------------------------------------
+
+
+def cut_by_position(
+    documents: Documents,
+    fractions: tuple[float, ...] | None = None,
+    edges: tuple[int, int] | None = None,
+) -> dict[str, Documents]:
+    """Splits that follow each other: train, valid and test by byte position in the text.
+
+    The cuts are at the `edges`, or at the given fractions of all bytes; a character belongs to the
+    split in which its first byte lies. A test fraction of 0 means no test split.
+    """
+    known: list[tuple[int, int]] = [edges] if edges else []
+
+    def cuts() -> tuple[int, int]:
+        if not known:  # counted when first needed: a cached token file needs no count
+            n = sum(len(p.encode("utf-8")) for document in documents() for p in document)
+            train, valid, test = fractions
+            # Rounding first: 0.9 + 0.1 must not fall short of the end.
+            end = n if test == 0 else int(round(train + valid, 9) * n)
+            known.append((int(train * n), end))
+        return known[0]
+
+    splits = {
+        "train": lambda: _byte_range(documents(), 0, cuts()[0]),
+        "valid": lambda: _byte_range(documents(), *cuts()),
+        "test": lambda: _byte_range(documents(), cuts()[1], None),
+    }
+    if fractions is not None and fractions[2] == 0:
+        del splits["test"]
+    return splits
+
+
+def _byte_range(documents: Iterator[Document], start: int, stop: int | None) -> Iterator[Document]:
+    """The part of the concatenated documents from byte `start` to byte `stop`."""
+    position = 0
+
+    def inside(document: Document) -> Document:
+        nonlocal position
+        for piece in document:
+            data = piece.encode("utf-8")
+            first = _character_start(data, start - position)
+            last = len(data) if stop is None else _character_start(data, stop - position)
+            position += len(data)
+            if first < last:
+                yield data[first:last].decode("utf-8")
+            if stop is not None and position >= stop:
+                return
+
+    for document in documents:
+        if stop is not None and position >= stop:
+            return
+        yield inside(document)
+
+
+def _character_start(data: bytes, index: int) -> int:
+    """The first start of a character at or after byte `index`, within 0 … len(data)."""
+    index = max(0, index)
+    while index < len(data) and data[index] & 0xC0 == 0x80:
+        index += 1
+    return min(index, len(data))
+
+
+# --- the standard library ------------------------------------------------------------------------
+
+
+def stdlib_corpus(split: tuple[float, ...], log: Callable[[str], None]) -> Corpus:
+    """The source files of the running Python's standard library, without its tests.
+
+    Each file goes to a split by the hash of its relative path, whatever else is there.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    train, valid, _ = split
+    files: dict[str, list[Path]] = {"train": [], "valid": [], "test": []}
+    sizes = dict.fromkeys(files, 0)
+    digests: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    for path in sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).as_posix()):
+        relative = path.relative_to(root)
+        if STDLIB_LEFT_OUT.intersection(relative.parts):
+            continue
+        try:
+            source = path.read_bytes()
+            source.decode("utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        if source:
+            hashed = hashlib.sha256(relative.as_posix().encode("utf-8")).digest()
+            place = int.from_bytes(hashed[:8], "big") / 2**64
+            part = "train" if place < train else "valid" if place < train + valid else "test"
+            files[part].append(path)
+            sizes[part] += len(source)
+            digests[part].append(hashlib.sha256(source).hexdigest())
+    files = {part: paths for part, paths in files.items() if paths}
+    if not files:
+        raise UserError(f"python-stdlib: {root} holds no source files; use another dataset")
+    counts = "; ".join(f"{part} {len(files[part])} files, {sizes[part]:,} bytes" for part in files)
+    log(f"python-stdlib: {counts}")
+    splits = {part: _reader(paths) for part, paths in files.items()}
+    return Corpus("python-stdlib", splits, _key(digests), "bytes")
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+
+def _digests(files: Iterable[Path]) -> list[str]:
+    """Content and format of each file; where it lies does not matter."""
+    digests = []
+    for path in files:
+        digest = hashlib.sha256()
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(PIECE_BYTES):
+                    digest.update(chunk)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        kind = next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix))
+        digests.append(f"{kind} {digest.hexdigest()}")
+    return digests
+
+
+def _key(description: object) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _some(files: list[Path], folder: Path) -> str:
+    names = [file.relative_to(folder).as_posix() for file in files[:3]]
+    return ", ".join(names) + (f" and {len(files) - 3} more" if len(files) > 3 else "")

@@ -1,0 +1,175 @@
+"""From the config's `dataset` and `tokenizer` to token files: `prepare_data`."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from wavelet_lm.config import DataConfig
+from wavelet_lm.data.corpus import SUFFIXES, Corpus, path_corpus, stdlib_corpus
+from wavelet_lm.data.encoding import EmptySplitError, locked, sample_blocks, token_file
+from wavelet_lm.data.hub import KNOWN, hub_corpus
+from wavelet_lm.data.tokenizers import (
+    CharTokenizer,
+    Tokenizer,
+    check_tokenizer_name,
+    load_tokenizer,
+    named_tokenizer,
+    sentencepiece_vocab,
+    train_sentencepiece,
+)
+from wavelet_lm.errors import UserError
+
+CACHE_VERSION = 1  # raise it when the same text would become other tokens
+SENTENCEPIECE_SAMPLE_CHARS = 100_000_000
+SENTENCE_CHARS = 4096  # at most 16 KiB of UTF-8, which SentencePiece still takes
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+FILE_SUFFIXES = (*SUFFIXES, ".gz", ".json", ".csv", ".tsv", ".parquet", ".zip", ".py", ".tokens")
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """One split as tokens.
+
+    tokens: 1-D read-only memory map, uint8, uint16 or uint32; n_bytes: UTF-8 bytes of the text they
+    encode (end-of-text tokens have none); n_words: the canonical word count where one exists.
+    """
+
+    tokens: np.ndarray
+    n_bytes: int
+    n_words: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A data set ready for training; name: short, for run folders and tables."""
+
+    name: str
+    tokenizer: Tokenizer
+    train: TokenSplit
+    valid: TokenSplit
+    test: TokenSplit | None
+
+
+def prepare_data(
+    config: DataConfig,
+    *,
+    tokenizer: Tokenizer | None = None,
+    log: Callable[[str], None] = print,
+) -> TokenizedText:
+    """Encode `config.dataset`, or open what an earlier run has encoded.
+
+    tokenizer: use this one (evaluation, fine-tuning) and not `config.tokenizer`. `auto` is bytes
+    for python-stdlib and enwik8, char for text8, sentencepiece:32000 for pg19, else gpt2.
+    Raises `UserError` for whatever is wrong with the data.
+    """
+    if tokenizer is None and config.tokenizer != "auto":
+        check_tokenizer_name(config.tokenizer)
+    corpus = open_corpus(config, log)
+    folder = Path(config.cache_dir).expanduser() / f"{corpus.name}-{_short_hash(corpus.key)}"
+    if tokenizer is None:
+        name = corpus.default_tokenizer if config.tokenizer == "auto" else config.tokenizer
+        tokenizer = _tokenizer_for(corpus, name, folder, log)
+    folder /= _short_hash(tokenizer.fingerprint)
+
+    splits: dict[str, TokenSplit] = {}
+    for split, documents in corpus.splits.items():
+        try:
+            encoded = token_file(folder / f"{split}.bin", documents, tokenizer, log)
+        except EmptySplitError as error:
+            if split == "test":
+                log(f"{corpus.name}: the test split has no text and is left out")
+                continue
+            advice = "give more text" if split == "train" else "give more text or change split"
+            raise UserError(f"{config.dataset}: {error}; {advice}") from error
+        _check(corpus, split, tokenizer, encoded.n_bytes, len(encoded.tokens))
+        splits[split] = TokenSplit(encoded.tokens, encoded.n_bytes, corpus.n_words.get(split))
+        log(
+            f"{corpus.name} {split}: {len(encoded.tokens):,} {tokenizer.name} tokens,"
+            f" {encoded.n_bytes:,} bytes"
+        )
+    for split in ("train", "valid"):
+        if split not in splits:
+            raise UserError(f"{config.dataset}: the {split} split has no text; change split")
+    return TokenizedText(
+        corpus.name, tokenizer, splits["train"], splits["valid"], splits.get("test")
+    )
+
+
+def open_corpus(config: DataConfig, log: Callable[[str], None] = print) -> Corpus:
+    """What `config.dataset` means: a built-in name, else an existing path, else a hub name."""
+    dataset = config.dataset
+    if dataset == "python-stdlib":
+        return stdlib_corpus(config.split, log)
+    if dataset in KNOWN:
+        return hub_corpus(dataset, config.split)
+    path = Path(dataset).expanduser()
+    if dataset and path.exists():
+        return path_corpus(path, config.split, log)
+    if not HUB_NAME.fullmatch(dataset) or _looks_like_a_path(dataset):
+        hint = "; data/ is a folder that you fill, see README" if dataset[:5] == "data/" else ""
+        raise UserError(f"missing data path: {dataset!r} does not exist{hint}")
+    near = difflib.get_close_matches(dataset, ["python-stdlib", *KNOWN], n=1, cutoff=0.7)
+    if near and "/" not in dataset:
+        raise UserError(f"unknown dataset {dataset!r}; did you mean {near[0]}?")
+    return hub_corpus(dataset, config.split)
+
+
+def _looks_like_a_path(dataset: str) -> bool:
+    return (
+        dataset.startswith((".", "~", "data/"))
+        or dataset.lower().endswith(FILE_SUFFIXES)
+        or dataset == "data"
+    )
+
+
+def _tokenizer_for(
+    corpus: Corpus, name: str, folder: Path, log: Callable[[str], None]
+) -> Tokenizer:
+    """The named tokenizer; those made from the text are kept in `folder` and reused."""
+    if name in ("gpt2", "bytes"):
+        return named_tokenizer(name)
+    home = folder / name.replace(":", "-")
+    with locked(home, log):
+        if (home / "tokenizer.json").is_file():
+            return load_tokenizer(home)
+        if name == "char":
+            everything = (documents() for documents in corpus.splits.values())
+            made = CharTokenizer.of(p for split in everything for doc in split for p in doc)
+        else:
+            log(f"training {name} on the training split of {corpus.name}")
+            made = train_sentencepiece(_sentences(corpus), sentencepiece_vocab(name))
+        if made.vocab_size:
+            made.save(home)
+    return made
+
+
+def _sentences(corpus: Corpus) -> Iterator[str]:
+    """Lines of the training split for SentencePiece, at most SENTENCE_CHARS long each."""
+    for block in sample_blocks(corpus.splits["train"](), SENTENCEPIECE_SAMPLE_CHARS):
+        for line in block.split("\n"):
+            for start in range(0, len(line), SENTENCE_CHARS):
+                yield line[start : start + SENTENCE_CHARS]
+
+
+def _check(corpus: Corpus, split: str, tokenizer: Tokenizer, n_bytes: int, n_tokens: int) -> None:
+    """Published texts must be exactly what was published."""
+    counts = [("bytes", n_bytes, corpus.n_bytes.get(split))]
+    key = (tokenizer.name, split)
+    counts.append((f"{tokenizer.name} tokens", n_tokens, corpus.n_tokens.get(key)))
+    for what, found, expected in counts:
+        if expected is not None and found != expected:
+            raise UserError(
+                f"{corpus.name}: the {split} split has {found:,} {what}, expected {expected:,};"
+                " the download is damaged or another version: clear the Hugging Face cache"
+            )
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(f"{CACHE_VERSION} {text}".encode()).hexdigest()[:16]

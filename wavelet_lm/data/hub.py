@@ -1,0 +1,199 @@
+"""Data sets of the Hugging Face hub, through the `datasets` library.
+
+Only data sets of plain files (Parquet, JSON, text) can be loaded; `datasets` has given up loading
+scripts, so some well-known sets come from mirrors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from wavelet_lm.data.corpus import (
+    PIECE_BYTES,
+    SPLIT_NAMES,
+    Corpus,
+    Document,
+    Documents,
+    cut_by_position,
+)
+from wavelet_lm.errors import UserError
+
+ROWS_AT_ONCE = 64  # a row of pg19 is a book
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """How a hub data set becomes documents.
+
+    repository, config, options: arguments of `datasets.load_dataset`; joined: all rows of a split
+    are one document, with this between them; edges: cut the train split at these two byte
+    positions; the rest as in `Corpus`.
+    """
+
+    repository: str
+    config: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    joined: str | None = None
+    edges: tuple[int, int] | None = None
+    default_tokenizer: str = "gpt2"
+    n_words: dict[str, int] = field(default_factory=dict)
+    n_bytes: dict[str, int] = field(default_factory=dict)
+    n_tokens: dict[tuple[str, str], int] = field(default_factory=dict)
+
+
+# WikiText's rows are lines that keep their own line end.
+WIKITEXT = {
+    "repository": "Salesforce/wikitext",
+    "joined": "\n\n",
+    "n_words": {"test": 245_569},
+    "n_bytes": {"test": 1_296_370},
+}
+WIKITEXT_TOKENS = {("gpt2", "valid"): 251_048, ("gpt2", "test"): 287_644}
+HUNDRED_MILLION = {"train": 90_000_000, "valid": 5_000_000, "test": 5_000_000}
+
+KNOWN: dict[str, HubSet] = {
+    "wikitext-103": HubSet(
+        config="wikitext-103-raw-v1",
+        n_tokens={("gpt2", "train"): 119_721_489, **WIKITEXT_TOKENS},
+        **WIKITEXT,
+    ),
+    # Its validation and test splits are those of WikiText-103.
+    "wikitext-2": HubSet(config="wikitext-2-raw-v1", n_tokens=WIKITEXT_TOKENS, **WIKITEXT),
+    "pg19": HubSet(
+        "emozilla/pg19", default_tokenizer="sentencepiece:32000", n_words={"test": 6_966_499}
+    ),
+    "text8": HubSet("afmck/text8", default_tokenizer="char", n_bytes=HUNDRED_MILLION),
+    # No mirror holds the exact file, so this is the original archive as one row.
+    "enwik8": HubSet(
+        "text",
+        options={
+            "data_files": "http://mattmahoney.net/dc/enwik8.zip",
+            "sample_by": "document",
+        },
+        edges=(90_000_000, 95_000_000),
+        default_tokenizer="bytes",
+    ),
+    "tinystories": HubSet("roneneldan/TinyStories"),
+    "openwebtext": HubSet("Skylion007/openwebtext"),
+}
+
+
+def hub_corpus(name: str, split: tuple[float, ...]) -> Corpus:
+    """The corpus of a known name or of `[owner/]name[:config]`.
+
+    Missing valid and test splits are cut off the end of train by the fractions `split`.
+    """
+    repository, _, config = name.partition(":")
+    spec = KNOWN.get(name) or HubSet(repository, config or None)
+    loaded = _load(name, spec)
+    parts = {
+        part: loaded[found]
+        for part, names in SPLIT_NAMES.items()
+        for found in [next((n for n in names if n in loaded), None)]
+        if found is not None
+    }
+    if "train" not in parts:
+        raise UserError(f"dataset {name}: no train split; it has {', '.join(loaded)}")
+    key = repr((spec, split, [(part, rows._fingerprint) for part, rows in parts.items()]))
+    if spec.edges is not None:
+        documents = _documents(parts["train"], name, spec.joined)
+        splits = cut_by_position(documents, edges=spec.edges)
+    elif spec.joined is not None or len(parts["train"]) == 1:
+        splits = {part: _documents(rows, name, spec.joined) for part, rows in parts.items()}
+        splits |= _cut_text(splits, split)
+    else:
+        parts |= _cut_rows(parts, split)
+        splits = {part: _documents(rows, name, None) for part, rows in parts.items()}
+    return Corpus(
+        name=repository.rpartition("/")[2],
+        splits={part: splits[part] for part in SPLIT_NAMES if part in splits},
+        key=hashlib.sha256(key.encode()).hexdigest(),
+        default_tokenizer=spec.default_tokenizer,
+        n_words=spec.n_words,
+        n_bytes=spec.n_bytes,
+        n_tokens=spec.n_tokens,
+    )
+
+
+def _load(name: str, spec: HubSet) -> dict[str, Any]:
+    """Split name → `datasets.Dataset`."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError("hub data sets need `python -m pip install datasets`") from error
+    try:
+        return datasets.load_dataset(spec.repository, spec.config, **spec.options)
+    except Exception as error:
+        # The library raises many kinds for no network, no such name and no such config alike.
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"dataset {name} could not be loaded from the Hugging Face hub"
+            f" ({type(error).__name__}: {reason}); check the name, or download it on a connected"
+            " machine and point HF_HOME to a copy of its cache, or give a local file or folder"
+        ) from error
+
+
+def _documents(rows: Any, name: str, joined: str | None) -> Documents:
+    column = _text_column(rows, name)
+
+    def texts() -> Iterator[str]:
+        for batch in rows.select_columns([column]).iter(ROWS_AT_ONCE):
+            for text in batch[column]:
+                yield text or ""
+
+    def one_document() -> Document:
+        for index, text in enumerate(texts()):
+            yield (joined + text) if index else text
+
+    if joined is not None:
+        return lambda: iter([one_document()])
+    return lambda: (_pieces(text) for text in texts())
+
+
+def _pieces(text: str) -> Document:
+    return (text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES))
+
+
+def _text_column(rows: Any, name: str) -> str:
+    strings = [
+        column
+        for column, feature in rows.features.items()
+        if getattr(feature, "dtype", None) in ("string", "large_string")
+    ]
+    if "text" in strings:
+        return "text"
+    if len(strings) == 1:
+        return strings[0]
+    raise UserError(
+        f"dataset {name}: there is no text column; its columns are {', '.join(rows.features)}"
+    )
+
+
+def _cut_rows(parts: dict[str, Any], split: tuple[float, ...]) -> dict[str, Any]:
+    """Train and the missing splits, cut off the end of train by rows."""
+    rows = parts["train"]
+    n = len(rows)
+    n_test = 0 if "test" in parts else int(split[2] * n)
+    n_valid = 0 if "valid" in parts else int(split[1] * n)
+    n_train = n - n_valid - n_test
+    cut = {
+        "train": (0, n_train),
+        "valid": (n_train, n_train + n_valid),
+        "test": (n_train + n_valid, n),
+    }
+    return {part: rows.select(range(*ends)) for part, ends in cut.items() if ends[0] < ends[1]}
+
+
+def _cut_text(splits: dict[str, Documents], split: tuple[float, ...]) -> dict[str, Documents]:
+    """Train and the missing splits, cut off the end of train by position."""
+    valid = 0.0 if "valid" in splits else split[1]
+    test = 0.0 if "test" in splits else split[2]
+    if valid == test == 0:
+        return {}
+    cut = cut_by_position(splits["train"], fractions=(1 - valid - test, valid, test))
+    return {part: documents for part, documents in cut.items() if part not in splits} | {
+        "train": cut["train"]
+    }

@@ -1,0 +1,338 @@
+"""Text to tokens and back: GPT-2 BPE, a trained SentencePiece model, bytes, or characters.
+
+All four are lossless: the UTF-8 bytes of a text's tokens, joined, are the text's bytes. A tokenizer
+is kept with a run as `tokenizer/tokenizer.json` (plus `sentencepiece.model`); nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from wavelet_lm.errors import UserError
+from wavelet_lm.files import atomic_path, write_text
+
+GPT2_VOCAB, GPT2_END_OF_TEXT = 50257, 50256
+SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space inside its pieces
+LARGEST_SENTENCEPIECE_VOCAB = 1_000_000
+MAX_SENTENCE_BYTES = 16384  # longer training sentences would be left out
+
+Tokens = Sequence[int] | np.ndarray
+
+
+class Tokenizer:
+    """What all tokenizers offer.
+
+    name: as the config writes it; vocab_size: tokens are 0 … vocab_size - 1; end_of_text: the
+    token that stands between documents, or None where there is none.
+    """
+
+    name: str
+    vocab_size: int
+    end_of_text: int | None = None
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text; strings such as `<|endoftext|>` inside it are plain text."""
+        return np.asarray(self.encode_batch([text])[0]).tolist()
+
+    def encode_batch(self, texts: Sequence[str], start: int = 0) -> list[Tokens]:
+        """Tokens of each of several texts.
+
+        start: position of the first text's first character in the whole, for error messages.
+        """
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the tokens; bytes that are not valid UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes of one token (possibly part of a character); empty for end_of_text."""
+        raise NotImplementedError
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that encode equally."""
+        return self.name
+
+    def save(self, folder: str | Path) -> None:
+        """Write what `load_tokenizer` needs into `folder`, which is made if missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Escapes keep odd characters (separators, line ends) out of the file.
+        write_text(folder / "tokenizer.json", json.dumps({"name": self.name, **self._details()}))
+
+    def _details(self) -> dict[str, object]:
+        return {}
+
+
+class ByteTokenizer(Tokenizer):
+    """The UTF-8 bytes themselves."""
+
+    name, vocab_size = "bytes", 256
+
+    def encode_batch(self, texts: Sequence[str], start: int = 0) -> list[Tokens]:
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes((token,))
+
+
+class CharTokenizer(Tokenizer):
+    """One token per character, for the characters of a given text in sorted order."""
+
+    name = "char"
+
+    def __init__(self, characters: str):
+        self.characters = characters
+        self.vocab_size = len(characters)
+        # Sorted code points: the rank of a character is its token.
+        self._codes = np.frombuffer(characters.encode("utf-32-le"), dtype=np.uint32)
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> CharTokenizer:
+        """The tokenizer of all characters in the given texts."""
+        seen: set[str] = set()
+        for text in texts:
+            seen.update(text)
+        return cls("".join(sorted(seen)))
+
+    def encode_batch(self, texts: Sequence[str], start: int = 0) -> list[Tokens]:
+        batch: list[Tokens] = []
+        for text in texts:
+            batch.append(self._encode(text, start))
+            start += len(text)
+        return batch
+
+    def _encode(self, text: str, start: int) -> np.ndarray:
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        tokens = np.searchsorted(self._codes, codes)
+        known = self._codes[np.minimum(tokens, self.vocab_size - 1)] == codes
+        if not known.all():
+            position = int(np.argmin(known))
+            raise UserError(
+                f"character {text[position]!r} (U+{codes[position]:04X}) at position"
+                f" {start + position} is not among the {self.vocab_size} characters of this char"
+                " tokenizer; use text of the same alphabet, or another tokenizer"
+            )
+        return tokens
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.characters[token].encode("utf-8")
+
+    @property
+    def fingerprint(self) -> str:
+        return f"char {_hash(self.characters.encode('utf-8'))}"
+
+    def _details(self) -> dict[str, object]:
+        return {"characters": self.characters}
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-level BPE through tiktoken."""
+
+    name, vocab_size, end_of_text = "gpt2", GPT2_VOCAB, GPT2_END_OF_TEXT
+
+    def __init__(self) -> None:
+        import tiktoken
+
+        try:
+            self._encoding = tiktoken.get_encoding("gpt2")
+        except Exception as error:
+            # Whatever went wrong (no network, proxy, a damaged cache), the remedy is the same.
+            raise UserError(
+                "the GPT-2 vocabulary is neither cached nor can it be downloaded"
+                f" ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that holds it,"
+                " connect to the network once, or use --tokenizer sentencepiece:8192"
+            ) from error
+
+    def encode_batch(self, texts: Sequence[str], start: int = 0) -> list[Tokens]:
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=4)
+
+    def token_bytes(self, token: int) -> bytes:
+        if token == self.end_of_text:
+            return b""
+        return self._encoding.decode_single_token_bytes(token)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece BPE model with byte fallback, set up so that no text is changed.
+
+    Spaces are U+2581 inside the model, so a literal U+2581 in the text goes around it and is
+    written as its three byte tokens.
+    """
+
+    def __init__(self, model: bytes):
+        import sentencepiece
+
+        self.model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size = self._processor.get_piece_size()
+        self.name = f"sentencepiece:{self.vocab_size}"
+        self.end_of_text = self._processor.eos_id()
+        self._mark_ids = [
+            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode("utf-8")
+        ]
+
+    def encode_batch(self, texts: Sequence[str], start: int = 0) -> list[Tokens]:
+        split = [text.split(SPACE_MARK) for text in texts]
+        parts = iter(self._processor.encode([part for parts in split for part in parts]))
+        batch: list[Tokens] = []
+        for pieces in split:
+            tokens = next(parts)
+            for _ in pieces[1:]:
+                tokens += self._mark_ids + next(parts)
+            batch.append(tokens)
+        return batch
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        pieces = []
+        for token in range(self.vocab_size):
+            piece = self._processor.id_to_piece(token)
+            if self._processor.is_byte(token):
+                pieces.append(bytes((int(piece[1:-1], 16),)))
+            elif self._processor.is_control(token) or self._processor.is_unknown(token):
+                pieces.append(b"")
+            else:
+                pieces.append(piece.replace(SPACE_MARK, " ").encode("utf-8"))
+        return pieces
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._bytes[token]
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.name} {_hash(self.model)}"
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / "sentencepiece.model") as temporary:
+            temporary.write_bytes(self.model)
+        super().save(folder)  # the JSON last: where it is, the model is whole
+
+
+# --- making and loading -------------------------------------------------------------------------
+
+
+def sentencepiece_vocab(name: str) -> int:
+    """The vocabulary size in `sentencepiece:VOCAB`."""
+    text = name.removeprefix("sentencepiece").removeprefix(":")
+    if not text.isascii() or not text.isdigit() or int(text) > LARGEST_SENTENCEPIECE_VOCAB:
+        raise UserError(
+            f"tokenizer {name!r}: write sentencepiece:VOCAB with the size of the vocabulary, such"
+            " as sentencepiece:8192"
+        )
+    return int(text)
+
+
+def check_tokenizer_name(name: str) -> None:
+    """Raise `UserError` for a name that no tokenizer has."""
+    if name.startswith("sentencepiece"):
+        sentencepiece_vocab(name)
+    elif name not in ("gpt2", "bytes", "char"):
+        raise UserError(
+            f"unknown tokenizer {name!r}; use gpt2, sentencepiece:VOCAB, bytes, char or auto"
+        )
+
+
+def train_sentencepiece(sentences: Iterator[str], vocab_size: int) -> SentencePieceTokenizer:
+    """A BPE model of `vocab_size` pieces (256 bytes, `<unk>` and `</s>` among them).
+
+    sentences: lines without their line end; the caller bounds their number and length.
+    """
+    import sentencepiece
+
+    def clean() -> Iterator[str]:
+        for sentence in sentences:
+            yield from filter(None, sentence.split(SPACE_MARK))
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=clean(),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            character_coverage=0.9995,
+            max_sentence_length=MAX_SENTENCE_BYTES,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=1,  # the result must not depend on the machine
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(_vocabulary_error(str(error), vocab_size)) from error
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def _vocabulary_error(message: str, vocab_size: int) -> str:
+    name = f"tokenizer sentencepiece:{vocab_size}"
+    if largest := re.search(r"value <= (\d+)", message):
+        return (
+            f"{name}: the training text is too small for so many pieces; the largest possible is"
+            f" sentencepiece:{largest[1]}"
+        )
+    if smallest := re.search(r"\d+ vs (\d+)", message):
+        return (
+            f"{name}: too few pieces for all bytes and the characters of this text; the smallest"
+            f" possible is sentencepiece:{smallest[1]}"
+        )
+    if "sentences_.empty" in message:
+        return f"{name}: the training split has no text to train on"
+    return f"{name}: training failed ({' '.join(message.split())})"
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a run folder, of its `tokenizer` folder, or beside a checkpoint file."""
+    path = Path(path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise UserError(f"{path}: there is no such run folder or checkpoint")
+    for place in (folder / "tokenizer", folder):
+        file = place / "tokenizer.json"
+        if file.is_file():
+            return _read(file)
+    raise UserError(f"{path}: there is no tokenizer (tokenizer/tokenizer.json) here")
+
+
+def _read(file: Path) -> Tokenizer:
+    try:
+        details = json.loads(file.read_text(encoding="utf-8"))
+        name = details["name"]
+        if name == "char":
+            return CharTokenizer(details["characters"])
+        if name.startswith("sentencepiece"):
+            return SentencePieceTokenizer((file.parent / "sentencepiece.model").read_bytes())
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
+        raise UserError(f"{file}: cannot be read as a tokenizer ({error})") from error
+    return named_tokenizer(name)
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    """The tokenizers that need no training text: gpt2 and bytes."""
+    if name == "gpt2":
+        return GPT2Tokenizer()
+    if name == "bytes":
+        return ByteTokenizer()
+    raise UserError(f"unknown tokenizer {name!r}")
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
