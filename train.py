@@ -17,6 +17,7 @@ from wavelet_lm.errors import run_command
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?"
     parser = OneLineParser(
         usage="python train.py [--config FILE | --resume RUN] [--key value ...]",
         description="Train a wavelet language model.",

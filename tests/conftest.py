@@ -2,8 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import settings
 
 from wavelet_lm.config import Config
+
+# Models this small only lose by threads, and a test's time says nothing about its subject.
+torch.set_num_threads(1)
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 TINY = {
     "C": 16,

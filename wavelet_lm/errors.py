@@ -8,14 +8,18 @@ standard error and exit status 2. A stack trace is therefore always a defect of 
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 
 class UserError(Exception):
     """A mistake in what the user gave; the message is one complete line."""
 
 
-class Interrupted(Exception):
-    """A stop that the user asked for (Ctrl-C, SIGTERM); the message says how to go on."""
+class Interrupted(BaseException):
+    """A stop that the user asked for (Ctrl-C, SIGTERM); the message says how to go on.
+
+    Like `KeyboardInterrupt` it is no `Exception`, so that nothing takes it for a failure.
+    """
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
@@ -24,7 +28,9 @@ class Interrupted(Exception):
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and exit: 0, 2 for a user's error, 128 + signal when interrupted."""
-    name = sys.argv[0].rsplit("/", 1)[-1]
+    spec = sys.modules["__main__"].__spec__  # of `python -m`, else None
+    name = spec.parent if spec else sys.argv[0].rsplit("/", 1)[-1]
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
     except UserError as error:
@@ -39,3 +45,8 @@ def run_command(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # `generate.py … | head`: the reader has left, which is not an error
         sys.stderr.close()
         sys.exit(0)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """End as by Ctrl-C, so that temporary files are removed."""
+    raise Interrupted(signum, "terminated")

@@ -39,13 +39,15 @@ def write_text(path: str | Path, text: str) -> None:
 def append_line(path: str | Path, line: str) -> None:
     """Add one line in a single write, so that concurrent writers do not mix theirs."""
     data = (line.rstrip("\n") + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, data)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            while data:  # a disk that fills up takes a part of it, and refuses the rest
+                data = data[os.write(descriptor, data) :]
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise as_user_error(error, Path(path)) from error
-    finally:
-        os.close(descriptor)
 
 
 def as_user_error(error: OSError, path: Path) -> UserError:

@@ -9,7 +9,7 @@ from wavelet_lm.models import losses
 @pytest.fixture(params=[1, 40, 10**6])
 def chunk_elements(request, monkeypatch):
     """One position at a time, a few, all at once."""
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", {"cpu": request.param})
 
 
 def data(N=13, C=5, V=7, dtype=torch.float64):
@@ -54,7 +54,7 @@ def test_small_gradients_survive_half_precision():
 
 
 def test_logits_never_stand_in_memory_at_once(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", {"cpu": 1000})
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -68,6 +68,10 @@ def training_batches(config: Config, tokens: np.ndarray) -> Batches:
 def validation_batches(config: Config, tokens: np.ndarray) -> list[tuple[Tensor, Tensor]]:
     """`eval_batches` micro-batches of evenly spaced windows; fewer where the text is short."""
     n_targets = len(tokens) - 1
+    if n_targets < 1:
+        raise UserError(
+            f"the validation split has {len(tokens)} token; give more text or change split"
+        )
     block_size = min(config.block_size, n_targets)
     n_windows = min(config.eval_batches * config.micro_batch_size, n_targets // block_size)
     starts = np.linspace(0, n_targets - block_size, n_windows).astype(np.int64)

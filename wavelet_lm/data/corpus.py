@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import sysconfig
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -70,11 +71,11 @@ def path_corpus(path: Path, split: tuple[float, ...], log: Callable[[str], None]
             unused = [file for file in _text_files(path) if file not in used]
             if unused:
                 log(f"{path}: uses its train/valid/test, not {_some(unused, path)}")
-            key = _key({part: _digests(files) for part, files in named.items()})
-            return Corpus(name, {s: _reader(f) for s, f in named.items()}, key, "gpt2")
+            key = content_key({part: _digests(files) for part, files in named.items()})
+            return Corpus(name, {s: reader(f) for s, f in named.items()}, key, "gpt2")
     files = _text_files(path)
-    key = _key({"files": _digests(files), "split": list(split)})
-    return Corpus(name, cut_by_position(_reader(files), fractions=split), key, "gpt2")
+    key = content_key({"files": _digests(files), "split": list(split)})
+    return Corpus(name, cut_by_position(reader(files), fractions=split), key, "gpt2")
 
 
 def _text_files(path: Path) -> list[Path]:
@@ -130,7 +131,7 @@ def _short_name(path: Path) -> str:
     return stem or "text"
 
 
-def _reader(files: Iterable[Path]) -> Documents:
+def reader(files: Iterable[Path]) -> Documents:
     files = list(files)
 
     def documents() -> Iterator[Document]:
@@ -200,12 +201,18 @@ def _jsonl_rows(path: Path) -> Iterator[str]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, unpacked if it is gzip; what goes wrong while reading is a `UserError`."""
+    """The file's bytes, unpacked if packed; what goes wrong while reading is a `UserError`."""
+    kind = path.suffix.lower().lstrip(".")
     try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-            yield file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: broken gzip ({error}); get the file again") from error
+        if kind == "zip":  # of one file
+            with zipfile.ZipFile(path) as archive, archive.open(archive.namelist()[0]) as file:
+                yield file
+        else:
+            with gzip.open(path) if kind == "gz" else path.open("rb") as file:
+                yield file
+    except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        what = {"gz": "gzip"}.get(kind, kind)
+        raise UserError(f"{path}: broken {what} ({error}); get the file again") from error
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -312,8 +319,8 @@ def stdlib_corpus(split: tuple[float, ...], log: Callable[[str], None]) -> Corpu
         raise UserError(f"python-stdlib: {root} holds no source files; use another dataset")
     counts = "; ".join(f"{part} {len(files[part])} files, {sizes[part]:,} bytes" for part in files)
     log(f"python-stdlib: {counts}")
-    splits = {part: _reader(paths) for part, paths in files.items()}
-    return Corpus("python-stdlib", splits, _key(digests), "bytes")
+    splits = {part: reader(paths) for part, paths in files.items()}
+    return Corpus("python-stdlib", splits, content_key(digests), "bytes")
 
 
 # --- keys ----------------------------------------------------------------------------------------
@@ -335,7 +342,7 @@ def _digests(files: Iterable[Path]) -> list[str]:
     return digests
 
 
-def _key(description: object) -> str:
+def content_key(description: object) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
 
 

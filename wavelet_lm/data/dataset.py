@@ -91,7 +91,7 @@ def prepare_data(
         _check(corpus, split, tokenizer, encoded.n_bytes, len(encoded.tokens))
         splits[split] = TokenSplit(encoded.tokens, encoded.n_bytes, corpus.n_words.get(split))
         log(
-            f"{corpus.name} {split}: {len(encoded.tokens):,} {tokenizer.name} tokens,"
+            f"{corpus.name} {split}: {len(encoded.tokens):,} tokens ({tokenizer.name}),"
             f" {encoded.n_bytes:,} bytes"
         )
     for split in ("train", "valid"):

@@ -6,9 +6,13 @@ scripts, so some well-known sets come from mirrors.
 
 from __future__ import annotations
 
-import hashlib
+import logging
+import shutil
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from wavelet_lm.data.corpus import (
@@ -17,9 +21,12 @@ from wavelet_lm.data.corpus import (
     Corpus,
     Document,
     Documents,
+    content_key,
     cut_by_position,
+    reader,
 )
 from wavelet_lm.errors import UserError
+from wavelet_lm.files import atomic_path
 
 ROWS_AT_ONCE = 64  # a row of pg19 is a book
 
@@ -28,15 +35,15 @@ ROWS_AT_ONCE = 64  # a row of pg19 is a book
 class HubSet:
     """How a hub data set becomes documents.
 
-    repository, config, options: arguments of `datasets.load_dataset`; joined: all rows of a split
-    are one document, with this between them; edges: cut the train split at these two byte
-    positions; the rest as in `Corpus`.
+    repository, config: arguments of `datasets.load_dataset`; joined: all rows of a split are one
+    document, with this between them; archive, edges: not on the hub, but a zip file of one text at
+    this address, to be cut at these two byte positions; the rest as in `Corpus`.
     """
 
-    repository: str
+    repository: str = ""
     config: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
     joined: str | None = None
+    archive: str = ""
     edges: tuple[int, int] | None = None
     default_tokenizer: str = "gpt2"
     n_words: dict[str, int] = field(default_factory=dict)
@@ -66,13 +73,9 @@ KNOWN: dict[str, HubSet] = {
         "emozilla/pg19", default_tokenizer="sentencepiece:32000", n_words={"test": 6_966_499}
     ),
     "text8": HubSet("afmck/text8", default_tokenizer="char", n_bytes=HUNDRED_MILLION),
-    # No mirror holds the exact file, so this is the original archive as one row.
+    # The hub has it only as a loading script.
     "enwik8": HubSet(
-        "text",
-        options={
-            "data_files": "http://mattmahoney.net/dc/enwik8.zip",
-            "sample_by": "document",
-        },
+        archive="http://mattmahoney.net/dc/enwik8.zip",
         edges=(90_000_000, 95_000_000),
         default_tokenizer="bytes",
     ),
@@ -88,7 +91,12 @@ def hub_corpus(name: str, split: tuple[float, ...]) -> Corpus:
     """
     repository, _, config = name.partition(":")
     spec = KNOWN.get(name) or HubSet(repository, config or None)
-    loaded = _load(name, spec)
+    with _explained(name):
+        loaded = _archive(name, spec) if spec.archive else _load(spec)
+    if isinstance(loaded, Path):
+        splits = cut_by_position(reader([loaded]), edges=spec.edges)
+        key = repr((spec, loaded.stat().st_size))
+        return Corpus(name, splits, content_key(key), spec.default_tokenizer)
     parts = {
         part: loaded[found]
         for part, names in SPLIT_NAMES.items()
@@ -98,10 +106,7 @@ def hub_corpus(name: str, split: tuple[float, ...]) -> Corpus:
     if "train" not in parts:
         raise UserError(f"dataset {name}: no train split; it has {', '.join(loaded)}")
     key = repr((spec, split, [(part, rows._fingerprint) for part, rows in parts.items()]))
-    if spec.edges is not None:
-        documents = _documents(parts["train"], name, spec.joined)
-        splits = cut_by_position(documents, edges=spec.edges)
-    elif spec.joined is not None or len(parts["train"]) == 1:
+    if spec.joined is not None or len(parts["train"]) == 1:
         splits = {part: _documents(rows, name, spec.joined) for part, rows in parts.items()}
         splits |= _cut_text(splits, split)
     else:
@@ -110,7 +115,7 @@ def hub_corpus(name: str, split: tuple[float, ...]) -> Corpus:
     return Corpus(
         name=repository.rpartition("/")[2],
         splits={part: splits[part] for part in SPLIT_NAMES if part in splits},
-        key=hashlib.sha256(key.encode()).hexdigest(),
+        key=content_key(key),
         default_tokenizer=spec.default_tokenizer,
         n_words=spec.n_words,
         n_bytes=spec.n_bytes,
@@ -118,21 +123,50 @@ def hub_corpus(name: str, split: tuple[float, ...]) -> Corpus:
     )
 
 
-def _load(name: str, spec: HubSet) -> dict[str, Any]:
+def _load(spec: HubSet) -> dict[str, Any]:
     """Split name → `datasets.Dataset`."""
+    import datasets
+
+    # Its retries would announce themselves on the terminal before the one error.
+    chatter = logging.getLogger("huggingface_hub")
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)
     try:
-        import datasets
+        return datasets.load_dataset(spec.repository, spec.config)
+    finally:
+        chatter.setLevel(level)
+
+
+def _archive(name: str, spec: HubSet) -> Path:
+    """The archive, downloaded into the cache of `datasets` if it is not there."""
+    import datasets
+
+    path = Path(datasets.config.HF_DATASETS_CACHE) / f"{name}.zip"
+    if not path.exists():
+        if datasets.config.HF_HUB_OFFLINE:
+            raise ConnectionError(f"offline, and {path} does not exist")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reply = urllib.request.urlopen(spec.archive, timeout=60)
+        with reply, atomic_path(path) as part, part.open("wb") as file:
+            shutil.copyfileobj(reply, file)
+    return path
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """One line for the many kinds of errors of no network, no such name and no such config."""
+    try:
+        yield
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError("hub data sets need `python -m pip install datasets`") from error
-    try:
-        return datasets.load_dataset(spec.repository, spec.config, **spec.options)
     except Exception as error:
-        # The library raises many kinds for no network, no such name and no such config alike.
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"dataset {name} could not be loaded from the Hugging Face hub"
-            f" ({type(error).__name__}: {reason}); check the name, or download it on a connected"
-            " machine and point HF_HOME to a copy of its cache, or give a local file or folder"
+            f"dataset {name} could not be loaded ({type(error).__name__}: {reason}); check the"
+            " name, or load it on a connected machine and point HF_HOME to a copy of its Hugging"
+            " Face cache, or give a local file or folder"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 from wavelet_lm.config import OneLineParser
 from wavelet_lm.errors import UserError, run_command
@@ -26,25 +27,37 @@ def main() -> None:
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"batch_size is {args.batch_size}; it must be 1 or more")
 
-    from tqdm import tqdm
+    results = evaluate_and_print(
+        args.run, args.split, dataset=args.dataset, batch_size=args.batch_size, device=args.device
+    )
+    if args.json:
+        write_text(args.json, json.dumps(results, indent=1) + "\n")
 
-    def log(message: str) -> None:
-        print(message, file=sys.stderr)
+
+def evaluate_and_print(
+    run: str,
+    split: str | None = None,
+    *,
+    dataset: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """`evaluate_run` with a progress bar and the table on standard output; returns the results."""
+    from tqdm import tqdm
 
     with tqdm(unit=" tokens", unit_scale=True, disable=None, leave=False) as bar:
         results = evaluate_run(
-            args.run,
-            args.split,
-            dataset=args.dataset,
-            batch_size=args.batch_size,
-            device=args.device,
+            run,
+            split,
+            dataset=dataset,
+            batch_size=batch_size,
+            device=device,
             progress=bar.update,
-            log=log,
+            log=lambda message: print(message, file=sys.stderr),
         )
     about = ", ".join(f"{key} {results[key]}" for key in ("run", "dataset", "split", "tokenizer"))
     print(f"{about}, {results['n_params']:,} parameters\n{table(results)}")
-    if args.json:
-        write_text(args.json, json.dumps(results, indent=1) + "\n")
+    return results
 
 
 if __name__ == "__main__":

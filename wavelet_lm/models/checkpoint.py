@@ -2,10 +2,12 @@
 
 The header's metadata carries the config, the vocabulary size and the step, so that a file can be
 loaded without anything beside it. A training checkpoint (`last.safetensors`) is the same file with
-more tensors, whose names start with a prefix that no parameter has (`training/checkpoint.py`).
+more tensors, whose names start with a prefix that no parameter has (`training/loop.py`).
 """
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or the folder cannot be written; an older file is kept.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
@@ -44,14 +47,16 @@ def save_checkpoint(
         "metadata": json.dumps(metadata),
     }
     with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             save_file(tensors, temporary, metadata=header)
-        except OSError:
-            raise
-        except Exception as error:  # safetensors reports a full disk as its own error type
-            if "No space left" in str(error):
-                raise OSError(28, "No space left on device") from error
-            raise
+        except SafetensorError as error:  # its own error type for a full disk and the like
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        temporary.chmod(mode)  # safetensors makes files that only their owner may read
 
 
 class Checkpoint:
@@ -88,7 +93,9 @@ class Checkpoint:
 
     def extra(self) -> dict[str, Tensor]:
         """The tensors beyond the weights, by name without their prefix."""
-        return {n.removeprefix(EXTRA): self.tensor(n) for n in self.names if n.startswith(EXTRA)}
+        # Cloned, since what safetensors returns is a view of the mapped file.
+        names = (name for name in self.names if name.startswith(EXTRA))
+        return {name.removeprefix(EXTRA): self.tensor(name).clone() for name in names}
 
     def load_into(self, model: nn.Module) -> None:
         """Copy the weights into a model of the same shape.

@@ -7,8 +7,9 @@ training, differentiated at once, which costs no recomputation.
 import torch
 from torch import Tensor, nn
 
-# Logits that may stand at once (in elements): 128 MiB in float32.
-CHUNK_ELEMENTS = 2**25
+# Logits that may stand at once, in elements: on a CPU what its caches hold, on a GPU enough rows
+# for full matrix tiles (128 MiB in float32).
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
 
 
 def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -55,13 +56,16 @@ class _MeanCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for h, t in _chunks(hidden.to(dtype), weight, targets):
                 logits = _wide(h @ w.T)
-                log_norm = logits.logsumexp(-1)
-                total += (log_norm - logits.gather(-1, t[:, None])[:, 0]).sum()
-                grad = (logits - log_norm[:, None]).exp_()
-                grad.scatter_add_(-1, t[:, None], -torch.ones_like(grad[:, :1]))
+                log_norm = logits.logsumexp(-1, keepdim=True)
+                total += (log_norm - logits.gather(-1, t[:, None])).sum()
+                grad = logits.sub_(log_norm).exp_()
+                grad.scatter_add_(-1, t[:, None], -torch.ones_like(log_norm))
                 grad = grad.to(dtype)
                 grad_hidden[start : start + len(t)] = grad @ w
-                grad_weight += grad.T @ h
+                if dtype == grad_weight.dtype:
+                    grad_weight.addmm_(grad.T, h)
+                else:
+                    grad_weight += grad.T @ h
                 start += len(t)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.n = len(targets)
@@ -75,7 +79,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor):
-    n = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    n = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 2**23) // weight.shape[0])
     return zip(hidden.split(n), targets.split(n), strict=True)
 
 

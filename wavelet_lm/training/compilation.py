@@ -22,26 +22,31 @@ def compiled(
     if config.compile is False or (config.compile == "auto" and device.type != "cuda"):
         return model.loss
     log("compiling the training step; the first one takes a minute or more")
-    function = torch.compile(model.loss)
+    function: Callable[..., Any] | None = None
     works = False
 
     def loss(*args: Any, **kwargs: Any) -> Any:
         nonlocal function, works
         if works:
             return function(*args, **kwargs)
-        generator = torch.get_rng_state()
+        on_cuda = device.type == "cuda"
+        cpu_state = torch.get_rng_state()
+        cuda_state = torch.cuda.get_rng_state(device) if on_cuda else None
         try:
+            function = torch.compile(model.loss)
             result = function(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             if config.compile is True:
                 raise UserError(
                     f"compile is true and torch.compile failed ({reason}); use --compile auto"
                 ) from error
             log(f"going on without torch.compile, which failed: {reason}")
-            torch.set_rng_state(generator)
+            torch.set_rng_state(cpu_state)
+            if on_cuda:
+                torch.cuda.set_rng_state(cuda_state, device)
             function = model.loss
             result = function(*args, **kwargs)
         works = True

@@ -1,6 +1,7 @@
 """The training loop of one run."""
 
 import math
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -83,7 +84,7 @@ class Trainer:
     def _train(self) -> None:
         with self._signals(), self._progress() as bar:
             batch = self._load(self.step)
-            while self.step < self.total_steps:
+            while self.step < self.total_steps and not self._stop_signal:
                 self._evaluate_if_due()
                 if self.step % self.config.save_interval == 0 and self.step > 0:
                     self.save()
@@ -92,15 +93,15 @@ class Trainer:
                 self.step += 1
                 self.seconds += time.perf_counter() - started
                 self._report(bar)
-                if self._stop_signal:
-                    self.save()
-                    raise Interrupted(
-                        self._stop_signal,
-                        f"stopped and saved at step {self.step} of {self.total_steps}; go on with:"
-                        f" python train.py --resume {self.run.path}",
-                    )
-            self._evaluate_if_due(last=True)
+            if not self._stop_signal:
+                self._evaluate_if_due(last=True)
             self.save()
+            if self._stop_signal:
+                raise Interrupted(
+                    self._stop_signal,
+                    f"stopped and saved at step {self.step} of {self.total_steps}; go on with:"
+                    f" python train.py --resume {shlex.quote(str(self.run.path))}",
+                )
 
     def _update(self, batch: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """One optimizer step; returns the next step's batch, copied while this one computes."""
@@ -175,7 +176,7 @@ class Trainer:
     def _diverged(self, reason: str) -> str:
         kept = [f for f in (self.run.last, self.run.best) if f.is_file()]
         files = " and ".join(f"{f} (step {Checkpoint(f).metadata['step']})" for f in kept)
-        lr = learning_rate(self.config, self.step, self.total_steps)
+        lr = learning_rate(self.config, max(0, self.step - 1), self.total_steps)
         return (
             f"training diverged: {reason} (learning rate {lr:.3g}); the last good checkpoint is"
             f" {files or 'none yet'}; lower lr ({self.config.lr}) or raise warmup_fraction"
@@ -247,6 +248,7 @@ class Trainer:
         in_warmup = self.step < warmup_steps(self.config, self.total_steps)
         skip = self.step == 0 or (in_warmup and self.config.skip_warmup_saves and not last)
         if loss < self.best_loss and not skip:
+            self._require_finite_weights()
             self.best_loss, self.best_step = loss, self.step
             save_checkpoint(self.run.best, self.model, {"step": self.step, "val_loss": loss})
 
@@ -266,8 +268,7 @@ class Trainer:
     def save(self) -> None:
         """Write `last.safetensors`: weights, optimizer, generators, and where the run stands."""
         self._read_loss()
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            raise Diverged(self._diverged(f"the weights are not finite at step {self.step}"))
+        self._require_finite_weights()
         tensors, scalars = self.optimizer.state()
         extra = {f"optimizer/{name}": t for name, t in tensors.items()}
         extra["generator/cpu"] = torch.get_rng_state()
@@ -288,6 +289,10 @@ class Trainer:
             "optimizer": scalars,
         }
         save_checkpoint(self.run.last, self.model, metadata, extra)
+
+    def _require_finite_weights(self) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise Diverged(self._diverged(f"the weights are not finite at step {self.step}"))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """The inverse of `save`.

@@ -38,7 +38,7 @@ def estimate_bytes(config: Config, n_params: int, vocab_size: int) -> int:
     ) + config.C * (10 + 2 * config.mlp_expansion * (config.mlp_layers - 1))
     positions = config.micro_batch_size * config.block_size
     activations = positions * (config.layers * per_block + 4 * config.C) * 4
-    logits = 3 * 4 * min(CHUNK_ELEMENTS, positions * vocab_size)
+    logits = 3 * 4 * min(CHUNK_ELEMENTS["cuda"], positions * vocab_size)
     return fixed + activations + logits
 
 

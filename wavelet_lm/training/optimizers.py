@@ -33,12 +33,7 @@ class Optimizer:
                 self.parts = [_bitsandbytes(config, _groups(config, matrices, others))]
             case "Muon":
                 self.parts = [_muon(config, matrices), _adamw(config, _groups(config, {}, others))]
-        names = {p: n for n, p in named.items()}
-        # torch numbers the parameters of an optimizer in the order of its groups.
-        self.names = [
-            [names[p] for group in part.param_groups for p in group["params"]]
-            for part in self.parts
-        ]
+        self.names = {p: n for n, p in named.items()}
 
     def set_lr(self, lr: float) -> None:
         for part in self.parts:
@@ -53,21 +48,23 @@ class Optimizer:
         """Everything that the next step depends on: tensors by name, and JSON-ready scalars."""
         tensors: dict[str, Tensor] = {}
         scalars: dict[str, Any] = {}
-        for i, (part, names) in enumerate(zip(self.parts, self.names, strict=True)):
-            for index, entries in part.state_dict()["state"].items():
+        for i, part in enumerate(self.parts):
+            for parameter, entries in part.state.items():
                 for key, value in entries.items():
                     target = tensors if isinstance(value, Tensor) else scalars
-                    target[f"{i}/{names[index]}/{key}"] = value
+                    target[f"{i}/{self.names[parameter]}/{key}"] = value
         return tensors, scalars
 
     def load_state(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        for i, (part, names) in enumerate(zip(self.parts, self.names, strict=True)):
-            numbers = {name: index for index, name in enumerate(names)}
+        for i, part in enumerate(self.parts):
+            # torch numbers the parameters of an optimizer in the order of its groups.
+            parameters = [p for group in part.param_groups for p in group["params"]]
+            numbers = {self.names[p]: number for number, p in enumerate(parameters)}
             state: dict[int, dict[str, Any]] = {}
             for path, value in [*tensors.items(), *scalars.items()]:
-                number, name, key = path.split("/")
-                if int(number) == i:
+                index, name, key = path.split("/")
+                if int(index) == i:
                     state.setdefault(numbers[name], {})[key] = value
             part.load_state_dict(
                 {"state": state, "param_groups": part.state_dict()["param_groups"]}

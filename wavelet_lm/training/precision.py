@@ -30,7 +30,8 @@ class Precision:
                 " use --amp_dtype auto (fp32 on a CPU) or bf16"
             )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
+        tf32 = config.allow_tf32 and device.type == "cuda"
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
     def autocast(self) -> AbstractContextManager:
         return devices.autocast(self.device, self.dtype)
@@ -42,10 +43,15 @@ class Precision:
         """Clip the gradients and step; with loss scaling a step that overflowed is skipped."""
         for part in optimizer.parts:
             self.scaler.unscale_(part)
+        overflow = False
         if grad_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-        for part in optimizer.parts:
-            self.scaler.step(part)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+            # An overflow in one optimizer's gradients has now spread to those of the other, for
+            # which the scaler would not know it.
+            overflow = self.scaler.is_enabled() and not bool(norm.isfinite())
+        if not overflow:
+            for part in optimizer.parts:
+                self.scaler.step(part)
         self.scaler.update()
 
     @property

@@ -1,6 +1,8 @@
 """A whole run: from a config to a trained, evaluated model that has written its first text."""
 
 import shlex
+import shutil
+import signal
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -8,15 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from wavelet_lm.config import Config
+from wavelet_lm.config import Config, show
 from wavelet_lm.data import TokenizedText, prepare_data
 from wavelet_lm.data.batches import steps_per_epoch
 from wavelet_lm.data.tokenizers import Tokenizer, load_tokenizer
 from wavelet_lm.devices import resolve_device
-from wavelet_lm.errors import UserError
+from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.evaluation.likelihood import evaluate_run
 from wavelet_lm.evaluation.report import table
-from wavelet_lm.inference.generation import generate
+from wavelet_lm.inference.sampling import SamplingOptions
+from wavelet_lm.inference.terminal import record_sample, write_sample
 from wavelet_lm.models.checkpoint import Checkpoint, find_checkpoint, load_model
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.training import memory
@@ -26,6 +29,8 @@ from wavelet_lm.training.run_folder import RunFolder, command_line
 from wavelet_lm.training.runs_table import append_run
 
 SAMPLE_TOKENS = 512
+# Keys of a run's config.json that may be edited before it is resumed.
+MAY_CHANGE = ("dataset", "cache_dir", "device", "compile", "out_dir", "runs_file", "init_from")
 
 
 def train(config: Config) -> RunFolder:
@@ -39,13 +44,19 @@ def train(config: Config) -> RunFolder:
     with torch.device("meta"):  # before any data is fetched: could this machine train it at all?
         memory.refuse_large_model_on_cpu(config, n_params(build_model(config, 1)), device)
     data = prepare_data(config, tokenizer=_initial_tokenizer(config))
+    if data.test is not None and len(data.test.tokens) < 2:
+        raise UserError(f"{config.dataset}: the test split has 1 token; give more text")
     torch.manual_seed(config.seed)
     model = _build(config, data, device)
     if config.init_from:
         Checkpoint(find_checkpoint(config.init_from)).load_into(model)
     run = RunFolder.create(config, data.name)
-    data.tokenizer.save(run.tokenizer)
-    trainer = Trainer(config, model, data, run, device, total_steps(config, data))
+    try:
+        data.tokenizer.save(run.tokenizer)
+        trainer = Trainer(config, model, data, run, device, total_steps(config, data))
+    except UserError:  # no run has begun, so no folder of one should be found
+        shutil.rmtree(run.path)
+        raise
     _announce(trainer)
     return _finish(trainer)
 
@@ -57,16 +68,31 @@ def resume(path: str | Path) -> RunFolder:
         raise UserError(f"{path}: this run is finished; --init_from starts a new one from it")
     if not run.last.is_file():
         raise UserError(f"{path}: stopped before its first checkpoint; start it again")
-    config = Config.from_json(run.config_file)
+    config, checkpoint = Config.from_json(run.config_file), Checkpoint(run.last)
+    _refuse_changed_config(config, checkpoint, run)
     device = resolve_device(config.device)
     data = prepare_data(config, tokenizer=load_tokenizer(run.path))
     model = _build(config, data, device)
-    checkpoint = Checkpoint(run.last)
     trainer = Trainer(config, model, data, run, device, checkpoint.metadata["total_steps"])
     trainer.restore(checkpoint)
-    run.drop_metrics_after(trainer.step)
+    run.drop_metrics_after(trainer.step, trainer.evaluated_step)
+    run.remove_temporary_files()
     run.log(f"resumed at step {trainer.step} of {trainer.total_steps}: {command_line()}")
     return _finish(trainer)
+
+
+def _refuse_changed_config(config: Config, checkpoint: Checkpoint, run: RunFolder) -> None:
+    """Only where things lie, and what runs, may have been edited since the checkpoint."""
+    now, then = config.to_dict(), checkpoint.config.to_dict()
+    changed = [key for key in now if now[key] != then[key] and key not in MAY_CHANGE]
+    if changed:
+        raise UserError(
+            f"{run.config_file}: {changed[0]} is {show(now[changed[0]])} but {run.last.name} is a"
+            f" checkpoint of {show(then[changed[0]])}; to change it, start a new run with"
+            " --init_from"
+        )
+    if "total_steps" not in checkpoint.metadata:
+        raise UserError(f"{run.last}: holds weights only; start a new run with --init_from")
 
 
 def total_steps(config: Config, data: TokenizedText) -> int:
@@ -120,47 +146,65 @@ def _announce(trainer: Trainer) -> None:
 
 
 def _finish(trainer: Trainer) -> RunFolder:
-    """Train to the end, evaluate the best weights, add the row, write a first text."""
+    """Train to the end, then conclude the run."""
     run, config = trainer.run, trainer.config
     trainer.loss_function = compiled(trainer.model, config, trainer.device, run.log)
     trainer.train()
+    try:
+        _conclude(trainer)
+    except (KeyboardInterrupt, Interrupted) as stop:
+        raise Interrupted(
+            getattr(stop, "signum", signal.SIGINT),
+            "stopped after the training, which is saved; evaluate it with:"
+            f" python train.py --resume {shlex.quote(str(run.path))}",
+        ) from None
+    return run
+
+
+def _conclude(trainer: Trainer) -> None:
+    """Evaluate the best weights, write a first text, add the row."""
+    run, config = trainer.run, trainer.config
     run.log(
         f"trained {trainer.total_steps:,} steps in {trainer.seconds / 60:.1f} minutes;"
         f" evaluating {run.best.name} of step {trainer.best_step}"
     )
-    results = evaluate_run(run.path, device=str(trainer.device), log=run.log)
+    results = evaluate_run(run.path, device=str(trainer.device), log=lambda message: None)
     run.write_metrics(event="test", step=trainer.step, **results)
     for line in table(results).splitlines():
         run.log(line)
+    _write_sample(trainer)
     if config.runs_file:
         append_run(config.runs_file, _row(trainer, results))
         run.log(f"added a row to {config.runs_file}")
-    _write_sample(trainer)
     run.write_metrics(event="end", step=trainer.step, seconds=round(trainer.seconds, 3))
     prompt = shlex.quote(config.generation_prompt)
-    run.log(f"more of it: python generate.py --checkpoint {run.path} --prompt {prompt}")
-    return run
+    path = shlex.quote(str(run.path))
+    run.log(f"more of it: python generate.py --checkpoint {path} --prompt {prompt}")
 
 
 def _write_sample(trainer: Trainer) -> None:
-    """Log a text of the best weights that starts with the config's prompt."""
+    """Log a text of the best weights that starts with the config's prompt, and record it."""
     run, config = trainer.run, trainer.config
+    options = SamplingOptions(
+        config.temperature, config.top_k, config.top_p, config.repetition_penalty
+    )
+    prompt, seed = config.generation_prompt, config.seed
     try:
-        text = generate(
+        sample = write_sample(
             load_model(run.best, trainer.device),
             trainer.data.tokenizer,
-            config.generation_prompt,
+            prompt,
             min(config.num_new_tokens, SAMPLE_TOKENS),
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            repetition_penalty=config.repetition_penalty,
-            seed=config.seed,
+            options,
+            seed,
+            ignore_eot=False,
+            write=lambda piece: None,
         )
     except UserError as error:  # such as a prompt that a char vocabulary cannot spell
         run.log(f"no sample: {error}")
         return
-    run.log(f"a sample:\n{config.generation_prompt}{text}\n")
+    run.log(f"a sample:\n{prompt}{sample.text}\n")
+    record_sample(run.path / "generations.txt", prompt, sample, options, seed=seed)
 
 
 def _row(trainer: Trainer, results: dict[str, Any]) -> dict[str, str]:

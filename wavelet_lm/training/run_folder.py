@@ -48,6 +48,11 @@ class RunFolder:
         write_text(run.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
         return run
 
+    def remove_temporary_files(self) -> None:
+        """What a process that was killed while it saved has left."""
+        for file in self.path.glob(".*tmp*"):
+            file.unlink(missing_ok=True)
+
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
         run = cls(path)
@@ -80,9 +85,13 @@ class RunFolder:
                     break
         return rows
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget what a run wrote after the checkpoint from which it is resumed."""
-        kept = [row for row in self.metrics() if row["step"] <= step]
+    def drop_metrics_after(self, step: int, evaluated_step: int) -> None:
+        """Forget what a run wrote after the checkpoint from which it is resumed.
+
+        A checkpoint saved on Ctrl-C may stand before the evaluation that is due at its step.
+        """
+        limits = {"train": step, "eval": evaluated_step, "test": -1}
+        kept = [row for row in self.metrics() if row["step"] <= limits[row["event"]]]
         write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
