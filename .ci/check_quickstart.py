@@ -1,0 +1,17 @@
+"""What the quick start promises, checked on the run folder that it left."""
+
+import json
+import sys
+from pathlib import Path
+
+run = Path(sys.argv[1])
+rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+evals = [row["bits_per_byte"] for row in rows if row["event"] == "eval"]
+print(f"bits/byte on the validation split: {evals[0]:.3f} before training, {evals[-1]:.3f} after")
+assert evals[-1] <= evals[0] / 2, "it did not fall by half"
+assert rows[-1]["event"] == "end", "the run did not finish"
+text = (run / "generations.txt").read_text()
+marks = [mark for mark in ("self", "return", "    if ", "def ", "):\n") if mark in text]
+print(f"marks of Python in the sample: {marks}")
+assert len(marks) >= 3, "the sample does not resemble Python"
+assert "python-stdlib" in Path("runs.md").read_text(), "no row in runs.md"

@@ -1,0 +1,106 @@
+"""Training speed and memory of a config on synthetic tokens.
+
+    python benchmarks/training.py --config config.json --steps 300
+    python benchmarks/training.py --config configs/quickstart.json --steps 100 --device cpu
+
+Runs the project's own training loop on tokens of a noisy arithmetic progression, which a model
+learns at once, so that a falling loss shows that training works, and prints what a step costs.
+Results go to `--json FILE`, by convention `benchmarks/results/training_<machine>.json`.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from datetime import datetime
+
+import numpy as np
+import torch
+
+from wavelet_lm.config import Config, add_config_flags, parse_flags, read_json_object
+from wavelet_lm.data import TokenizedText, TokenSplit
+from wavelet_lm.data.tokenizers import named_tokenizer
+from wavelet_lm.devices import resolve_device
+from wavelet_lm.errors import run_command
+from wavelet_lm.files import write_text
+from wavelet_lm.models.registry import build_model, n_params
+from wavelet_lm.training.compilation import compiled
+from wavelet_lm.training.loop import Trainer
+from wavelet_lm.training.memory import GiB, estimate_bytes, peak_bytes
+from wavelet_lm.training.run_folder import RunFolder, environment
+
+
+class SyntheticTokenizer(type(named_tokenizer("bytes"))):
+    """Stands in for a tokenizer of any size; the text is never decoded."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+
+def synthetic_tokens(vocab_size: int, n: int, seed: int) -> np.ndarray:
+    """x_{t+1} = x_t + 1 modulo the vocabulary, replaced by a uniform token one time in ten."""
+    generator = np.random.default_rng(seed)
+    jumps = np.where(generator.random(n) < 0.1, generator.integers(vocab_size, size=n), 1)
+    return (np.cumsum(jumps) % vocab_size).astype(np.uint32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", default="config.json", metavar="FILE")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--vocab_size", type=int, default=50257)
+    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    add_config_flags(parser)
+    flags = parse_flags(parser, sys.argv[1:])
+    file, steps, vocab_size, target = (
+        flags.pop(key) for key in ("config", "steps", "vocab_size", "json")
+    )
+    values = {"eval_interval": steps, "save_interval": steps + 1, "eval_batches": 4}
+    values |= {"max_steps": steps, "log_interval": 1}
+    config = Config.from_dict({**read_json_object(file), **values, **flags}, source=file)
+    row = measure(config, vocab_size)
+    for key, value in row.items():
+        print(f"{key:>24}  {value}")
+    if target:
+        about = environment()
+        results = {"machine": about, "commit": about["commit"], "rows": [{"config": file, **row}]}
+        write_text(target, json.dumps(results, indent=1) + "\n")
+
+
+def measure(config: Config, vocab_size: int) -> dict[str, object]:
+    """Train for `max_steps` in a temporary run folder."""
+    device = resolve_device(config.device)
+    tokens = synthetic_tokens(vocab_size, 1_000_000, config.seed)
+    split = TokenSplit(tokens, 4 * len(tokens))
+    data = TokenizedText("synthetic", SyntheticTokenizer(vocab_size), split, split, None)
+    torch.manual_seed(config.seed)
+    with device:
+        model = build_model(config, vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder.create(config.replace(out_dir=folder), data.name)
+        trainer = Trainer(config, model, data, run, device, config.max_steps)
+        trainer.loss_function = compiled(model, config, device, run.log)
+        trainer.train()
+        rows = run.metrics()
+    train = [row for row in rows if row["event"] == "train"]
+    step_seconds = np.diff([row["seconds"] for row in train])[len(train) // 5 :]
+    per_step = config.micro_batch_size * config.grad_accum * config.block_size
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "parameters": n_params(model),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(trainer.precision.dtype).removeprefix("torch."),
+        "steps": config.max_steps,
+        "tokens_per_step": per_step,
+        "first_loss": round(train[0]["loss"], 4),
+        "last_loss": round(train[-1]["loss"], 4),
+        "valid_loss": round(rows[-1]["val_loss"], 4),
+        "step_milliseconds": round(float(np.median(step_seconds)) * 1000, 2),
+        "tokens_per_second": round(per_step / float(np.median(step_seconds)), 1),
+        "estimated_GiB": round(estimate_bytes(config, n_params(model), vocab_size) / GiB, 2),
+        "peak_GiB": round(peak_bytes(device) / GiB, 2),
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)

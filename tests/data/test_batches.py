@@ -1,0 +1,120 @@
+"""Which tokens training and validation read, against the text itself."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import tiny_config
+from wavelet_lm.data.batches import (
+    RandomCrops,
+    SequentialStreams,
+    training_batches,
+    validation_batches,
+)
+from wavelet_lm.errors import UserError
+
+
+def text(n):
+    """Tokens that say their own position."""
+    return np.arange(n, dtype=np.uint16)
+
+
+def config(**overrides):
+    return tiny_config(**{"block_size": 8, "micro_batch_size": 3, "eval_batches": 4, **overrides})
+
+
+def assert_windows(inputs, targets, n):
+    """Each row is a stretch of the text, its targets the token after each input."""
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert torch.equal(targets, inputs + 1)
+    assert torch.equal(inputs, inputs[:, :1] + torch.arange(inputs.shape[1]))
+    assert 0 <= int(inputs.min())
+    assert int(targets.max()) < n
+
+
+@given(
+    n=st.integers(10, 60), B=st.integers(1, 5), seed=st.integers(0, 2**32 - 1), i=st.integers(0, 99)
+)
+def test_random_crops_are_a_pure_function_of_seed_and_micro_step(n, B, seed, i):
+    crops = RandomCrops(text(n), B, 9, seed)
+    inputs, targets = crops[i]
+    assert inputs.shape == targets.shape == (B, 9)
+    assert_windows(inputs, targets, n)
+    again = RandomCrops(text(n), B, 9, seed)
+    again[i + 1]
+    assert torch.equal(again[i][0], inputs)
+    assert crops.starts_text(i)
+
+
+def test_random_crops_reach_every_window_of_the_text_equally_often():
+    n, T = 20, 8
+    crops = RandomCrops(text(n), 50, T, seed=3)
+    starts = torch.cat([crops[i][0][:, 0] for i in range(240)])
+    counts = torch.bincount(starts, minlength=n - T)
+    assert len(counts) == n - T  # 0 … 11, the last window ends with the text's last token
+    assert counts.min() > 0.85 * 1000
+    assert counts.max() < 1.15 * 1000
+
+
+def test_other_seeds_and_other_steps_draw_other_crops():
+    a, b = RandomCrops(text(500), 4, 8, seed=1), RandomCrops(text(500), 4, 8, seed=2)
+    drawn = [tuple(crops[i][0][:, 0].tolist()) for crops in (a, b) for i in range(20)]
+    assert len(set(drawn)) == 40
+
+
+@given(n=st.integers(25, 200), B=st.integers(1, 3), T=st.integers(1, 8))
+def test_streams_continue_row_by_row_and_wrap_at_the_end(n, B, T):
+    streams = SequentialStreams(text(n), B, T)
+    n_windows = (n - 1) // B // T
+    for i in range(2 * n_windows + 1):
+        inputs, targets = streams[i]
+        assert_windows(inputs, targets, n)
+        assert streams.starts_text(i) == (i % n_windows == 0)
+        if i % n_windows == 0:
+            assert inputs[:, 0].tolist() == [row * ((n - 1) // B) for row in range(B)]
+        else:  # the windows before ended where these begin
+            assert torch.equal(inputs[:, 0], streams[i - 1][1][:, -1])
+
+
+def test_streams_leave_out_less_than_a_window_per_row():
+    n, B, T = 1000, 3, 8
+    streams = SequentialStreams(text(n), B, T)
+    seen = {int(x) for i in range(streams.n_windows) for x in streams[i][1].flatten()}
+    assert n - len(seen) <= B * T + B
+
+
+@pytest.mark.parametrize(("order", "fits"), [("random", 9), ("sequential", 25)])
+def test_a_text_shorter_than_a_batch_needs_is_refused(order, fits):
+    inputs, targets = training_batches(config(data_order=order), text(fits))[0]
+    assert_windows(inputs, targets, fits)
+    with pytest.raises(UserError, match=f"has {fits - 1} tokens but a batch needs at least {fits}"):
+        training_batches(config(data_order=order), text(fits - 1))
+
+
+@given(n=st.integers(2, 400))
+def test_validation_windows_are_spread_from_the_first_to_the_last_token(n):
+    batches = validation_batches(config(), text(n))
+    inputs = torch.cat([batch for batch, _ in batches])
+    for batch, targets in batches:
+        assert 1 <= len(batch) <= 3
+        assert_windows(batch, targets, n)
+    windows, T = inputs.shape
+    assert T == min(8, n - 1)
+    assert windows == min(12, (n - 1) // T)
+    starts = inputs[:, 0]
+    assert starts[0] == 0
+    assert windows == 1 or starts[-1] == n - 1 - T
+    gaps = starts.diff()
+    assert windows == 1 or (gaps.max() - gaps.min() <= 1 and gaps.min() >= T)
+
+
+def test_validation_is_the_same_each_time():
+    a, b = (validation_batches(config(), text(300)) for _ in range(2))
+    assert all(torch.equal(x[0], y[0]) for x, y in zip(a, b, strict=True))
+
+
+def test_a_validation_split_of_one_token_is_refused():
+    with pytest.raises(UserError, match="validation split has 1 token"):
+        validation_batches(config(), text(1))
