@@ -86,10 +86,14 @@ class ModelConfig:
     wavelet_crawl_k: int = option(3, "lags in that mixture, an odd number", minimum=1)
     wavelet_decomp_norm: bool = option(False, "LayerNorm per scale after the decomposition")
     wavelet_recon_norm: bool = option(False, "LayerNorm per scale before the reconstruction")
-    untied_reconstruction: bool = not_yet(False, "own update nets for the reconstruction")
-    multi_basis_lifting: bool = not_yet(False, "several wavelets side by side")
+    untied_reconstruction: bool = option(False, "own update nets for the reconstruction")
+    multi_basis_lifting: bool = option(
+        False, "several wavelets side by side; needs shared_lifting_weights false"
+    )
     multi_basis_inits: tuple[str, ...] = option(
-        ("haar", "random"), "initial nets of each wavelet of multi_basis_lifting"
+        ("haar", "random"),
+        "initial nets of each wavelet of multi_basis_lifting",
+        choices=("haar", "zero", "random"),
     )
     mixer_transform: str = option(
         "fwht", "rotation of the channels before mixing", choices=("fwht", "identity")
@@ -146,13 +150,19 @@ class ModelConfig:
     loop_iterations: int = not_yet(1, "passes through the whole stack")
     stochastic_depth_rate: float = not_yet(0.0, "probability of dropping a block")
     gradient_checkpointing: bool = not_yet(False, "recompute activations in the backward pass")
-    stable_parametrization: bool = not_yet(False, "all stab_* switches at once")
-    stab_embed_scaling: bool = not_yet(False, "embedding times sqrt(C)")
-    stab_ff_scaling: bool = not_yet(False, "width-scaled last MLP matrix")
-    stab_proj_out_scaling: bool = not_yet(False, "width-scaled output projection")
-    stab_mixer_eps_scaling: bool = not_yet(False, "width-scaled noise of the mixer's identity")
-    stab_spectral_norm: bool = not_yet(False, "mixer matrices of spectral norm 1")
-    stab_lifting_level_scaling: bool = not_yet(False, "level-scaled lifting nets")
+    stable_parametrization: bool = option(False, "all stab_* switches at once")
+    stab_embed_scaling: bool = option(False, "embedding times sqrt(C)")
+    stab_ff_scaling: bool = option(
+        False, "last MLP matrix starts over sqrt(its inputs), not at 0.02"
+    )
+    stab_proj_out_scaling: bool = option(
+        False, "output projection starts over sqrt(C layers), not at 0.001"
+    )
+    stab_mixer_eps_scaling: bool = option(False, "noise of the mixer's identity over sqrt(C)")
+    stab_spectral_norm: bool = option(False, "mixer matrices start with spectral norm 1")
+    stab_lifting_level_scaling: bool = option(
+        False, "last matrix of a lifting net over 1 + 0.1 level"
+    )
     multinodal_enabled: bool = not_yet(False, "an ensemble of small models")
     multinodal_num_cells: int = option(4, "its models", minimum=1)
     multinodal_cell_dim: int = option(128, "channels of each", minimum=1)
@@ -165,6 +175,10 @@ class ModelConfig:
     multinodal_bagged_eps: float = option(0.0, "value of the other channels")
     multinodal_cross_cell_gating: bool = not_yet(False, "let the models gate each other")
     multinodal_cross_cell_gate_interval: int = option(1, "blocks between gates", minimum=1)
+
+    def stabilized(self, name: str) -> bool:
+        """Whether the switch `stab_<name>` is on, itself or through stable_parametrization."""
+        return self.stable_parametrization or getattr(self, f"stab_{name}")
 
     @property
     def n_scales(self) -> int:
@@ -466,6 +480,16 @@ def _check_contradictions(c: Config) -> None:
         c.wavelet_mode == "haar" and c.wavelet_crawl,
         "wavelet_mode haar has fixed filters and cannot crawl; set wavelet_crawl to false",
     )
+    refuse(
+        c.multi_basis_lifting and c.shared_lifting_weights,
+        "multi_basis_lifting needs wavelets of its own in every block;"
+        " set shared_lifting_weights to false",
+    )
+    for key in ("multi_basis_lifting", "untied_reconstruction"):
+        refuse(
+            c.wavelet_mode == "haar" and getattr(c, key),
+            f"wavelet_mode haar has fixed filters and no {key}; set {key} to false",
+        )
     refuse(
         c.skip_proj_out and c.padded_channels != c.C,
         f"skip_proj_out needs C to be a power of two with mixer_transform fwht, and C is {c.C};"

@@ -27,6 +27,9 @@ VARIANTS = {
     "no bypass": {"decompose_bypass": False, "per_layer_embedding": False},
     "plain residuals": {"learned_residual": False},
     "nothing but wavelets": {"mlp_expansion": 0, "pkm_enabled": False, "fwpkm_enabled": False},
+    "untied reconstruction": {"untied_reconstruction": True},
+    "two bases": {"multi_basis_lifting": True, "shared_lifting_weights": False},
+    "stable": {"stable_parametrization": True},
     "tied": {"tie_embedding_to_lm_head": True, "mlp_layers": 3},
 }
 
@@ -255,6 +258,28 @@ def test_initial_values():
     assert block.projection.weight.abs().max() <= 1e-3 / 16
     assert block.feedforward.branches["mlp"].linears[-1].weight.abs().max() <= 0.02 / 512**0.5
     assert block.feedforward.branches["pkm"].values.std() == pytest.approx(0.02, rel=0.05)
+
+
+@torch.no_grad()
+def test_stable_initial_values():
+    C, model = 64, build_model(tiny_config(C=64, stable_parametrization=True), 1000)
+    idx = torch.arange(50)[None]
+    plain = build_model(tiny_config(C=64), 1000)
+    plain.load_state_dict(model.state_dict())
+    seen = []
+    for m in (model, plain):
+        m.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+        m(idx)
+    torch.testing.assert_close(seen[0], 8 * seen[1])
+    block = model.blocks[0]
+    W = block.mixer.scales[0].W
+    assert torch.linalg.matrix_norm(W, 2) == pytest.approx(1, abs=1e-5)
+    off_diagonal = W[~torch.eye(C, dtype=torch.bool)]
+    assert off_diagonal.std() == pytest.approx(1e-3 / 8, rel=0.1)
+    bound = 1 / C**0.5  # of torch's default
+    assert block.projection.weight.abs().max() == pytest.approx(bound / (C * 2) ** 0.5, rel=0.05)
+    last = block.feedforward.branches["mlp"].linears[-1].weight
+    assert last.abs().max() == pytest.approx(1 / (2 * C), rel=0.05)
 
 
 # --- training --------------------------------------------------------------------------------

@@ -47,8 +47,10 @@ class Block(nn.Module):
         branches = feedforward_branches(config)
         self.feedforward = FeedForward(config.C, branches) if branches else None
         if not config.skip_proj_out:
+            scaled = config.stabilized("proj_out_scaling")
+            gain = (C * config.layers) ** -0.5 if scaled else PROJECTION_GAIN
             with torch.no_grad():
-                self.projection.weight.mul_(PROJECTION_GAIN)
+                self.projection.weight.mul_(gain)
                 self.projection.bias.zero_()
 
     def forward(

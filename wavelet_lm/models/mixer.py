@@ -65,12 +65,19 @@ class SpectralMixer(nn.Module):
 class GatedMixer(nn.Module):
     """Y = (W X) ⊙ φ(G X̂) + (X V) Uᵀ over `width` channels.
 
-    W starts at I + 1e-3 N(0, 1), G at N(0, 0.02), U and V (of rank `low_rank`) at N(0, 0.01).
+    W starts at I + 1e-3 N(0, 1) (1e-3/√Cp with `stab_mixer_eps_scaling`; divided by its spectral
+    norm with `stab_spectral_norm`), G at N(0, 0.02), U and V (of rank `low_rank`) at N(0, 0.01).
     """
 
     def __init__(self, width: int, config: ModelConfig):
         super().__init__()
-        self.W = nn.Parameter(torch.eye(width) + IDENTITY_NOISE * torch.randn(width, width))
+        noise = IDENTITY_NOISE
+        if config.stabilized("mixer_eps_scaling"):
+            noise /= math.sqrt(config.padded_channels)
+        W = torch.eye(width) + noise * torch.randn(width, width)
+        if config.stabilized("spectral_norm"):
+            W /= torch.linalg.matrix_norm(W, 2)
+        self.W = nn.Parameter(W)
         self.G = (
             nn.Parameter(GATE_NOISE * torch.randn(width, width)) if config.use_mixer_gate else None
         )

@@ -13,8 +13,8 @@ OUTPUT_GAIN = 0.02
 class MLP(nn.Module):
     """Linear(C → C·expansion), GELU, …, Linear(→ C), dropout; `mlp_layers` linears in all.
 
-    The last matrix starts at 0.02 of torch's default and its bias at 0, so that a new block is
-    nearly the identity.
+    The last matrix starts at 0.02 of torch's default (1/√hidden of it with `stab_ff_scaling`) and
+    its bias at 0, so that a new block is nearly the identity.
     """
 
     def __init__(self, config: ModelConfig):
@@ -23,8 +23,9 @@ class MLP(nn.Module):
         widths = [config.C] + [hidden] * (config.mlp_layers - 1) + [config.C]
         self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.dropout = nn.Dropout(config.dropout_mlp)
+        gain = hidden**-0.5 if config.stabilized("ff_scaling") else OUTPUT_GAIN
         with torch.no_grad():
-            self.linears[-1].weight.mul_(OUTPUT_GAIN)
+            self.linears[-1].weight.mul_(gain)
             self.linears[-1].bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class WaveletLM(nn.Module):
         C = config.C
         self.embedding = nn.Embedding(vocab_size, C)
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(C))
+        self.embedding_scale = math.sqrt(C) if config.stabilized("embed_scaling") else 1.0
         self.embedding_dropout = nn.Dropout(config.dropout_embedding)
         n_wavelets = 1 if config.shared_lifting_weights else config.layers
         self.wavelets = nn.ModuleList(
@@ -96,7 +97,7 @@ class WaveletLM(nn.Module):
         self, idx: Tensor, state: State | None = None, carry: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """The final block's output [B, T, C], normalised and ready for the head; the state."""
-        embedding = self.embedding(idx)
+        embedding = self.embedding(idx) * self.embedding_scale
         x = self.embedding_dropout(embedding)
         mean = None if carry is None else carry[:, None]
         new_state = []

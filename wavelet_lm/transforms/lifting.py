@@ -28,21 +28,31 @@ def build_wavelet(config: ModelConfig, channels: int) -> nn.Module:
     """The decomposition that the config names, for signals [B, T, channels]."""
     if config.wavelet_mode == "haar":
         return HaarWavelet(config.levels)
-    return LiftingWavelet(config, channels)
+    if config.multi_basis_lifting:
+        return MultiBasisWavelet(config, channels)
+    return LiftingWavelet(config, channels, config.lifting_init)
 
 
 class LiftingWavelet(nn.Module):
-    """`decompose` into levels + 1 bands and `reconstruct` from them."""
+    """`decompose` into levels + 1 bands and `reconstruct` from them.
 
-    def __init__(self, config: ModelConfig, channels: int):
+    The reconstruction uses the decomposition's own update nets, and then inverts it exactly, or
+    nets of its own (`untied_reconstruction`).
+    """
+
+    def __init__(self, config: ModelConfig, channels: int, init: str):
         super().__init__()
         levels = range(config.levels)
         self.delays = nn.ModuleList(
             Crawl(k, config.wavelet_crawl_k) if config.wavelet_crawl else Shift(2**k)
             for k in levels
         )
-        self.predict = nn.ModuleList(lifting_net(config, channels, 1.0) for _ in levels)
-        self.update = nn.ModuleList(lifting_net(config, channels, 0.5) for _ in levels)
+
+        def nets(gain: float) -> nn.ModuleList:
+            return nn.ModuleList(lifting_net(config, channels, k, init, gain) for k in levels)
+
+        self.predict, self.update = nets(1.0), nets(0.5)
+        self.own_update = nets(0.5) if config.untied_reconstruction else None
 
     def decompose(
         self, x: Tensor, state: tuple[Tensor, ...] | None = None
@@ -70,12 +80,54 @@ class LiftingWavelet(nn.Module):
     def reconstruct(self, bands: list[Tensor]) -> Tensor:
         """Bands, coarse to fine, back to [B, T, C]: exact when they are what `decompose` gave."""
         x = bands[0]
-        for detail, update in zip(bands[1:], reversed(self.update), strict=True):
+        updates = self.update if self.own_update is None else self.own_update
+        for detail, update in zip(bands[1:], reversed(updates), strict=True):
             x = math.sqrt(2) * x - update(detail)
         return x
 
 
-def lifting_net(config: ModelConfig, channels: int, gain: float) -> nn.Module:
+class MultiBasisWavelet(nn.Module):
+    """Several lifting wavelets side by side, mixed per scale.
+
+        c_s = Σ_b softmax(w)_{b,s} c_{b,s}
+
+    Every basis reconstructs from the same mixed bands, and their results are averaged with the
+    approximation's weights softmax(w)_{b,0}. `weights` [K, S] start at 10 for the first basis and
+    0 for the others, so that a new model has one basis.
+    """
+
+    def __init__(self, config: ModelConfig, channels: int):
+        super().__init__()
+        inits = config.multi_basis_inits
+        self.bases = nn.ModuleList(LiftingWavelet(config, channels, init) for init in inits)
+        weights = torch.zeros(len(inits), config.n_scales)
+        weights[0] = 10.0
+        self.weights = nn.Parameter(weights)
+
+    def decompose(
+        self, x: Tensor, state: tuple[tuple[Tensor, ...], ...] | None = None
+    ) -> tuple[list[Tensor], tuple[tuple[Tensor, ...], ...]]:
+        """As `LiftingWavelet.decompose`; the state is one per basis."""
+        states = [None] * len(self.bases) if state is None else state
+        results = [basis.decompose(x, s) for basis, s in zip(self.bases, states, strict=True)]
+        weights = self.weights.softmax(0).to(x.dtype)
+        bands = [
+            sum(w * band for w, band in zip(weights[:, s], same_scale, strict=True))
+            for s, same_scale in enumerate(zip(*(bands for bands, _ in results), strict=True))
+        ]
+        return bands, tuple(state for _, state in results)
+
+    def reconstruct(self, bands: list[Tensor]) -> Tensor:
+        """Bands, coarse to fine, back to [B, T, C]."""
+        weights = self.weights[:, 0].softmax(0).to(bands[0].dtype)
+        return sum(
+            w * basis.reconstruct(bands) for w, basis in zip(weights, self.bases, strict=True)
+        )
+
+
+def lifting_net(
+    config: ModelConfig, channels: int, level: int, init: str, gain: float
+) -> nn.Module:
     """A predict (gain 1) or update (gain ½) net; `haar` starts it near gain times the identity."""
     hidden = channels * config.lifting_hidden_mult
     if config.lifting_linear_only:
@@ -88,13 +140,15 @@ def lifting_net(config: ModelConfig, channels: int, gain: float) -> nn.Module:
     with torch.no_grad():
         for layer in layers:
             layer.bias.zero_()
-        if config.lifting_init == "zero":
+        if init == "zero":
             layers[-1].weight.zero_()
         else:
             for layer in layers:
                 layer.weight.normal_(0, INIT_NOISE)
-        if config.lifting_init == "haar":
+        if init == "haar":
             for layer in layers:
                 layer.weight[:channels, :channels] = torch.eye(channels)
             layers[-1].weight[:, :channels] *= gain
+        if config.stabilized("lifting_level_scaling"):
+            layers[-1].weight.mul_(1 / (1 + 0.1 * level))
     return net
