@@ -110,10 +110,12 @@ class ModelConfig:
         "silu", "activation of that gate", choices=("silu", "sigmoid", "gelu", "relu")
     )
     cross_scale_gating: bool = option(True, "gates read a learned mixture of all scales")
-    mixer_depth: int = not_yet(1, "mixers in a row per scale")
-    mixer_depth_stabilizers: bool = not_yet(False, "learned scales around stacked mixers")
-    mixer_depth_residuals: bool = not_yet(False, "residuals around stacked mixers")
-    mixer_exp_parametrization: bool = not_yet(False, "exponential form of the mixer matrix")
+    mixer_depth: int = option(1, "mixers in a row per scale", minimum=1)
+    mixer_depth_stabilizers: bool = option(False, "learned factors around stacked mixers")
+    mixer_depth_residuals: bool = option(False, "residuals around stacked mixers")
+    mixer_exp_parametrization: bool = option(
+        False, "mixer matrix as I + diag(exp theta) N with fixed noise N"
+    )
     decompose_bypass: bool = option(True, "feed the running mean of the past to every scale")
     decompose_bypass_cross_window: bool = option(
         True,
@@ -484,6 +486,15 @@ def _check_contradictions(c: Config) -> None:
         c.multi_basis_lifting and c.shared_lifting_weights,
         "multi_basis_lifting needs wavelets of its own in every block;"
         " set shared_lifting_weights to false",
+    )
+    for key in ("mixer_depth_stabilizers", "mixer_depth_residuals"):
+        refuse(
+            getattr(c, key) and c.mixer_depth == 1,
+            f"{key} acts on stacked mixers and mixer_depth is 1; raise mixer_depth or drop {key}",
+        )
+    refuse(
+        c.mixer_exp_parametrization and c.stab_spectral_norm,
+        "mixer_exp_parametrization starts near the identity by itself; drop stab_spectral_norm",
     )
     for key in ("multi_basis_lifting", "untied_reconstruction"):
         refuse(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.config import ModelConfig
+from wavelet_lm.models.layers import Gain, ScaleNorm
 from wavelet_lm.models.memory import ProductKeyMemory
 from wavelet_lm.models.mixer import SpectralMixer
 from wavelet_lm.models.mlp import MLP
@@ -114,30 +115,6 @@ class MeanBypass(nn.Module):
         g = mean if mean_prev is None else mean + self.cross_layer_mix(mean_prev)
         gains = nn.functional.pad(self.gains, self.padding)
         return torch.addcmul(bands, gains[:, None, None], nn.functional.pad(g, self.padding))
-
-
-class ScaleNorm(nn.Module):
-    """A LayerNorm of its own for each scale, over bands [S, B, T, Cp]."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.n_scales, config.padded_channels))
-        self.bias = nn.Parameter(torch.zeros(config.n_scales, config.padded_channels))
-
-    def forward(self, bands: Tensor) -> Tensor:
-        normal = nn.functional.layer_norm(bands, bands.shape[-1:])
-        return torch.addcmul(self.bias[:, None, None], normal, self.weight[:, None, None])
-
-
-class Gain(nn.Module):
-    """One learned factor, starting at 1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gain * x
 
 
 def feedforward_branches(config: ModelConfig) -> dict[str, nn.Module]:
