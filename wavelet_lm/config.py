@@ -122,7 +122,9 @@ class ModelConfig:
         "with data_order sequential, hand the last running mean to the next window;"
         " inert with random crops",
     )
-    decompose_bypass_ema: bool = not_yet(False, "learned exponential mean in place of the mean")
+    decompose_bypass_ema: bool = option(
+        False, "learned exponential mean in place of the running mean"
+    )
     learned_residual: bool = option(True, "learned gains of the two residual branches")
     skip_proj_out: bool = option(False, "no output projection after the reconstruction")
     per_layer_embedding: bool = option(True, "add the gained token embedding in every block")
@@ -147,11 +149,20 @@ class ModelConfig:
     )
     dropout_mlp: float = option(0.1, "dropout of the MLP's output", minimum=0, maximum=0.99)
     dropout_lm_head: float = option(0.24, "dropout before the head", minimum=0, maximum=0.99)
-    looped_blocks: bool = not_yet(False, "apply one block several times")
+    looped_blocks: bool = option(False, "one block, applied looped_blocks_count times")
     looped_blocks_count: int = option(8, "how often, with looped_blocks", minimum=1)
-    loop_iterations: int = not_yet(1, "passes through the whole stack")
-    stochastic_depth_rate: float = not_yet(0.0, "probability of dropping a block")
-    gradient_checkpointing: bool = not_yet(False, "recompute activations in the backward pass")
+    loop_iterations: int = option(
+        1, "passes through the whole stack, their losses averaged in training", minimum=1
+    )
+    stochastic_depth_rate: float = option(
+        0.0,
+        "block i of n is skipped in training with this probability times i / n",
+        minimum=0,
+        maximum=0.99,
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute a block's activations in the backward pass to save memory"
+    )
     stable_parametrization: bool = option(False, "all stab_* switches at once")
     stab_embed_scaling: bool = option(False, "embedding times sqrt(C)")
     stab_ff_scaling: bool = option(
@@ -486,6 +497,10 @@ def _check_contradictions(c: Config) -> None:
         c.multi_basis_lifting and c.shared_lifting_weights,
         "multi_basis_lifting needs wavelets of its own in every block;"
         " set shared_lifting_weights to false",
+    )
+    refuse(
+        c.decompose_bypass_ema and not c.decompose_bypass,
+        "decompose_bypass_ema is a form of decompose_bypass, which is off; set it to true",
     )
     for key in ("mixer_depth_stabilizers", "mixer_depth_residuals"):
         refuse(

@@ -49,7 +49,7 @@ def test_reads_few_rows_with_weights_that_sum_to_one():
 def test_gradient():
     memory = make(8, 16, 4, 2)
     x = torch.randn(1, 3, 8, dtype=torch.float64, requires_grad=True)
-    parameters = [p for p in memory.parameters()]
+    parameters = list(memory.parameters())
     assert gradcheck(lambda x, *_: memory(x), (x, *parameters))
 
 

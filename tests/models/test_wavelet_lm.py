@@ -37,6 +37,10 @@ VARIANTS = {
         "per_scale_mixer_widths": None,
     },
     "exponential mixers": {"mixer_exp_parametrization": True},
+    "exponential mean": {"decompose_bypass_ema": True},
+    "looped block": {"looped_blocks": True, "looped_blocks_count": 3},
+    "two passes": {"loop_iterations": 2},
+    "checkpointed": {"gradient_checkpointing": True},
     "stable": {"stable_parametrization": True},
     "tied": {"tie_embedding_to_lm_head": True, "mlp_layers": 3},
 }
@@ -337,8 +341,8 @@ def test_every_parameter_gets_a_gradient(variant):
     idx = tokens(4)
     model.loss(idx[:, :-1], idx[:, 1:])[0].backward()
     for name, p in model.named_parameters():
-        if name == "blocks.0.bypass.cross_layer_mix.weight":
-            assert not p.requires_grad
+        if name == "blocks.0.bypass.cross_layer_mix.weight" and not p.requires_grad:
+            assert "loop" not in variant and "passes" not in variant
             continue
         if name.endswith("W.noise"):
             assert not p.requires_grad
@@ -347,6 +351,38 @@ def test_every_parameter_gets_a_gradient(variant):
         assert p.grad.any(), name
         if not name.endswith(("values", "keys_a", "keys_b")):  # padding leaves some columns unread
             assert p.grad.count_nonzero() >= p.numel() / 2, name
+
+
+def test_checkpointing_changes_no_gradient():
+    gradients = []
+    for gradient_checkpointing in (False, True):
+        model = make(gradient_checkpointing=gradient_checkpointing, dropout_mixer=0.3).train()
+        torch.manual_seed(1)
+        model.loss(tokens(), tokens())[0].backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-12, atol=1e-14)
+
+
+def test_training_averages_the_losses_of_all_passes():
+    places = ("embedding", "mixer", "projection", "mlp", "lm_head")
+    dropouts = {f"dropout_{place}": 0.0 for place in places}
+    twice = make(loop_iterations=2, **dropouts)
+    once = make()
+    once.load_state_dict(twice.state_dict())
+    idx = tokens()
+    first, second = once.loss(idx, idx)[0], twice.loss(idx, idx)[0]
+    assert abs(first - second) > 1e-3
+    torch.testing.assert_close(twice.train().loss(idx, idx)[0], (first + second) / 2)
+
+
+def test_stochastic_depth_skips_later_blocks_more_often():
+    model = make(stochastic_depth_rate=0.9, layers=3, dropout_embedding=0.0).train()
+    x, y = torch.zeros(1), torch.ones(1)
+    kept = [sum(float(model._drop(x, y, i)) for _ in range(500)) / 500 for i in range(3)]
+    assert kept == pytest.approx([1.0, 0.7, 0.4], abs=0.08)
+    model.eval()
+    assert model._drop(x, y, 2) is y
 
 
 def test_dropout_is_on_in_training_only():

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -51,7 +53,7 @@ def test_shift_in_any_chunks(lag, T, cuts):
         expected[:, lag:] = x[:, : T - lag]
     shift, history, chunks = Shift(lag), None, []
     bounds = sorted({0, T, *(c for c in cuts if c < T)})
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         y, history = shift(x[:, start:end], history)
         chunks.append(y)
     assert torch.equal(torch.cat(chunks, 1), expected)

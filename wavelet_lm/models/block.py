@@ -14,6 +14,7 @@ from wavelet_lm.models.layers import Gain, ScaleNorm
 from wavelet_lm.models.memory import ProductKeyMemory
 from wavelet_lm.models.mixer import SpectralMixer
 from wavelet_lm.models.mlp import MLP
+from wavelet_lm.transforms.exponential_mean import ExponentialMean, ExponentialMeanState
 from wavelet_lm.transforms.running_mean import RunningMeanState, running_mean
 
 PROJECTION_GAIN = 1e-3
@@ -23,7 +24,7 @@ class BlockState(NamedTuple):
     """What a block remembers of a text: histories of the wavelet's delays, and the running mean."""
 
     wavelet: tuple[Tensor, ...]
-    mean: RunningMeanState | None
+    mean: RunningMeanState | ExponentialMeanState | None
 
 
 class Block(nn.Module):
@@ -77,7 +78,7 @@ class Block(nn.Module):
         wavelet_state, mean_state = (None, None) if state is None else state
         mean = None
         if self.bypass is not None:
-            mean, mean_state = running_mean(x, mean_state)
+            mean, mean_state = self.bypass.average(x, mean_state)
         if self.embedding_gain is not None:
             x = x + self.embedding_gain * embedding
 
@@ -99,11 +100,13 @@ class Block(nn.Module):
 class MeanBypass(nn.Module):
     """Every scale sees the whole past: c_s + η_s ⊙ g with g = μ + M μ_prev.
 
-    η (`gains`) starts at zero, M (`cross_layer_mix`) at ½ I.
+    η (`gains`) starts at zero, M (`cross_layer_mix`) at ½ I. μ is what `average` gives: the mean
+    of all positions so far, or a learned exponential one.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.average = ExponentialMean(config.C) if config.decompose_bypass_ema else running_mean
         self.padding = (0, config.padded_channels - config.C)
         self.gains = nn.Parameter(torch.zeros(config.n_scales, config.C))
         self.cross_layer_mix = nn.Linear(config.C, config.C, bias=False)

@@ -12,6 +12,10 @@ class RunningMeanState(NamedTuple):
     total: Tensor
     count: Tensor
 
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.count[:, None]
+
 
 def running_mean(
     x: Tensor, state: RunningMeanState | None = None
