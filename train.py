@@ -21,7 +21,6 @@ def main() -> None:
     parser = OneLineParser(
         usage="python train.py [--config FILE | --resume RUN] [--key value ...]",
         description="Train a wavelet language model.",
-        allow_abbrev=False,
         epilog="booleans: --key, --key false or --no_key; lists: 1,1,.5; null: none",
     )
     parser.add_argument("--config", metavar="FILE", help="config file [config.json]")

@@ -8,7 +8,6 @@ learns at once, so that a falling loss shows that training works, and prints wha
 Results go to `--json FILE`, by convention `benchmarks/results/training_<machine>.json`.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -17,7 +16,13 @@ from datetime import datetime
 import numpy as np
 import torch
 
-from wavelet_lm.config import Config, add_config_flags, parse_flags, read_json_object
+from wavelet_lm.config import (
+    Config,
+    OneLineParser,
+    add_config_flags,
+    parse_flags,
+    read_json_object,
+)
 from wavelet_lm.data import TokenizedText, TokenSplit
 from wavelet_lm.data.tokenizers import named_tokenizer
 from wavelet_lm.devices import resolve_device
@@ -45,7 +50,7 @@ def synthetic_tokens(vocab_size: int, n: int, seed: int) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="config.json", metavar="FILE")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--vocab_size", type=int, default=50257)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def flags(*arguments: str) -> dict:
-    parser = OneLineParser(allow_abbrev=False)
+    parser = OneLineParser()
     add_config_flags(parser)
     return parse_flags(parser, list(arguments))
 

@@ -285,7 +285,7 @@ class TrainingConfig:
     skip_warmup_saves: bool = option(True, "write no best checkpoint during warm-up")
     init_from: str = option("", "run or checkpoint file whose weights to start from")
     out_dir: str = option("logs", "folder in which the run folder is made")
-    runs_file: str = option("runs.md", "table to which a finished run adds its row; empty = none")
+    runs_file: str | None = option("runs.md", "table to which a finished run adds its row")
     benchmark_only: bool = option(False, "evaluate benchmark_run_dir and do not train")
     benchmark_run_dir: str = option("", "run folder for benchmark_only")
     quantize_enabled: bool = not_yet(False, "8-bit post-training quantization")
@@ -393,6 +393,7 @@ def type_words(spec: dataclasses.Field) -> str:
         "bool": "true or false",
         "bool | str": "auto, true or false",
         "str": "a text",
+        "str | None": "a text or none",
         "int | None": "a whole number or none",
         "tuple[float, ...]": "a list of numbers",
         "tuple[float, ...] | None": "a list of numbers or none",
@@ -424,7 +425,7 @@ def _converted(spec: dataclasses.Field, value: Any) -> Any:
         if not isinstance(value, (list, tuple)) or not value or not all(map(is_item, value)):
             raise ValueError
         return tuple(float(item) if "float" in kind else item for item in value)
-    allowed = {"bool": bool, "str": str, "bool | str": (bool, str)}[kind]
+    allowed = {"bool": bool, "bool | str": (bool, str)}.get(kind, str)
     if not isinstance(value, allowed):
         raise ValueError
     return value
@@ -550,10 +551,25 @@ def _check_contradictions(c: Config) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line without the usage text."""
+    """An argument parser whose complaints are one line; an unknown flag gets the nearest one."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message}; see --help")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(args, namespace)
+        flags = [text.split("=")[0] for text in unknown if text.startswith("--")]
+        if flags:
+            names = [name for action in self._actions for name in action.option_strings]
+            raise ConfigError(f"unknown option {flags[0]}{_nearest(flags[0], names)}")
+        if unknown:
+            raise ConfigError(
+                f"unexpected argument {unknown[0]!r}; options are written --key value"
+            )
+        return known
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
@@ -581,17 +597,9 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
                 )
 
 
-def parse_flags(parser: argparse.ArgumentParser, arguments: list[str] | None) -> dict[str, Any]:
-    """Parse; every option of `Config` that was given arrives as its typed value, others as text.
-
-    An unknown flag raises `ConfigError` with the nearest known one.
-    """
-    known, unknown = parser.parse_known_args(arguments)
-    flags = [text for text in unknown if text.startswith("--")]
-    if flags:
-        flag = flags[0].split("=")[0]
-        names = [name for action in parser._actions for name in action.option_strings]
-        raise ConfigError(f"unknown option {flag}{_nearest(flag, names)}")
-    if unknown:
-        raise ConfigError(f"unexpected argument {unknown[0]!r}; options are written --key value")
-    return {k: parse_value(k, v) if k in FIELDS else v for k, v in vars(known).items()}
+def parse_flags(
+    parser: argparse.ArgumentParser, arguments: list[str] | None = None
+) -> dict[str, Any]:
+    """What was given: options of `Config` as their typed values, others as the parser has them."""
+    given = vars(parser.parse_args(arguments))
+    return {k: parse_value(k, v) if k in FIELDS else v for k, v in given.items()}

@@ -30,7 +30,7 @@ def assert_windows(inputs, targets, n):
     assert inputs.dtype == targets.dtype == torch.int64
     assert torch.equal(targets, inputs + 1)
     assert torch.equal(inputs, inputs[:, :1] + torch.arange(inputs.shape[1]))
-    assert 0 <= int(inputs.min())
+    assert int(inputs.min()) >= 0
     assert int(targets.max()) < n
 
 
@@ -101,7 +101,7 @@ def test_validation_windows_are_spread_from_the_first_to_the_last_token(n):
         assert 1 <= len(batch) <= 3
         assert_windows(batch, targets, n)
     windows, T = inputs.shape
-    assert T == min(8, n - 1)
+    assert min(8, n - 1) == T
     assert windows == min(12, (n - 1) // T)
     starts = inputs[:, 0]
     assert starts[0] == 0

@@ -82,18 +82,11 @@ def test_forgetting_the_state_changes_the_next_step(name):
 def test_what_is_a_matrix():
     model = build_model(tiny_config(wavelet_decomp_norm=True), VOCAB)
     kinds = {name: is_matrix(name, p) for name, p in model.named_parameters()}
-    for name, matrix in kinds.items():
-        last = name.split(".")[-1]
-        if last in ("W", "G", "U", "V", "A", "B") or name.endswith(
-            ("query.weight", "projection.weight", "cross_layer_mix.weight")
-        ):
-            assert matrix, name
-        elif name.startswith(("wavelets", "blocks.0.feedforward.branches.mlp")) and last == "weight":
-            assert matrix, name
-        elif last in ("bias", "gain", "gains", "logits", "values", "routing", "scale_weights"):
-            assert not matrix, name
-        elif "norm" in name or name in ("embedding.weight", "head.weight") or "keys" in name:
-            assert not matrix, name
+    maps = ("W", "G", "U", "V", "A", "B", "query.weight", "projection.weight", "mix.weight")
+    nets = ("wavelets.", "blocks.0.feedforward.branches.mlp.", "blocks.1.feedforward.branches.mlp.")
+    for name, found in kinds.items():
+        in_net = name.startswith(nets) and name.endswith(".weight")
+        assert found == (name.endswith(tuple("." + m for m in maps[:6]) + maps[6:]) or in_net), name
     assert sum(kinds.values()) > 20
 
 

@@ -190,7 +190,7 @@ def test_ctrl_c_after_the_last_step_tells_how_to_evaluate(tmp_path, monkeypatch)
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="train.py --resume"):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="evaluate it with:"):
         patch.setattr("wavelet_lm.training.run.evaluate_run", interrupted)
         train(runs.run_config(tmp_path))
     run = resume(runs.only_run(tmp_path))

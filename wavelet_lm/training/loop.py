@@ -176,11 +176,11 @@ class Trainer:
     def _diverged(self, reason: str) -> str:
         kept = [f for f in (self.run.last, self.run.best) if f.is_file()]
         files = " and ".join(f"{f} (step {Checkpoint(f).metadata['step']})" for f in kept)
+        saved = f"the last good weights are in {files}" if files else "nothing was saved yet"
         lr = learning_rate(self.config, max(0, self.step - 1), self.total_steps)
         return (
-            f"training diverged: {reason} (learning rate {lr:.3g}); the last good checkpoint is"
-            f" {files or 'none yet'}; lower lr ({self.config.lr}) or raise warmup_fraction"
-            f" ({self.config.warmup_fraction})"
+            f"training diverged: {reason} (learning rate {lr:.3g}); {saved}; lower lr"
+            f" ({self.config.lr}) or raise warmup_fraction ({self.config.warmup_fraction})"
         )
 
     @property

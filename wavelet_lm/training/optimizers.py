@@ -9,7 +9,7 @@ from wavelet_lm.config import TrainingConfig
 from wavelet_lm.errors import UserError
 
 # Two-dimensional parameters that are no linear map: lookup tables, and vectors kept per scale.
-NOT_A_MATRIX = ("embedding", "head", "values", "gains", "routing", "norm")
+NOT_A_MATRIX = ("embedding", "head", "values", "gains", "routing", "norm", "weights", "bias")
 
 STATE_BYTES = {"Adagrad": 4, "AdamW": 8, "Muon": 8, "Adagrad8bit": 1, "AdamW8bit": 2}
 

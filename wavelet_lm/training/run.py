@@ -13,7 +13,7 @@ from torch import nn
 from wavelet_lm.config import Config, show
 from wavelet_lm.data import TokenizedText, prepare_data
 from wavelet_lm.data.batches import steps_per_epoch
-from wavelet_lm.data.tokenizers import Tokenizer, load_tokenizer
+from wavelet_lm.data.tokenizers import GPT2_VOCAB, Tokenizer, load_tokenizer
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.evaluation.likelihood import evaluate_run
@@ -42,18 +42,27 @@ def train(config: Config) -> RunFolder:
     """
     device = resolve_device(config.device)
     with torch.device("meta"):  # before any data is fetched: could this machine train it at all?
-        memory.refuse_large_model_on_cpu(config, n_params(build_model(config, 1)), device)
-    data = prepare_data(config, tokenizer=_initial_tokenizer(config))
-    if data.test is not None and len(data.test.tokens) < 2:
-        raise UserError(f"{config.dataset}: the test split has 1 token; give more text")
+        vocab_size = GPT2_VOCAB if config.tokenizer in ("auto", "gpt2") else 1
+        memory.refuse_large_model_on_cpu(config, n_params(build_model(config, vocab_size)), device)
+    messages: list[str] = []  # of before there is a folder to log them in
+
+    def log(message: str) -> None:
+        print(message)
+        messages.append(message)
+
+    data = prepare_data(config, tokenizer=_initial_tokenizer(config), log=log)
     torch.manual_seed(config.seed)
     model = _build(config, data, device)
     if config.init_from:
         Checkpoint(find_checkpoint(config.init_from)).load_into(model)
     run = RunFolder.create(config, data.name)
     try:
+        for message in messages:
+            run.note(message)
         data.tokenizer.save(run.tokenizer)
         trainer = Trainer(config, model, data, run, device, total_steps(config, data))
+        if data.test is not None and len(data.test.tokens) < 2:
+            raise UserError("the test split has 1 token; give more text or change split")
     except UserError:  # no run has begun, so no folder of one should be found
         shutil.rmtree(run.path)
         raise

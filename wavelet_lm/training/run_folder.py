@@ -69,6 +69,10 @@ class RunFolder:
         from tqdm import tqdm
 
         tqdm.write(message)
+        self.note(message)
+
+    def note(self, message: str) -> None:
+        """One line in log.txt alone."""
         append_line(self.path / "log.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S}  {message}")
 
     def write_metrics(self, **values: Any) -> None:

@@ -8,6 +8,7 @@ log2(n) passes over memory.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,8 @@ class HadamardTransform(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """H x over the last dimension: [..., n] -> [..., n], dtype kept."""
         shape = x.shape
-        with torch.autocast(x.device.type, enabled=False):
+        # The meta device has no autocast to switch off.
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             outer = 1
             for i, size in enumerate(self.sizes):
                 factor = getattr(self, f"factor_{i}").to(x.dtype)

@@ -1,0 +1,78 @@
+"""How commands end: the status, and one line on standard error."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import sys
+from wavelet_lm.errors import Interrupted, UserError, run_command
+
+def main():
+    print("ready", flush=True)
+    {body}
+
+sys.argv[0] = "/some/where/program.py"
+run_command(main)
+"""
+
+
+def start(body):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(body=body)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        cwd=Path(__file__).parents[1],
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "line"),
+    [
+        ("pass", 0, ""),
+        ("raise UserError('too small')", 2, "program.py: error: too small\n"),
+        ("raise Interrupted(15, 'saved')", 143, "program.py: saved\n"),
+        ("raise KeyboardInterrupt", 130, "program.py: interrupted\n"),
+    ],
+)
+def test_status_and_line(body, status, line):
+    process = start(body)
+    _, errors = process.communicate()
+    assert (process.returncode, errors) == (status, line)
+
+
+@pytest.mark.parametrize(
+    ("signum", "status", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_signals_clean_up_before_they_end_the_command(signum, status, word, tmp_path):
+    path = tmp_path / "x"
+    process = start(
+        f"from wavelet_lm.files import atomic_path\n"
+        f"    with atomic_path({str(path)!r}) as file:\n"
+        f"        file.write_text('half')\n"
+        f"        print('writing', flush=True)\n"
+        f"        sys.stdin.read()"
+    )
+    assert process.stdout.readline() == "writing\n"
+    assert list(tmp_path.iterdir())
+    process.send_signal(signum)
+    # Not communicate: closing standard input would let the program go on by itself.
+    assert process.stderr.read() == f"program.py: {word}\n"
+    assert process.wait() == status
+    process.communicate()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_defect_shows_its_trace():
+    process = start("1 / 0")
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "ZeroDivisionError" in errors

@@ -1,0 +1,126 @@
+"""Files that are whole or not there, lines that do not mix, and errors that are one line."""
+
+import errno
+import os
+import resource
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wavelet_lm.errors import UserError
+from wavelet_lm.files import append_line, as_user_error, atomic_path, write_text
+
+
+@pytest.fixture
+def small_disk():
+    """Files longer than 1000 bytes cannot be written while the fixture is used."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "x"
+    write_text(path, "old")
+    with atomic_path(path) as temporary:
+        temporary.write_text("new", encoding="utf-8")
+        assert path.read_text(encoding="utf-8") == "old"
+    assert path.read_text(encoding="utf-8") == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(kind(fd)) or fsync(fd))
+    monkeypatch.setattr(Path, "replace", lambda a, b: done.append("rename") or replace(a, b))
+    write_text(tmp_path / "x", "text")
+    assert done == ["file", "rename", "folder"]
+
+
+def kind(descriptor):
+    return "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_whatever_stops_the_writing_keeps_the_old_file(tmp_path, error):
+    path = tmp_path / "x"
+    write_text(path, "old")
+    with pytest.raises(error), atomic_path(path) as temporary:
+        temporary.write_text("half", encoding="utf-8")
+        raise error
+    assert path.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_fills_up_in_mid_write_keeps_the_old_file(tmp_path, small_disk):
+    path = tmp_path / "x"
+    write_text(path, "old")
+    with pytest.raises(UserError, match="x: cannot be written"):
+        write_text(path, "y" * 2000)
+    assert path.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named():
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        message = str(as_user_error(OSError(number, "whatever"), Path("/somewhere/x")))
+        assert message == "/somewhere/x: the disk is full; free some space in /somewhere and go on"
+    assert "Permission denied" in str(as_user_error(PermissionError(13, "Permission denied"), "x"))
+
+
+def test_a_line_that_the_disk_takes_in_part_is_an_error(tmp_path, small_disk):
+    path = tmp_path / "x"
+    append_line(path, "first")
+    with pytest.raises(UserError, match="x: cannot be written"):
+        append_line(path, "y" * 2000)
+    assert path.read_text(encoding="utf-8").startswith("first\n")
+
+
+def test_lines_without_a_folder_are_an_error(tmp_path):
+    for write in (append_line, write_text):
+        with pytest.raises(UserError, match="No such file or directory"):
+            write(tmp_path / "missing" / "x", "text")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_read_only_is_an_error(tmp_path):
+    tmp_path.chmod(0o500)
+    for write in (append_line, write_text):
+        with pytest.raises(UserError, match="Permission denied"):
+            write(tmp_path / "x", "text")
+
+
+def test_lines_end_once(tmp_path):
+    path = tmp_path / "x"
+    for line in ("a", "b\n", "c\nd"):
+        append_line(path, line)
+    assert path.read_text(encoding="utf-8") == "a\nb\nc\nd\n"
+
+
+def test_lines_of_several_processes_do_not_mix(tmp_path):
+    path = tmp_path / "x"
+    program = (
+        "import sys\nfrom wavelet_lm.files import append_line\nsys.stdin.readline()\n"
+        "for i in range(300): append_line(sys.argv[1], sys.argv[2] * 700)\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(path), letter],
+            stdin=subprocess.PIPE,
+            cwd=Path(__file__).parents[1],
+        )
+        for letter in "ab"
+    ]
+    for process in processes:
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+    for process in processes:
+        assert process.wait() == 0
+        process.stdin.close()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert sorted(lines) == ["a" * 700] * 300 + ["b" * 700] * 300

@@ -1,0 +1,107 @@
+"""`compile`: false, auto and true, with a compiler that works and one that does not."""
+
+import pytest
+import torch
+
+from tests.training import runs
+from wavelet_lm.errors import UserError
+from wavelet_lm.training.compilation import compiled
+from wavelet_lm.training.run import train
+
+
+class Loss(torch.nn.Module):
+    def loss(self, x):
+        return (torch.rand(()) * x).sum(), None
+
+
+def broken_at_once(function):
+    raise RuntimeError("no C++ compiler\nfound here")
+
+
+def broken_when_called(function):
+    def call(*args, **kwargs):
+        torch.rand(5)
+        return broken_at_once(function)
+
+    return call
+
+
+def losses(setting, device="cuda", n=3):
+    """The first values of a loss that depends on the generator, and what was logged."""
+    lines = []
+    config = runs.tiny_config(compile=setting)
+    function = compiled(Loss(), config, torch.device(device), lines.append)
+    torch.manual_seed(5)
+    return [function(torch.ones(3))[0].item() for _ in range(n)], lines
+
+
+@pytest.fixture
+def no_cuda_generator(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+
+
+@pytest.mark.parametrize(("setting", "device"), [(False, "cuda"), (False, "cpu"), ("auto", "cpu")])
+def test_false_and_auto_on_a_cpu_do_not_compile(monkeypatch, setting, device):
+    monkeypatch.setattr(torch, "compile", broken_at_once)
+    assert losses(setting, device)[1] == []
+
+
+@pytest.mark.parametrize("broken", [broken_at_once, broken_when_called])
+def test_auto_falls_back_with_a_notice_and_the_same_losses(monkeypatch, no_cuda_generator, broken):
+    eager, _ = losses(False)
+    monkeypatch.setattr(torch, "compile", broken)
+    values, lines = losses("auto")
+    assert values == eager
+    assert lines[1:] == ["going on without torch.compile, which failed: no C++ compiler found here"]
+
+
+@pytest.mark.parametrize("broken", [broken_at_once, broken_when_called])
+def test_true_stops_in_one_line(monkeypatch, broken):
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UserError, match=r"\(no C\+\+ compiler found here\); use --compile auto"):
+        losses(True, "cpu")
+
+
+def test_a_compiler_that_works_is_asked_once_and_used(monkeypatch):
+    calls = []
+
+    def compiler(function):
+        calls.append("compile")
+        return lambda x: (calls.append("run"), function(x))[1]
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    losses(True, "cpu")
+    assert calls == ["compile", "run", "run", "run"]
+
+
+def test_failures_after_the_first_step_are_not_taken_for_the_compiler(monkeypatch):
+    def compiler(function):
+        return lambda x: function(x) if len(x) == 3 else broken_at_once(function)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    function = compiled(
+        Loss(), runs.tiny_config(compile=True), torch.device("cpu"), lambda line: None
+    )
+    function(torch.ones(3))
+    with pytest.raises(RuntimeError, match="no C"):
+        function(torch.ones(4))
+
+
+def test_a_run_that_fell_back_has_the_losses_of_an_eager_run(tmp_path, monkeypatch):
+    folders = [tmp_path / "eager", tmp_path / "fallback"]
+    for folder in folders:
+        folder.mkdir()
+    train(runs.run_config(folders[0], compile=False, max_steps=10))
+    monkeypatch.setattr(torch, "compile", broken_when_called)
+    real = compiled
+    monkeypatch.setattr(
+        "wavelet_lm.training.run.compiled",
+        lambda model, config, device, log: real(model, config, torch.device("cuda"), log),
+    )
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    train(runs.run_config(folders[1], compile="auto", max_steps=10))
+    log = (runs.only_run(folders[1]) / "log.txt").read_text(encoding="utf-8")
+    assert "going on without torch.compile" in log
+    assert runs.figures(runs.only_run(folders[0])) == runs.figures(runs.only_run(folders[1]))
