@@ -71,7 +71,14 @@ def test_every_key_has_a_meaning_and_an_allowed_default():
         ({"C": 30, "pkm_heads": 4}, ["pkm_heads", "divisible"]),
         ({"min_lr": 1}, ["min_lr", "lr"]),
         ({"benchmark_only": True}, ["benchmark_only", "benchmark_run_dir"]),
-        ({"multinodal_enabled": True}, ["multinodal_enabled", "false"]),
+        ({"quantize_enabled": True}, ["quantize_enabled", "false"]),
+        ({"mixer_depth_residuals": True}, ["mixer_depth_residuals", "mixer_depth"]),
+        ({"multi_basis_lifting": True}, ["multi_basis_lifting", "shared_lifting_weights"]),
+        ({"multinodal_cross_cell_gating": True}, ["gating", "multinodal_enabled"]),
+        (
+            {"multinodal_enabled": True, "multinodal_cell_dim": 9, "pkm_heads": 4},
+            ["multinodal_cell_dim", "pkm_heads"],
+        ),
         ({"seed": -1}, ["seed"]),
     ],
 )

@@ -176,7 +176,7 @@ class ModelConfig:
     stab_lifting_level_scaling: bool = option(
         False, "last matrix of a lifting net over 1 + 0.1 level"
     )
-    multinodal_enabled: bool = not_yet(False, "an ensemble of small models")
+    multinodal_enabled: bool = option(False, "an ensemble of small models; C is then unused")
     multinodal_num_cells: int = option(4, "its models", minimum=1)
     multinodal_cell_dim: int = option(128, "channels of each", minimum=1)
     multinodal_combination: str = option(
@@ -186,7 +186,7 @@ class ModelConfig:
         0, "embedding channels that each may use, 0 = all", minimum=0
     )
     multinodal_bagged_eps: float = option(0.0, "value of the other channels")
-    multinodal_cross_cell_gating: bool = not_yet(False, "let the models gate each other")
+    multinodal_cross_cell_gating: bool = option(False, "let the models gate each other")
     multinodal_cross_cell_gate_interval: int = option(1, "blocks between gates", minimum=1)
 
     def stabilized(self, name: str) -> bool:
@@ -534,6 +534,25 @@ def _check_contradictions(c: Config) -> None:
             enabled and c.C % (2 * heads) != 0,
             f"{memory}_heads is {heads}; C ({c.C}) must be divisible by twice the heads",
         )
+    for key in ("multinodal_features_per_cell", "multinodal_cross_cell_gating"):
+        refuse(
+            bool(getattr(c, key)) and not c.multinodal_enabled,
+            f"{key} is a part of multinodal_enabled, which is off; set it to true",
+        )
+    if c.multinodal_enabled:
+        refuse(
+            c.multinodal_features_per_cell > c.multinodal_cell_dim,
+            f"multinodal_features_per_cell is {c.multinodal_features_per_cell}, more than"
+            f" multinodal_cell_dim {c.multinodal_cell_dim}",
+        )
+        refuse(
+            c.multinodal_cross_cell_gating and c.multinodal_num_cells == 1,
+            "multinodal_cross_cell_gating needs other cells and multinodal_num_cells is 1",
+        )
+        try:
+            cell_config(c)
+        except ConfigError as error:
+            raise ConfigError(f"multinodal_cell_dim is the C of a cell, and {error}") from None
     refuse(
         len(c.split) != 3 or abs(sum(c.split) - 1) > 1e-6 or min(c.split[:2]) <= 0,
         f"split is {show(c.split)}; it must be three fractions that sum to 1"
@@ -544,6 +563,16 @@ def _check_contradictions(c: Config) -> None:
     refuse(
         c.benchmark_only and not c.benchmark_run_dir,
         "benchmark_only needs benchmark_run_dir, the run folder to evaluate",
+    )
+
+
+def cell_config(config: Config) -> Config:
+    """The config of one cell of a multinodal model."""
+    return config.replace(
+        C=config.multinodal_cell_dim,
+        multinodal_enabled=False,
+        multinodal_features_per_cell=0,
+        multinodal_cross_cell_gating=False,
     )
 
 

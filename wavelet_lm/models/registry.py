@@ -3,14 +3,17 @@
 from torch import nn
 
 from wavelet_lm.config import Config
+from wavelet_lm.models.language_model import LanguageModel
+from wavelet_lm.models.multinodal import MultinodalLM
 from wavelet_lm.models.wavelet_lm import WaveletLM
 
 MODELS = {"wavelet_lm": WaveletLM}
 
 
-def build_model(config: Config, vocab_size: int) -> nn.Module:
+def build_model(config: Config, vocab_size: int) -> LanguageModel:
     """A model with random weights in training mode; under `torch.device("meta")` none at all."""
-    return MODELS[config.model](config, vocab_size)
+    model = MultinodalLM if config.multinodal_enabled else MODELS[config.model]
+    return model(config, vocab_size)
 
 
 def n_params(model: nn.Module) -> int:

@@ -1,17 +1,7 @@
-"""The WaveletLM: embedding, a stack of wavelet blocks, a linear head.
+"""The WaveletLM: embedding, a stack of wavelet blocks, a linear head."""
 
-Everything that moves information along time has two faces that mean the same:
-
-    y, state = layer(x, state)      x a whole text, or its next chunk, or one token
-
-`state=None` starts a text, and calling never changes the state that was passed in. Training is one
-call with T = block_size, prefill one with T = prompt length, decoding one with T = 1; any way of
-cutting a text into chunks gives the same logits.
-"""
-
-import itertools
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +9,34 @@ from torch.utils.checkpoint import checkpoint
 
 from wavelet_lm.config import Config
 from wavelet_lm.models.block import Block, BlockState
-from wavelet_lm.models.losses import mean_cross_entropy, token_cross_entropy
+from wavelet_lm.models.language_model import LanguageModel
 from wavelet_lm.transforms.lifting import build_wavelet
 
 State = tuple[BlockState, ...]
 
 
-class WaveletLM(nn.Module):
-    """Attention-free language model; there is no positional embedding and no longest text.
+class Stream(NamedTuple):
+    """What flows from block to block, each [B, T, C].
 
-    Attributes:
-        config: the `Config` it was built from.
-        vocab_size: tokens that it knows.
+    x: the residual stream; embedding: of the tokens, before dropout; mean: the last block's running
+    mean, or the carry of the last window as [B, 1, C], or None.
     """
 
+    x: Tensor
+    embedding: Tensor
+    mean: Tensor | None
+
+
+class WaveletLM(LanguageModel):
+    """Attention-free language model; there is no positional embedding and no longest text."""
+
     def __init__(self, config: Config, vocab_size: int):
-        super().__init__()
-        self.config, self.vocab_size = config, vocab_size
+        super().__init__(config, vocab_size)
         C = config.C
         self.embedding = nn.Embedding(vocab_size, C)
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(C))
         self.embedding_scale = math.sqrt(C) if config.stabilized("embed_scaling") else 1.0
+        self.bag: nn.Module = nn.Identity()
         self.embedding_dropout = nn.Dropout(config.dropout_embedding)
         n_blocks = 1 if config.looped_blocks else config.layers
         n_wavelets = 1 if config.shared_lifting_weights else n_blocks
@@ -59,86 +56,45 @@ class WaveletLM(nn.Module):
             # Nothing comes before the first block, so its mix of the previous mean is never read.
             self.blocks[0].bypass.cross_layer_mix.requires_grad_(False)
 
-    def forward(
-        self,
-        idx: Tensor,
-        state: State | None = None,
-        *,
-        carry: Tensor | None = None,
-        last_only: bool = False,
-    ) -> tuple[Tensor, State]:
-        """Logits of the next token at every position.
+    def output_weight(self) -> Tensor:
+        return self.head.weight
 
-        Args:
-            idx: [B, T] int64 tokens, a text or its next chunk.
-            state: what the call for the previous chunk returned; None starts a text.
-            carry: [B, C], `window_carry` of the training window before this one.
-            last_only: project the last position alone (prefill).
-
-        Returns:
-            Logits [B, T, vocab] ([B, 1, vocab] with `last_only`), and the state.
-        """
-        x, state = self.hidden(idx, state, carry)
-        return self.head(x[:, -1:] if last_only else x), state
-
-    def loss(
-        self,
-        idx: Tensor,
-        targets: Tensor,
-        state: State | None = None,
-        *,
-        carry: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
-        """Mean cross-entropy in nats per token over `targets` [B, T], a 0-d tensor; the state.
-
-        In training it is the mean over the `loop_iterations` passes, each with its own prediction.
-        """
-        passes, state = self._passes(idx, state, carry)
-        losses = [
-            mean_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
-            for x in (passes if self.training else passes[-1:])
-        ]
-        return sum(losses) / len(losses), state
-
-    @torch.no_grad()
-    def token_losses(self, idx: Tensor, targets: Tensor, state: State | None = None) -> Tensor:
-        """Cross-entropy of every target [B, T] in nats, float32, without gradients."""
-        x, _ = self.hidden(idx, state)
-        losses = token_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
-        return losses.view_as(targets)
-
-    def hidden(
-        self, idx: Tensor, state: State | None = None, carry: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """The last block's output [B, T, C], normalised and ready for the head; the state."""
-        passes, state = self._passes(idx, state, carry)
-        return passes[-1], state
-
-    def _passes(
+    def passes(
         self, idx: Tensor, state: State | None, carry: Tensor | None
     ) -> tuple[list[Tensor], State]:
-        """What `hidden` returns, for each pass through the stack; one state for all of them."""
-        embedding = self.embedding(idx) * self.embedding_scale
-        x = self.embedding_dropout(embedding)
-        mean = None if carry is None else carry[:, None]
-        passes, new_state = [], []
-        old_states = iter(state or itertools.repeat(None))
+        """One pass through the stack of blocks for each of `loop_iterations`."""
+        x = self.start(idx, carry)
+        passes = []
+        old, new = iter(state or ()), []
         for _ in range(self.config.loop_iterations):
-            for i, number in enumerate(self.order):
-                wavelet = self.wavelets[number % len(self.wavelets)]
-                y, mean, block_state = self._run(
-                    self.blocks[number], x, embedding, mean, wavelet, next(old_states)
-                )
-                x = self._drop(x, y, i)
-                new_state.append(block_state)
-            passes.append(self.head_dropout(self.final_norm(x)))
-        return passes, tuple(new_state)
+            for i in range(len(self.order)):
+                x, block_state = self.run_block(i, x, next(old, None))
+                new.append(block_state)
+            passes.append(self.finish(x))
+        return passes, tuple(new)
 
-    def _run(self, block: Block, *inputs: Any) -> tuple[Tensor, Tensor | None, BlockState]:
-        """The block, its activations kept or (`gradient_checkpointing`) made again in backward."""
+    def start(self, idx: Tensor, carry: Tensor | None = None) -> Stream:
+        """What the first block reads, for tokens [B, T] and the carry [B, C] of the last window."""
+        embedding = self.bag(self.embedding(idx) * self.embedding_scale)
+        mean = None if carry is None else carry[:, None]
+        return Stream(self.embedding_dropout(embedding), embedding, mean)
+
+    def run_block(
+        self, i: int, stream: Stream, state: BlockState | None
+    ) -> tuple[Stream, BlockState]:
+        """The i-th block of a pass, kept or made again in backward (`gradient_checkpointing`)."""
+        number = self.order[i]
+        block, wavelet = self.blocks[number], self.wavelets[number % len(self.wavelets)]
+        inputs = (stream.x, stream.embedding, stream.mean, wavelet, state)
         if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+            y, mean, state = checkpoint(block, *inputs, use_reentrant=False)
+        else:
+            y, mean, state = block(*inputs)
+        return Stream(self._drop(stream.x, y, i), stream.embedding, mean), state
+
+    def finish(self, stream: Stream) -> Tensor:
+        """The residual stream, normalised and ready for the head: [B, T, C]."""
+        return self.head_dropout(self.final_norm(stream.x))
 
     def _drop(self, x: Tensor, y: Tensor, i: int) -> Tensor:
         """Stochastic depth: in training x in place of y with probability rate · i / n_blocks."""
@@ -146,6 +102,14 @@ class WaveletLM(nn.Module):
         if not self.training or p == 0:
             return y
         return torch.where(torch.rand((), device=x.device) < p, x, y)
+
+    def empty_carry(self, B: int, device: torch.device) -> Tensor:
+        """The carry at the start of a text: [B, C] of zeros."""
+        return torch.zeros(B, self.config.C, device=device)
+
+    def window_carry(self, state: State) -> Tensor:
+        """The last block's running mean after a window: [B, C], detached, at least float32."""
+        return state[-1].mean.mean.detach()
 
 
 def uses_carry(config: Config) -> bool:
@@ -155,8 +119,3 @@ def uses_carry(config: Config) -> bool:
         and config.decompose_bypass_cross_window
         and config.data_order == "sequential"
     )
-
-
-def window_carry(state: State) -> Tensor:
-    """The last block's running mean after a window: [B, C], detached, at least float32."""
-    return state[-1].mean.mean.detach()

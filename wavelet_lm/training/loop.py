@@ -16,7 +16,7 @@ from wavelet_lm.data import TokenizedText
 from wavelet_lm.data.batches import training_batches, validation_batches
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint
-from wavelet_lm.models.wavelet_lm import uses_carry, window_carry
+from wavelet_lm.models.wavelet_lm import uses_carry
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
 from wavelet_lm.training.run_folder import RunFolder
@@ -115,7 +115,7 @@ class Trainer:
                     inputs, targets, carry=self._carry(first + micro, len(inputs))
                 )
             if uses_carry(self.config):
-                self.carry = window_carry(state)
+                self.carry = self.model.window_carry(state)
             self.precision.backward(loss / self.config.grad_accum)
             total += loss.detach() / self.config.grad_accum
         next_batch = self._load(self.step + 1)
@@ -144,7 +144,7 @@ class Trainer:
         if not uses_carry(self.config):
             return None
         if self.carry is None or self.batches.starts_text(micro_step):
-            return torch.zeros(B, self.config.C, device=self.device)
+            return self.model.empty_carry(B, self.device)
         return self.carry
 
     # --- watching --------------------------------------------------------------------------------

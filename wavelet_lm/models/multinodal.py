@@ -1,0 +1,108 @@
+"""An ensemble of small WaveletLMs that share their tokens and their prediction."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from wavelet_lm.config import Config, cell_config
+from wavelet_lm.models.language_model import LanguageModel
+from wavelet_lm.models.wavelet_lm import State, WaveletLM
+
+
+class MultinodalLM(LanguageModel):
+    """`multinodal_num_cells` whole models of width `multinodal_cell_dim`; logits add up or average.
+
+    Averaged logits are those of one head over the cells' hidden vectors side by side, and so is the
+    chunked loss. The loss's gradient is scaled by 1/√cells. With `multinodal_features_per_cell`
+    each cell sees only some channels of its embedding; with `multinodal_cross_cell_gating` the
+    cells gate each other every few blocks.
+    """
+
+    def __init__(self, config: Config, vocab_size: int):
+        super().__init__(config, vocab_size)
+        n = config.multinodal_num_cells
+        self.cells = nn.ModuleList(WaveletLM(cell_config(config), vocab_size) for _ in range(n))
+        if config.multinodal_features_per_cell:
+            for i, cell in enumerate(self.cells):
+                cell.bag = FeatureBag(config, seed=config.seed + i)
+        self.interval = config.multinodal_cross_cell_gate_interval
+        n_gates = len(self.cells[0].order) // self.interval
+        self.gates = nn.ModuleList(
+            CellGate(config.multinodal_cell_dim)
+            for _ in range(n_gates if config.multinodal_cross_cell_gating else 0)
+        )
+        self.gradient_scale = 1 / math.sqrt(n)
+
+    def output_weight(self) -> Tensor:
+        weight = torch.cat([cell.head.weight for cell in self.cells], dim=1)
+        return weight / len(self.cells) if self.config.multinodal_combination == "mean" else weight
+
+    def passes(
+        self, idx: Tensor, state: tuple[State, ...] | None, carry: Tensor | None
+    ) -> tuple[list[Tensor], tuple[State, ...]]:
+        """All cells side by side, block by block: hidden vectors [B, T, cells · cell_dim].
+
+        The state is a tuple of the cells' states; carry is [B, cells · cell_dim].
+        """
+        n = len(self.cells)
+        carries = [None] * n if carry is None else carry.chunk(n, dim=-1)
+        streams = [cell.start(idx, c) for cell, c in zip(self.cells, carries, strict=True)]
+        old = [iter(s) for s in (state or [()] * n)]
+        new: list[list] = [[] for _ in self.cells]
+        passes = []
+        for _ in range(self.config.loop_iterations):
+            for i in range(len(self.cells[0].order)):
+                for k, cell in enumerate(self.cells):
+                    streams[k], block_state = cell.run_block(i, streams[k], next(old[k], None))
+                    new[k].append(block_state)
+                if self.gates and (i + 1) % self.interval == 0:
+                    gated = self.gates[i // self.interval]([stream.x for stream in streams])
+                    streams = [
+                        stream._replace(x=x) for stream, x in zip(streams, gated, strict=True)
+                    ]
+            finished = [c.finish(stream) for c, stream in zip(self.cells, streams, strict=True)]
+            passes.append(torch.cat(finished, dim=-1))
+        return passes, tuple(tuple(states) for states in new)
+
+    def empty_carry(self, B: int, device: torch.device) -> Tensor:
+        """The carry at the start of a text: [B, cells · cell_dim] of zeros."""
+        return torch.cat([cell.empty_carry(B, device) for cell in self.cells], dim=-1)
+
+    def window_carry(self, state: tuple[State, ...]) -> Tensor:
+        """The cells' running means after a window, side by side: [B, cells · cell_dim]."""
+        pairs = zip(self.cells, state, strict=True)
+        return torch.cat([cell.window_carry(s) for cell, s in pairs], dim=-1)
+
+
+class FeatureBag(nn.Module):
+    """Sets all but `multinodal_features_per_cell` channels to `multinodal_bagged_eps`.
+
+    Which channels a cell keeps is drawn from its seed, so the config alone says it.
+    """
+
+    def __init__(self, config: Config, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        ranks = torch.rand(config.multinodal_cell_dim, generator=generator, device="cpu").argsort()
+        keep = ranks < config.multinodal_features_per_cell
+        self.register_buffer("keep", keep.to(torch.get_default_device()), persistent=False)
+        self.eps = config.multinodal_bagged_eps
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
+        return torch.where(self.keep, embedding, self.eps)
+
+
+class CellGate(nn.Module):
+    """x_i ⊙ (1 + tanh(G · mean of the other cells' x)), G zero at first: no gate."""
+
+    def __init__(self, C: int):
+        super().__init__()
+        self.proj = nn.Linear(C, C, bias=False)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        """Every cell's [B, T, C] -> the same."""
+        total = sum(xs)
+        return [x * (1 + torch.tanh(self.proj((total - x) / (len(xs) - 1)))) for x in xs]
