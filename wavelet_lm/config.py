@@ -138,7 +138,7 @@ class ModelConfig:
     fwpkm_num_keys: int = option(16384, "its value rows per head, a square number", minimum=1)
     fwpkm_top_k: int = option(32, "rows read per position and head", minimum=1)
     fwpkm_heads: int = option(1, "its heads", minimum=1)
-    fwpkm_inference_updates: bool = not_yet(False, "adapt the fast weights while generating")
+    fwpkm_inference_updates: bool = option(False, "adapt the fast weights while generating")
     fwpkm_update_lr: float = option(0.01, "step size of fwpkm_inference_updates", minimum=0)
     fwpkm_chunk_size: int = option(64, "tokens between those updates", minimum=2)
     tie_embedding_to_lm_head: bool = option(False, "one matrix for embedding and head")
@@ -498,6 +498,10 @@ def _check_contradictions(c: Config) -> None:
         c.multi_basis_lifting and c.shared_lifting_weights,
         "multi_basis_lifting needs wavelets of its own in every block;"
         " set shared_lifting_weights to false",
+    )
+    refuse(
+        c.fwpkm_inference_updates and not c.fwpkm_enabled,
+        "fwpkm_inference_updates adapts the second memory, which is off; set fwpkm_enabled to true",
     )
     refuse(
         c.decompose_bypass_ema and not c.decompose_bypass,

@@ -31,6 +31,9 @@ class HistoryModel(nn.Module):
     vocab_size = V
     N = 997
 
+    def adapting(self, state):
+        return state
+
     def __init__(self):
         super().__init__()
         table = torch.randn(self.N, V, generator=torch.Generator().manual_seed(5))

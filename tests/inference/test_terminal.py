@@ -15,6 +15,9 @@ class Parrot(nn.Module):
 
     vocab_size = 256
 
+    def adapting(self, state):
+        return state
+
     def __init__(self):
         super().__init__()
         self.gain = nn.Parameter(torch.tensor(9.0))

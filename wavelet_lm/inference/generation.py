@@ -74,6 +74,7 @@ def stream_tokens(
     idx = torch.tensor([list(prompt_ids)], device=next(model.parameters()).device)
     generator = torch.Generator(idx.device).manual_seed(seed)
     logits, state = prefill(model, idx)
+    state = model.adapting(state)
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, idx, True)
     for n in range(num_tokens):
         if n > 0:

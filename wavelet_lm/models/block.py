@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.models.layers import Gain, ScaleNorm
-from wavelet_lm.models.memory import ProductKeyMemory
+from wavelet_lm.models.memory import FastWeightMemory, FastWeights, ProductKeyMemory
 from wavelet_lm.models.mixer import SpectralMixer
 from wavelet_lm.models.mlp import MLP
 from wavelet_lm.transforms.exponential_mean import ExponentialMean, ExponentialMeanState
@@ -21,10 +21,15 @@ PROJECTION_GAIN = 1e-3
 
 
 class BlockState(NamedTuple):
-    """What a block remembers of a text: histories of the wavelet's delays, and the running mean."""
+    """What a block remembers of a text.
+
+    wavelet: the histories of its delays; mean: of the running mean, None without bypass; memory:
+    what the FwPKM has learned, None where it does not adapt.
+    """
 
     wavelet: tuple[Tensor, ...]
     mean: RunningMeanState | ExponentialMeanState | None
+    memory: FastWeights | None
 
 
 class Block(nn.Module):
@@ -75,7 +80,7 @@ class Block(nn.Module):
         Returns:
             The new residual stream, this block's running mean (None without bypass), the state.
         """
-        wavelet_state, mean_state = (None, None) if state is None else state
+        wavelet_state, mean_state, memory = (None, None, None) if state is None else state
         mean = None
         if self.bypass is not None:
             mean, mean_state = self.bypass.average(x, mean_state)
@@ -93,8 +98,9 @@ class Block(nn.Module):
         x = self.spectral_gain(x) + self.projection_dropout(signal)
         y = self.feedforward_gain(x)
         if self.feedforward is not None:
-            y = y + self.feedforward(x)
-        return y, mean, BlockState(wavelet_state, mean_state)
+            update, memory = self.feedforward(x, memory)
+            y = y + update
+        return y, mean, BlockState(wavelet_state, mean_state, memory)
 
 
 class MeanBypass(nn.Module):
@@ -125,12 +131,19 @@ def feedforward_branches(config: ModelConfig) -> dict[str, nn.Module]:
     branches: dict[str, nn.Module] = {}
     if config.mlp_expansion:
         branches["mlp"] = MLP(config)
-    for name in ("pkm", "fwpkm"):
-        if getattr(config, f"{name}_enabled"):
-            num_keys, top_k, heads = (
-                getattr(config, f"{name}_{key}") for key in ("num_keys", "top_k", "heads")
-            )
-            branches[name] = ProductKeyMemory(config.C, num_keys, top_k, heads)
+    if config.pkm_enabled:
+        branches["pkm"] = ProductKeyMemory(
+            config.C, config.pkm_num_keys, config.pkm_top_k, config.pkm_heads
+        )
+    if config.fwpkm_enabled:
+        branches["fwpkm"] = FastWeightMemory(
+            config.C,
+            config.fwpkm_num_keys,
+            config.fwpkm_top_k,
+            config.fwpkm_heads,
+            config.fwpkm_update_lr,
+            config.fwpkm_chunk_size,
+        )
     return branches
 
 
@@ -143,7 +156,14 @@ class FeedForward(nn.Module):
         self.branches = nn.ModuleDict(branches)
         self.gains = nn.ModuleDict({name: Gain() for name in branches})
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, C] -> [B, T, C]."""
+    def forward(self, x: Tensor, memory: FastWeights | None) -> tuple[Tensor, FastWeights | None]:
+        """[B, T, C] -> [B, T, C]; with a `memory` the FwPKM reads it and learns."""
         h = self.norm(x)
-        return sum(self.gains[name](branch(h)) for name, branch in self.branches.items())
+        total = 0
+        for name, branch in self.branches.items():
+            if name == "fwpkm" and memory is not None:
+                y, memory = branch.adapt(h, memory)
+            else:
+                y = branch(h)
+            total = total + self.gains[name](y)
+        return total, memory

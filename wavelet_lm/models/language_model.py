@@ -9,6 +9,7 @@ call with T = block_size, prefill one with T = prompt length, decoding one with 
 cutting a text into chunks gives the same logits.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,5 +101,24 @@ class LanguageModel(nn.Module):
         self, idx: Tensor, state: Any = None, carry: Tensor | None = None
     ) -> tuple[Tensor, Any]:
         """The last pass's vectors [B, T, H], normalised and ready for the head; the state."""
-        passes, state = self.passes(idx, state, carry)
-        return passes[-1], state
+        parts = []
+        for piece in self._pieces(idx, state):
+            passes, state = self.passes(piece, state, carry)
+            parts.append(passes[-1])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), state
+
+    def adapting(self, state: Any) -> Any:
+        """The state of a prompt; with `fwpkm_inference_updates` the fast weights learn after it."""
+        return state
+
+    def room(self, state: Any) -> int | None:
+        """Tokens that the model can read at once in this state; None = any number."""
+        return None
+
+    def _pieces(self, idx: Tensor, state: Any) -> Sequence[Tensor]:
+        """The tokens cut where fast weights are updated."""
+        room = None if state is None else self.room(state)
+        if room is None or idx.shape[1] <= room:
+            return (idx,)
+        period = self.config.fwpkm_chunk_size
+        return (idx[:, :room], *idx[:, room:].split(period, dim=1))

@@ -5,9 +5,11 @@ N = n² keys are found among the best of 2n sub-keys, and only their value rows 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 KEY_NOISE = 0.02
 
@@ -46,13 +48,19 @@ class ProductKeyMemory(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, C], in the dtype of the values."""
-        B, T, C = x.shape
-        rows, weights = self.read_plan(x)
-        weights = weights.reshape(B * T, -1).to(self.values.dtype)
+        return self.read(*self.read_plan(x))
+
+    def read(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sums of value rows, [B, T, C], for a plan [B, T, heads, top_k]."""
+        B, T = rows.shape[:2]
+        weights = weights.to(self.values.dtype)
         y = nn.functional.embedding_bag(
-            rows.reshape(B * T, -1), self.values, mode="sum", per_sample_weights=weights
+            rows.reshape(B * T, -1),
+            self.values,
+            mode="sum",
+            per_sample_weights=weights.reshape(B * T, -1),
         )
-        return y.view(B, T, C)
+        return y.view(B, T, -1)
 
     def read_plan(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Which value rows each position reads, and with which weights.
@@ -77,3 +85,93 @@ class ProductKeyMemory(nn.Module):
     def _best(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Best sub-keys of half queries [B, T, heads, half], sorted: scores and indices."""
         return torch.einsum("bthd,hnd->bthn", q, keys).topk(self.n_best)
+
+
+class FastWeights(NamedTuple):
+    """What a text has added to the values of a memory, for each row of a batch.
+
+    rows: [B, N] int64, the value rows that changed, sorted and padded with the number of rows;
+    deltas: [B, N, C], what to add to them; recent: [B, m, C], the inputs since the last update.
+    """
+
+    rows: Tensor
+    deltas: Tensor
+    recent: Tensor
+
+
+class FastWeightMemory(ProductKeyMemory):
+    """FwPKM: a product-key memory whose values adapt to the text that is being generated.
+
+    After every `chunk_size` tokens the deltas take one gradient step of size `update_lr` on
+
+        1/((n − 1) C) Σ_t |memory(h_t) − h_{t+1}|²,   t over the chunk's n − 1 pairs,
+
+    with the read weights held fixed. The gradient has a closed form: row r changes by the sum over
+    its reads (t, j) of −update_lr · w_tj · 2 (memory(h_t) − h_{t+1}) / ((n − 1) C). In training,
+    and until a state is given, it is a plain product-key memory.
+    """
+
+    def __init__(
+        self, C: int, num_keys: int, top_k: int, heads: int, update_lr: float, chunk_size: int
+    ):
+        super().__init__(C, num_keys, top_k, heads)
+        self.update_lr, self.chunk_size = update_lr, chunk_size
+
+    def fresh_state(self, B: int) -> FastWeights:
+        """No deltas yet, for B texts."""
+        rows = torch.empty(B, 0, dtype=torch.int64, device=self.values.device)
+        nothing = self.values.new_empty(B, 0, self.values.shape[1])
+        return FastWeights(rows, nothing, nothing)
+
+    def adapt(self, x: Tensor, state: FastWeights) -> tuple[Tensor, FastWeights]:
+        """Read for x [B, T, C], the next tokens of a text, and learn from them.
+
+        At most `room(state)` tokens at once: an update comes between two calls.
+        """
+        y = self.read_adapted(x, state)
+        recent = torch.cat((state.recent, x.to(state.recent.dtype)), 1)
+        state = state._replace(recent=recent)
+        return y, state if self.room(state) else self.updated(state)
+
+    def room(self, state: FastWeights) -> int:
+        """Tokens until the next update."""
+        return self.chunk_size - state.recent.shape[1]
+
+    def read_adapted(self, x: Tensor, state: FastWeights) -> Tensor:
+        """The memory with its deltas: [B, T, C] -> [B, T, C]."""
+        rows, weights = self.read_plan(x)
+        y = self.read(rows, weights)
+        if state.rows.shape[1] == 0:
+            return y
+        B, T = x.shape[:2]
+        wanted = rows.reshape(B, -1)
+        place = torch.searchsorted(state.rows, wanted).clamp(max=state.rows.shape[1] - 1)
+        found = state.rows.gather(1, place) == wanted
+        weights = (weights.reshape(B, -1) * found).to(y.dtype)
+        deltas = state.deltas.gather(1, place[..., None].expand(-1, -1, y.shape[-1]))
+        return y + (weights[..., None] * deltas).view(B, T, -1, y.shape[-1]).sum(2)
+
+    @torch.no_grad()
+    def updated(self, state: FastWeights) -> FastWeights:
+        """The state after one step on its recent inputs."""
+        inputs, targets = state.recent[:, :-1], state.recent[:, 1:]
+        rows, weights = self.read_plan(inputs)
+        error = self.read_adapted(inputs, state) - targets
+        step = -self.update_lr * 2 / targets[0].numel() * error
+        changes = weights.flatten(2).to(step.dtype)[..., None] * step[:, :, None]  # [B, n−1, K, C]
+        new = [
+            merge_rows(torch.cat((old_rows, r.flatten())), torch.cat((old, c.flatten(0, 1))))
+            for old_rows, old, r, c in zip(state.rows, state.deltas, rows, changes, strict=True)
+        ]
+        return FastWeights(
+            pad_sequence([r for r, _ in new], True, padding_value=len(self.values)),
+            pad_sequence([deltas for _, deltas in new], True),
+            state.recent[:, :0],
+        )
+
+
+def merge_rows(rows: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted distinct rows [M] and the sums of their deltas [M, C]."""
+    distinct, place = rows.unique(return_inverse=True)
+    summed = deltas.new_zeros(len(distinct), deltas.shape[1]).index_add_(0, place, deltas)
+    return distinct, summed

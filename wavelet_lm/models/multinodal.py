@@ -74,6 +74,13 @@ class MultinodalLM(LanguageModel):
         pairs = zip(self.cells, state, strict=True)
         return torch.cat([cell.window_carry(s) for cell, s in pairs], dim=-1)
 
+    def adapting(self, state: tuple[State, ...]) -> tuple[State, ...]:
+        pairs = zip(self.cells, state, strict=True)
+        return tuple(cell.adapting(s) for cell, s in pairs)
+
+    def room(self, state: tuple[State, ...]) -> int | None:
+        return self.cells[0].room(state[0])
+
 
 class FeatureBag(nn.Module):
     """Sets all but `multinodal_features_per_cell` channels to `multinodal_bagged_eps`.

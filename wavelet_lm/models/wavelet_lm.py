@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from wavelet_lm.config import Config
@@ -110,6 +111,25 @@ class WaveletLM(LanguageModel):
     def window_carry(self, state: State) -> Tensor:
         """The last block's running mean after a window: [B, C], detached, at least float32."""
         return state[-1].mean.mean.detach()
+
+    def adapting(self, state: State) -> State:
+        """The same state, with empty fast weights that learn from now on if the config says so."""
+        if not self.config.fwpkm_inference_updates:
+            return state
+        B = tree_leaves(state)[0].shape[0]
+        new = []
+        for i, block_state in enumerate(state):
+            block = self.blocks[self.order[i % len(self.order)]]
+            memory = block.feedforward.branches["fwpkm"].fresh_state(B)
+            new.append(block_state._replace(memory=memory))
+        return tuple(new)
+
+    def room(self, state: State) -> int | None:
+        """Tokens until the fast weights learn, None where they do not."""
+        memory = state[0].memory
+        if memory is None:
+            return None
+        return self.blocks[0].feedforward.branches["fwpkm"].room(memory)
 
 
 def uses_carry(config: Config) -> bool:

@@ -246,7 +246,7 @@ class Trainer:
             words.append(f"{self.tokens_per_second:,.0f} tokens/s")
         self.run.log(" | ".join(words))
         in_warmup = self.step < warmup_steps(self.config, self.total_steps)
-        skip = self.step == 0 or (in_warmup and self.config.skip_warmup_saves and not last)
+        skip = self.step == 0 or (in_warmup and self.config.skip_warmup_saves)
         if loss < self.best_loss and not skip:
             self._require_finite_weights()
             self.best_loss, self.best_step = loss, self.step
