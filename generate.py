@@ -1,19 +1,20 @@
 """Continue a prompt with a trained WaveletLM: `python generate.py --checkpoint logs/RUN`."""
 
+import functools
 import sys
 
 from wavelet_lm.config import OneLineParser
-from wavelet_lm.data.tokenizers import load_tokenizer
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import run_command
 from wavelet_lm.inference.sampling import SamplingOptions
 from wavelet_lm.inference.terminal import write_samples
-from wavelet_lm.models.checkpoint import find_checkpoint, load_model
+from wavelet_lm.interop.loading import load_model, load_tokenizer
+from wavelet_lm.models.checkpoint import find_checkpoint
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, epilog="Unset options come from the run's config.")
-    parser.add_argument("--checkpoint", required=True, help="run folder, or a checkpoint inside it")
+    parser.add_argument("--checkpoint", required=True, help="run folder, or checkpoint file")
     parser.add_argument("--prompt", help="text to continue; may be empty")
     parser.add_argument("--num_tokens", type=int, help="most tokens to generate")
     parser.add_argument("--temperature", type=float, help="0 takes the likeliest token")
@@ -27,7 +28,8 @@ def main() -> None:
     args = parser.parse_args()
 
     checkpoint = find_checkpoint(args.checkpoint)
-    model = load_model(checkpoint, resolve_device(args.device))
+    log = functools.partial(print, file=sys.stderr)
+    model = load_model(checkpoint, resolve_device(args.device), log)
     tokenizer = load_tokenizer(args.checkpoint)
     # An option that was not given is None; 0 and "" are values.
     given = {key: value for key, value in vars(args).items() if value is not None}
@@ -45,7 +47,7 @@ def main() -> None:
         ignore_eot=args.ignore_eot,
         checkpoint=checkpoint,
         write=lambda text: print(text, end="", flush=True),
-        log=lambda line: print(line, file=sys.stderr),
+        log=log,
     )
 
 

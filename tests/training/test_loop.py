@@ -10,6 +10,7 @@ from tests.training.test_resume import before_step
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.checkpoint import Checkpoint, load_model
 from wavelet_lm.training.loop import Diverged, Trainer
+from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.run import train
 from wavelet_lm.training.run_folder import RunFolder
 
@@ -108,6 +109,16 @@ def test_the_log_interval_and_the_evaluations(tmp_path):
     assert steps(run, "eval") == [0, 10, 20, 23]
     assert steps(run, "test") == steps(run, "end") == [23]
     assert Checkpoint(run / "last.safetensors").metadata["step"] == 23
+
+
+def test_each_line_has_the_rate_of_its_update(tmp_path, monkeypatch):
+    used = []
+    real = Optimizer.set_lr
+    monkeypatch.setattr(Optimizer, "set_lr", lambda o, lr: used.append(lr) or real(o, lr))
+    run = trained(tmp_path, max_steps=12)
+    assert [row["lr"] for row in runs.figures(run) if row["event"] == "train"] == used
+    assert used[0] == pytest.approx(0.01)
+    assert used[-1] == pytest.approx(2e-4)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_what_a_kill_leaves_behind_does_not_disturb(folders, monkeypatch):
         json.loads(line)
 
 
-@pytest.mark.parametrize("step", [10, 20, 40])
+@pytest.mark.parametrize("step", [10, 13, 20, 40])
 def test_a_stop_where_an_evaluation_is_due_and_then_a_kill(folders, monkeypatch, step):
     """Saved before the evaluation of its step, resumed, evaluated, killed, resumed again."""
     whole = whole_run(folders[0])
@@ -148,6 +148,14 @@ def test_best_of_a_killed_run_is_written_again(folders, monkeypatch):
     assert Checkpoint(killed / "last.safetensors").metadata["step"] == 15
     resume(killed)
     runs.assert_same_run(whole, killed)
+
+
+def test_a_resumed_run_knows_its_best_loss(tmp_path, monkeypatch):
+    """Validation losses that only rise: the best checkpoint is one of before the kill."""
+    monkeypatch.setattr(Trainer, "validate", lambda trainer: 1 + trainer.step / 100)
+    run = killed_run(tmp_path, monkeypatch)
+    resume(run)
+    assert Checkpoint(run / "best.safetensors").metadata == {"step": 10, "val_loss": 1.1}
 
 
 def test_real_processes_kill_terminate_and_interrupt(folders, monkeypatch):

@@ -171,13 +171,12 @@ def evaluate_run(
         What `evaluate` does, and `run`, `dataset`, `split`, `tokenizer`, `n_params`.
     """
     from wavelet_lm.data import prepare_data
-    from wavelet_lm.data.tokenizers import load_tokenizer
     from wavelet_lm.inference.generation import check_vocabulary
-    from wavelet_lm.models.checkpoint import load_model
+    from wavelet_lm.interop.loading import load_model, load_tokenizer
     from wavelet_lm.models.registry import n_params
 
     where = resolve_device(device)
-    model, tokenizer = load_model(run, where), load_tokenizer(run)
+    model, tokenizer = load_model(run, where, log), load_tokenizer(run)
     check_vocabulary(model, tokenizer)
     config = model.config if dataset is None else model.config.replace(dataset=dataset)
     data = prepare_data(config, tokenizer=tokenizer, log=log)

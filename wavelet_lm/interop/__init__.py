@@ -1,0 +1,1 @@
+"""Models of other origins and other libraries."""

@@ -1,0 +1,55 @@
+"""Models and tokenizers by path, whoever wrote them: this project, or a published checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from wavelet_lm.data import tokenizers
+from wavelet_lm.data.tokenizers import Tokenizer
+from wavelet_lm.errors import UserError
+from wavelet_lm.models import checkpoint
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    log: Callable[[str], object] = lambda line: None,
+) -> nn.Module:
+    """The model of a run folder, a checkpoint file or a published `.pt`, in eval mode on `device`.
+
+    A published checkpoint needs its `config.json` beside it; `log` gets what of it was ignored.
+
+    Raises:
+        UserError: there is none, it is truncated, or it does not fit its config.
+    """
+    # Imported here, since that module is also a command.
+    from wavelet_lm.interop.published import is_published, load_published
+
+    if is_published(path):
+        return load_published(path, device, log)
+    return checkpoint.load_model(path, device)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a run folder or a checkpoint; GPT-2's for published ones of its vocabulary.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    from wavelet_lm.interop.published import (
+        is_published,
+        published_tokenizer,
+        published_vocab_size,
+        read_tensors,
+    )
+
+    file = Path(path).expanduser()
+    beside = [file.parent / "tokenizer" / "tokenizer.json", file.parent / "tokenizer.json"]
+    if not is_published(file) or any(map(Path.is_file, beside)):
+        return tokenizers.load_tokenizer(path)
+    vocab_size = published_vocab_size(file, read_tensors(file))
+    return tokenizers.named_tokenizer(published_tokenizer(file, vocab_size).name)

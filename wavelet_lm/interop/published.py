@@ -1,0 +1,282 @@
+"""Published WaveletLM checkpoints: a bare `state_dict` in a `.pt` beside its `config.json`.
+
+    python -m wavelet_lm.interop.published best_model.pt --out logs/published
+
+makes a run folder of one. Nothing that a pickle can execute is executed, and nothing is left out in
+silence: every tensor of the file has a place in the model, and every parameter has its tensor.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from wavelet_lm.config import OneLineParser
+from wavelet_lm.data.tokenizers import (
+    GPT2_VOCAB,
+    Tokenizer,
+    check_tokenizer_name,
+    load_tokenizer,
+    named_tokenizer,
+)
+from wavelet_lm.errors import UserError, run_command
+from wavelet_lm.files import as_user_error, write_text
+from wavelet_lm.interop.published_config import read_published_config
+from wavelet_lm.interop.published_names import Source, published_layout
+from wavelet_lm.models.checkpoint import save_checkpoint
+from wavelet_lm.models.registry import build_model
+
+SUFFIXES = (".pt", ".pth")
+COMPILED = "_orig_mod."
+EMBEDDINGS = ("token_embedding.weight", "cells.0.token_embedding.weight")
+SHOWN = 3
+
+
+def is_published(path: str | Path) -> bool:
+    """Whether a path means a published checkpoint and not one of this project."""
+    return Path(path).suffix in SUFFIXES
+
+
+def load_published(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    log: Callable[[str], object] = lambda line: None,
+) -> nn.Module:
+    """The model of a published checkpoint, in eval mode on `device`.
+
+    Its parameters are float32, or float64 where the file has such tensors.
+
+    Args:
+        log: gets a line each for the config's ignored keys and for the tensors that nothing reads.
+
+    Raises:
+        UserError: the file is missing, damaged or holds more than tensors; config.json is missing
+            or cannot be imported; names or shapes do not fit it; repeated tensors differ.
+    """
+    path = Path(path).expanduser()
+    tensors = read_tensors(path)
+    config = read_published_config(path.with_name("config.json"), tensors.keys(), log)
+    vocab_size = published_vocab_size(path, tensors)
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in build_model(config, vocab_size).named_parameters()}
+    layout = published_layout(config)
+    problems = _fold_deltas(tensors)
+    values, used = {}, set()
+    for name, shape in shapes.items():
+        source = layout.sources[name]
+        used |= {published for part in source.parts for published in part}
+        if all(tensors.keys() & part for part in source.parts):
+            values[name] = _value(tensors, source, shape, problems)
+        else:
+            problems += [f"no {part[0]}" for part in source.parts if not tensors.keys() & {*part}]
+    problems += [f"unknown {name}" for name in tensors if name not in used | layout.unread]
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise UserError(
+            f"{path}: does not fit its config.json: {'; '.join(problems[:SHOWN])}{more}"
+        )
+    if unread := sorted(layout.unread & tensors.keys()):
+        log(f"{path}: dropped tensors that nothing reads: {', '.join(unread)}")
+    with torch.device(device):
+        model = build_model(config, vocab_size)
+    if any(value.dtype == torch.float64 for value in values.values()):
+        model.double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values[name])
+    return model.eval()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.pt` by their names without the prefix of a compiled model.
+
+    They are mapped from the file where its format allows it, not read.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such checkpoint")
+    content = _load(path)
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path}: holds no tensors by name; a bare state_dict is needed")
+    others = [name for name, value in content.items() if not _is_weight(name, value)]
+    if others:
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        raise UserError(
+            f"{path}: {', '.join(map(str, others[:SHOWN]))}{more}: no plain tensors of floating"
+            " point; a bare state_dict is needed"
+        )
+    tensors = {name.removeprefix(COMPILED): value for name, value in content.items()}
+    if len(tensors) < len(content):
+        raise UserError(f"{path}: has some names both with and without the prefix {COMPILED}")
+    return tensors
+
+
+def _is_weight(name: object, value: object) -> bool:
+    plain = isinstance(name, str) and isinstance(value, Tensor)
+    return plain and value.layout == torch.strided and value.is_floating_point()
+
+
+def _load(path: Path) -> object:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            # Files from before torch 1.6 cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        first = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        raise UserError(
+            f"{path}: truncated, or no checkpoint of tensors alone, and pickled code is not run"
+            f" ({first})"
+        ) from None
+
+
+def published_vocab_size(path: Path, tensors: dict[str, Tensor]) -> int:
+    """Rows of the embedding."""
+    for name in EMBEDDINGS:
+        if name in tensors and tensors[name].dim() == 2:
+            return len(tensors[name])
+    raise UserError(f"{path}: has no {EMBEDDINGS[0]}; it is no published checkpoint")
+
+
+def _fold_deltas(tensors: dict[str, Tensor]) -> list[str]:
+    """Add FwPKM's deltas to its values, which is what a read returns; problems, if any."""
+    problems = []
+    for name in [name for name in tensors if name.endswith("fwpkm.value_deltas")]:
+        values = name.replace("value_deltas", "values.weight")
+        if values not in tensors:
+            continue  # then it is unknown, or its values are missed
+        deltas = tensors.pop(name)
+        if deltas.shape != tensors[values].shape:
+            problems.append(f"{name} is {list(deltas.shape)}, the values {_shape(tensors[values])}")
+        elif deltas.any():
+            tensors[values] = tensors[values] + deltas
+    return problems
+
+
+def _value(
+    tensors: dict[str, Tensor], source: Source, shape: torch.Size, problems: list[str]
+) -> Tensor | None:
+    """A parameter's values of the wanted shape; what is wrong with them is added to `problems`."""
+    rows = []
+    for names in source.parts:
+        first, *others = (name for name in names if name in tensors)
+        for other in others:
+            if not torch.equal(tensors[first], tensors[other]):
+                problems.append(f"{other} differs from {first}, which it repeats")
+        rows.append(tensors[first])
+    wanted = tuple(shape if len(rows) == 1 else shape[1:])
+    if source.row is not None:
+        wanted = (source.row[1], *wanted)
+    for names, row in zip(source.parts, rows, strict=True):
+        # Factors are sometimes vectors of one.
+        if row.shape != wanted and not (wanted == () and row.shape == (1,)):
+            problems.append(f"{names[0]} is {_shape(row)}, the config makes it {list(wanted)}")
+            return None
+    if source.row is not None:
+        return rows[0][source.row[0]]
+    return rows[0].reshape(shape) if len(rows) == 1 else torch.stack(rows)
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+# --- to a run folder -----------------------------------------------------------------------------
+
+
+def convert(
+    path: str | Path,
+    out: str | Path,
+    tokenizer: str | None = None,
+    log: Callable[[str], object] = lambda line: None,
+) -> Path:
+    """Make a run folder of a published checkpoint: config.json, tokenizer/, best.safetensors.
+
+    Args:
+        tokenizer: a name (`gpt2`, `bytes`) or a folder that holds one; None is GPT-2's, for models
+            of its vocabulary.
+
+    Raises:
+        UserError: as `load_published`; `out` exists; the tokenizer is unknown or does not fit.
+    """
+    path, out = Path(path).expanduser(), Path(out).expanduser()
+    if out.exists():
+        raise UserError(f"{out}: already there; give --out a new folder")
+    model = load_published(path, "cpu", log)
+    chosen = published_tokenizer(path, model.vocab_size, tokenizer)
+    try:
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise as_user_error(error, out) from error
+    try:
+        write_text(out / "config.json", model.config.to_json())
+        chosen.save(out / "tokenizer")
+        save_checkpoint(out / "best.safetensors", model, {"imported_from": path.name})
+    except BaseException:  # a folder without weights is no run
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    return out
+
+
+def published_tokenizer(path: Path, vocab_size: int, name: str | None = None) -> Tokenizer:
+    """The tokenizer of a published checkpoint: the named one, or GPT-2's where that fits.
+
+    Raises:
+        UserError: there is none of that name, or its size is not the vocabulary's.
+    """
+    if name is None and vocab_size != GPT2_VOCAB:
+        raise UserError(
+            f"{path}: its vocabulary of {vocab_size} is not GPT-2's ({GPT2_VOCAB}); convert it with"
+            " python -m wavelet_lm.interop.published FILE --out RUN --tokenizer NAME_OR_FOLDER"
+        )
+    tokenizer = _gpt2_by_name() if name in (None, "gpt2") else _tokenizer(name)
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens and {path}"
+            f" {vocab_size}; give --tokenizer the one of its training"
+        )
+    return tokenizer
+
+
+def _gpt2_by_name() -> Tokenizer:
+    """All that a run keeps of GPT-2's tokenizer is its name; its merges need not be at hand."""
+    tokenizer = Tokenizer()
+    tokenizer.name, tokenizer.vocab_size = "gpt2", GPT2_VOCAB
+    return tokenizer
+
+
+def _tokenizer(name: str) -> Tokenizer:
+    if Path(name).expanduser().exists():
+        return load_tokenizer(name)
+    check_tokenizer_name(name)
+    if name != "bytes":
+        raise UserError(f"a tokenizer {name} is trained with its data; give the folder that has it")
+    return named_tokenizer(name)
+
+
+def main() -> None:
+    parser = OneLineParser(
+        prog="python -m wavelet_lm.interop.published",
+        description="Make a run folder of a published checkpoint.",
+    )
+    parser.add_argument("file", metavar="FILE", help="the .pt, with its config.json beside it")
+    parser.add_argument("--out", metavar="RUN", required=True, help="run folder to make")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME_OR_FOLDER",
+        help="bytes, or a folder that holds a tokenizer [gpt2, for a vocabulary of its size]",
+    )
+    args = parser.parse_args()
+    run = convert(args.file, args.out, args.tokenizer, log=print)
+    print(f"run folder {run}")
+    print(f"try it: python generate.py --checkpoint {run}")
+
+
+if __name__ == "__main__":
+    run_command(main)
