@@ -65,6 +65,8 @@ def test_every_key_has_a_meaning_and_an_allowed_default():
         ({"per_scale_mixer_widths": [1, 1]}, ["per_scale_mixer_widths", "levels"]),
         ({"per_scale_mixer_widths": [0] * 6}, ["per_scale_mixer_widths", "> 0"]),
         ({"wavelet_crawl_k": 4}, ["wavelet_crawl_k", "odd"]),
+        ({"wavelet_crawl_k": 1}, ["wavelet_crawl_k", ">= 3"]),
+        ({"use_mixer_gate": False}, ["use_mixer_gate", "cross_scale_gating"]),
         ({"wavelet_mode": "haar"}, ["wavelet_mode", "wavelet_crawl"]),
         ({"skip_proj_out": True, "C": 48}, ["skip_proj_out", "mixer_transform"]),
         ({"pkm_num_keys": 1000}, ["pkm_num_keys", "square"]),

@@ -83,7 +83,7 @@ class ModelConfig:
     )
     lifting_dropout: float = option(0.0, "dropout inside the lifting nets", minimum=0, maximum=0.99)
     wavelet_crawl: bool = option(True, "learn a mixture of lags around 2^k at level k")
-    wavelet_crawl_k: int = option(3, "lags in that mixture, an odd number", minimum=1)
+    wavelet_crawl_k: int = option(3, "lags in that mixture, an odd number", minimum=3)
     wavelet_decomp_norm: bool = option(False, "LayerNorm per scale after the decomposition")
     wavelet_recon_norm: bool = option(False, "LayerNorm per scale before the reconstruction")
     untied_reconstruction: bool = option(False, "own update nets for the reconstruction")
@@ -489,6 +489,11 @@ def _check_contradictions(c: Config) -> None:
     refuse(
         c.wavelet_crawl and c.wavelet_crawl_k % 2 == 0,
         f"wavelet_crawl_k is {c.wavelet_crawl_k}; it must be odd",
+    )
+    refuse(
+        c.cross_scale_gating and not c.use_mixer_gate,
+        "cross_scale_gating routes what the gates read and use_mixer_gate is false;"
+        " set cross_scale_gating to false",
     )
     refuse(
         c.wavelet_mode == "haar" and c.wavelet_crawl,

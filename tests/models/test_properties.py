@@ -1,5 +1,6 @@
 """Every combination of switches: what holds for all models, on configs drawn at random."""
 
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,7 +29,7 @@ SWITCHES = {
     "lifting_init": st.sampled_from(["haar", "zero", "random"]),
     "lifting_dropout": st.sampled_from([0.0, 0.2]),
     "wavelet_crawl": flags,
-    "wavelet_crawl_k": st.sampled_from([1, 3, 9]),
+    "wavelet_crawl_k": st.sampled_from([3, 9]),
     "wavelet_decomp_norm": flags,
     "wavelet_recon_norm": flags,
     "untied_reconstruction": flags,
@@ -84,9 +85,6 @@ FIXED = {
     "fwpkm_heads": 1,
     "per_scale_mixer_widths": None,
 }
-# A ReLU gate is closed for some positions and channels, which then have no gradient; so have
-# memory rows that were not read, embeddings of absent tokens and bagged channels.
-MAY_BE_PARTLY_ZERO = ("keys_a", "keys_b", "values", "embedding.weight")
 
 
 @st.composite
@@ -124,7 +122,7 @@ def some_carry(model, config) -> torch.Tensor | None:
 
 
 quickly = settings(
-    max_examples=60,
+    max_examples=50,
     deadline=None,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
@@ -164,7 +162,7 @@ def test_any_chunks_give_the_same_logits(config, cuts):
     whole, _ = model(tokens())
     bounds = [0, *sorted(cuts), T]
     state, parts = None, []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         logits, state = model(tokens()[:, start:end], state)
         parts.append(logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
@@ -198,7 +196,7 @@ def assert_compiles(config: Config, backend: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4 * max(1, float(b.abs().max())))
 
 
-@settings(quickly, max_examples=8)
+@settings(quickly, max_examples=4)
 @given(configs())
 def test_compiled_is_the_same_in_aot_eager(config):
     assert_compiles(config, "aot_eager")
