@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import torch
 from torch import nn
@@ -50,7 +52,7 @@ class Terminal:
     def write(self, piece):
         self.pieces.append(piece)
         if len(self.pieces) == self.interrupt_at:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
 
 def run(tmp_path, terminal, model=None, prompt="ab", num_tokens=None, n=1):

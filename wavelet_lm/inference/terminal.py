@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -78,7 +81,7 @@ def write_sample(
         write(piece)
 
     started = first = time.perf_counter()
-    try:
+    with _ctrl_c_as_flag() as pressed:
         for token in stream_tokens(model, prompt_ids, num_tokens, options, seed, stop):
             now = time.perf_counter()
             if sample.n_tokens == 0:
@@ -87,10 +90,31 @@ def write_sample(
             sample.n_tokens += 1
             sample.decode_seconds = now - first
             put(text.feed(token))
-    except KeyboardInterrupt:
-        sample.interrupted = True
+            if pressed:
+                sample.interrupted = True
+                break
     put(text.finish())
     return sample
+
+
+@contextmanager
+def _ctrl_c_as_flag() -> Iterator[list[int]]:
+    """A list that Ctrl-C makes non-empty, so that no token is cut in two; a second one raises."""
+    pressed: list[int] = []
+
+    def note(signum: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def write_samples(

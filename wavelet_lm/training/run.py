@@ -212,6 +212,8 @@ def _write_sample(trainer: Trainer) -> None:
     except UserError as error:  # such as a prompt that a char vocabulary cannot spell
         run.log(f"no sample: {error}")
         return
+    if sample.interrupted:
+        raise KeyboardInterrupt
     run.log(f"a sample:\n{prompt}{sample.text}\n")
     record_sample(run.path / "generations.txt", prompt, sample, options, seed=seed)
 
