@@ -86,23 +86,8 @@ def test_headline_has_exactly_its_parameters():
     assert n_params(block.feedforward.branches["fwpkm"]) == 38_010_880
 
 
-def test_the_mini_recipe_has_exactly_its_parameters():
-    config = Config.from_json(
-        ROOT / "config.json",
-        C=512,
-        layers=10,
-        levels=7,
-        mlp_expansion=0,
-        pkm_enabled=False,
-        fwpkm_enabled=False,
-        mixer_transform="identity",
-        wavelet_crawl_k=33,
-        per_scale_mixer_widths=[1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5],
-        wavelet_decomp_norm=True,
-        wavelet_recon_norm=True,
-        skip_proj_out=True,
-        tie_embedding_to_lm_head=True,
-    )
+def test_mini_has_exactly_its_parameters():
+    config = Config.from_json(ROOT / "configs" / "mini.json")
     with torch.device("meta"):
         assert n_params(build_model(config, 50257)) == 72_875_467
 
