@@ -10,7 +10,6 @@ from torch import nn
 
 from wavelet_lm.data import tokenizers
 from wavelet_lm.data.tokenizers import Tokenizer
-from wavelet_lm.errors import UserError
 from wavelet_lm.models import checkpoint
 
 

@@ -59,7 +59,7 @@ def load_published(
     """
     path = Path(path).expanduser()
     tensors = read_tensors(path)
-    config = read_published_config(path.with_name("config.json"), tensors.keys(), log)
+    config, ignored = read_published_config(path.with_name("config.json"), tensors.keys())
     vocab_size = published_vocab_size(path, tensors)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in build_model(config, vocab_size).named_parameters()}
@@ -75,12 +75,14 @@ def load_published(
             problems += [f"no {part[0]}" for part in source.parts if not tensors.keys() & {*part}]
     problems += [f"unknown {name}" for name in tensors if name not in used | layout.unread]
     if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        # Every row of a tensor finds the same fault with it.
         raise UserError(
-            f"{path}: does not fit its config.json: {'; '.join(problems[:SHOWN])}{more}"
+            f"{path}: does not fit its config.json: {_some([*dict.fromkeys(problems)])}"
         )
+    if ignored:
+        log(f"{path.with_name('config.json')}: ignored keys of training: {', '.join(ignored)}")
     if unread := sorted(layout.unread & tensors.keys()):
-        log(f"{path}: dropped tensors that nothing reads: {', '.join(unread)}")
+        log(f"{path}: dropped tensors that nothing reads: {_some(unread)}")
     with torch.device(device):
         model = build_model(config, vocab_size)
     if any(value.dtype == torch.float64 for value in values.values()):
@@ -103,10 +105,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: holds no tensors by name; a bare state_dict is needed")
     others = [name for name, value in content.items() if not _is_weight(name, value)]
     if others:
-        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
         raise UserError(
-            f"{path}: {', '.join(map(str, others[:SHOWN]))}{more}: no plain tensors of floating"
-            " point; a bare state_dict is needed"
+            f"{path}: holds other things than plain tensors of floating point"
+            f" ({_some([str(name) for name in others])}); a bare state_dict is needed"
         )
     tensors = {name.removeprefix(COMPILED): value for name, value in content.items()}
     if len(tensors) < len(content):
@@ -181,6 +182,12 @@ def _value(
     if source.row is not None:
         return rows[0][source.row[0]]
     return rows[0].reshape(shape) if len(rows) == 1 else torch.stack(rows)
+
+
+def _some(items: list[str]) -> str:
+    """The first few, and how many more."""
+    more = f"; and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return "; ".join(items[:SHOWN]) + more
 
 
 def _shape(tensor: Tensor) -> list[int]:

@@ -7,7 +7,7 @@ switches of experiments are refused unless they are off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -133,15 +133,12 @@ EXPERIMENTS: dict[str, tuple[Any, tuple[str, ...]]] = {
 }
 
 
-def read_published_config(
-    path: Path, names: Collection[str], log: Callable[[str], object]
-) -> Config:
-    """Read a published `config.json`.
+def read_published_config(path: Path, names: Collection[str]) -> tuple[Config, list[str]]:
+    """A published `config.json`, and those of its keys that were ignored.
 
     Args:
         path: the file.
         names: of the tensors in the checkpoint; they decide where a switch was not read.
-        log: gets one line that lists the ignored keys, if there are any.
 
     Raises:
         UserError: the file is missing or no JSON, a key is unknown, contradictory or lacking, or
@@ -167,10 +164,7 @@ def read_published_config(
                 " models without it can be imported"
             )
     _refuse_unmapped(path, values)
-    config = Config.from_dict(_translated(values, names), source=str(path))
-    if ignored:
-        log(f"{path}: ignored keys of training: {', '.join(ignored)}")
-    return config
+    return Config.from_dict(_translated(values, names), source=str(path)), ignored
 
 
 def _is_off(key: str, value: Any, given: dict[str, Any]) -> bool:
@@ -221,6 +215,10 @@ def _translated(values: dict[str, Any], names: Collection[str]) -> dict[str, Any
         off += ["shared_lifting_weights"]
         if not any(name.endswith("dilation_logits") for name in names):
             off += ["wavelet_crawl"]
+    if not values["fwpkm_enabled"]:
+        off += ["fwpkm_inference_updates"]
+    if not values["use_mixer_gate"]:
+        off += ["cross_scale_gating"]
     if values["mixer_depth"] == 1:
         off += ["mixer_depth_stabilizers", "mixer_depth_residuals"]
     else:

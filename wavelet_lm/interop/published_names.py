@@ -121,6 +121,8 @@ def _mixer(layout: Layout, ours: str, theirs: str, config: Config) -> None:
     scales, last = range(config.n_scales), config.mixer_depth - 1
     if config.cross_scale_gating:
         layout.one(f"{ours}routing", f"{theirs}scale_routing")
+    elif not config.use_mixer_gate:
+        layout.unread.add(f"{theirs}scale_routing")
     for s in scales:
         if last:
             place = f"{theirs}scale_mixers_by_depth.{last}.{s}."
