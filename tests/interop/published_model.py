@@ -391,7 +391,8 @@ def mix(c, t, X):
     G, Y = routed(X), []
     for s in range(S):
         if D > 1:
-            Y.append(gated(f"scale_mixers_by_depth.{D - 1}.{s}.", X[s], G[s]))
+            y = gated(f"scale_mixers_by_depth.{D - 1}.{s}.", X[s], G[s])
+            Y.append(X[s] + y if on(c, "mixer_depth_residuals") else y)
             continue
         place = f"scale_mixers.{s}."
         inner = place + ("mixer." if c.get("per_scale_mixer_widths") else "")

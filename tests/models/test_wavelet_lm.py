@@ -271,8 +271,14 @@ def test_initial_values():
     assert block.feedforward.branches["pkm"].values.std() == pytest.approx(0.02, rel=0.05)
 
 
-def test_stacked_mixers_are_their_formula():
-    model = make(mixer_depth=2, mixer_depth_stabilizers=True, per_scale_mixer_widths=None)
+@pytest.mark.parametrize("residuals", [False, True])
+def test_stacked_mixers_are_their_formula(residuals):
+    model = make(
+        mixer_depth=2,
+        mixer_depth_stabilizers=True,
+        mixer_depth_residuals=residuals,
+        per_scale_mixer_widths=None,
+    )
     mixer = model.blocks[0].mixer
     (stacked,) = mixer.stacked
     bands = torch.randn(4, 1, 50, 16, dtype=torch.float64)
@@ -284,7 +290,7 @@ def test_stacked_mixers_are_their_formula():
             normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
             normal = normal * level.norm.weight[:, None, None] + level.norm.bias[:, None, None]
             inputs = level.input_gain.gain * normal
-        X = torch.stack(
+        Y = torch.stack(
             [
                 (x @ m.W.T) * torch.nn.functional.silu(g @ m.G.T) + x @ m.V @ m.U.T
                 for m, x, g in zip(
@@ -293,7 +299,8 @@ def test_stacked_mixers_are_their_formula():
             ]
         )
         if level is not None:
-            X = level.output_gain.gain * (X + level.bias[:, None, None])
+            Y = level.output_gain.gain * (Y + level.bias[:, None, None])
+        X = X + Y if residuals else Y
     torch.testing.assert_close(mixer(bands), mixer.rotate(X), rtol=0, atol=1e-11)
 
 

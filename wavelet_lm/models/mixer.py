@@ -28,7 +28,8 @@ class SpectralMixer(nn.Module):
     H is orthonormal and fixed, so W(Hc) = (WH)c: the transform on the way in is applied to the
     mixers' weights wherever they have fewer rows than the signal, which is nearly always so in
     training; the transform on the way out follows the gate's product and acts on the signal.
-    With `mixer_depth` D > 1, D − 1 normalised mixers come before the last one, and read X itself.
+    With `mixer_depth` D > 1, D − 1 normalised mixers act on X before the last one does;
+    `mixer_depth_residuals` adds the input of every one of the D mixers to its output.
     """
 
     def __init__(self, config: ModelConfig):
@@ -45,6 +46,7 @@ class SpectralMixer(nn.Module):
             StackedMixer(config, depth) for depth in range(config.mixer_depth - 1)
         )
         self.scales = scale_mixers(config, config.mixer_depth - 1)
+        self.residual = config.mixer_depth_residuals
         self.n_weight_rows = sum(mixer.n_input_rows for mixer in self.scales)
 
     def forward(self, bands: Tensor) -> Tensor:
@@ -56,7 +58,8 @@ class SpectralMixer(nn.Module):
             bands, rotate_weights = self.rotate(bands), nn.Identity()
         for stacked in self.stacked:
             bands = stacked(bands, self.routing)
-        return self.rotate(mix_scales(self.scales, bands, self.routing, rotate_weights))
+        mixed = mix_scales(self.scales, bands, self.routing, rotate_weights)
+        return self.rotate(bands + mixed if self.residual else mixed)
 
 
 class StackedMixer(nn.Module):
