@@ -1,46 +1,50 @@
 """Train a wavelet language model: `python train.py --config configs/quickstart.json`.
 
-Every key of the config file is also a flag: `--lr 0.02 --layers 3 --dropout_mlp 0`.
+Every key of the config file is also a flag: `--lr 0.02 --layers 3 --dropout_mlp 0`. A sweep trains
+a grid of them: `--set lr=0.01,0.02 --set layers=2,3`.
 """
 
+import argparse
 import sys
 
-from wavelet_lm.config import (
-    Config,
-    ConfigError,
-    OneLineParser,
-    add_config_flags,
-    parse_flags,
-    read_json_object,
-)
-from wavelet_lm.errors import run_command
+from wavelet_lm.config import Config, OneLineParser, add_config_flags, parse_flags, read_json_object
+from wavelet_lm.errors import UserError, run_command
 
 
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?"
     parser = OneLineParser(
-        usage="python train.py [--config FILE | --resume RUN] [--key value ...]",
-        description="Train a wavelet language model.",
+        usage="python train.py [--config FILE | --resume RUN] [--set KEY=V1,V2] [--key value ...]",
+        description="Train a wavelet language model, or a grid of them.",
         epilog="booleans: --key, --key false or --no_key; lists: 1,1,.5; null: none",
+        argument_default=argparse.SUPPRESS,
     )
+    sets = "train every value, and every combination of several --set; lists apart by ;"
     parser.add_argument("--config", metavar="FILE", help="config file [config.json]")
     parser.add_argument("--resume", metavar="RUN", help="go on with a stopped run, bit for bit")
+    parser.add_argument("--set", metavar="KEY=V1,V2", action="append", help=sets)
+    parser.add_argument("--sweep", metavar="FILE", help="the same as JSON, key to list of values")
     add_config_flags(parser)
     flags = parse_flags(parser, sys.argv[1:])
-    file, run = flags.pop("config"), flags.pop("resume")
-    if run is not None:
-        if file is not None or flags:
-            raise ConfigError(
+    if "resume" in flags:
+        from wavelet_lm.training.run import resume
+
+        if len(flags) > 1:
+            raise UserError(
                 "--resume goes on with the run's own config and takes no other option;"
                 " to change one, start a new run with --init_from"
             )
-        from wavelet_lm.training.run import resume
-
-        resume(run)
+        resume(flags["resume"])
         return
 
-    config = Config.from_dict({**base_values(file, flags), **flags}, source=file or "config")
-    if config.benchmark_only:
+    file, sets, grid = (flags.pop(name, None) for name in ("config", "set", "sweep"))
+    source = file or "config"
+    if sets or grid:
+        from wavelet_lm.training.sweep import read_grid, sweep
+
+        members = read_grid(sets or [], grid, fixed=flags)
+        sweep(members, lambda member: config_values(file, {**flags, **member}), source)
+    elif (config := Config.from_dict(config_values(file, flags), source)).benchmark_only:
         from wavelet_lm.evaluation.__main__ import evaluate_and_print
 
         evaluate_and_print(config.benchmark_run_dir, device=config.device)
@@ -50,13 +54,15 @@ def main() -> None:
         train(config)
 
 
-def base_values(file: str | None, flags: dict) -> dict:
-    """The values below the flags: a config file's, else those of the run to start from."""
+def config_values(file: str | None, flags: dict) -> dict:
+    """The flags over a config file's values, else over those of the run to start from."""
     if file is None and flags.get("init_from"):
         from wavelet_lm.models.checkpoint import Checkpoint, find_checkpoint
 
-        return Checkpoint(find_checkpoint(flags["init_from"])).config.to_dict()
-    return read_json_object(file or "config.json")
+        base = Checkpoint(find_checkpoint(flags["init_from"])).config.to_dict()
+    else:
+        base = read_json_object(file or "config.json")
+    return {**base, **flags}
 
 
 if __name__ == "__main__":

@@ -1,14 +1,23 @@
 """Options: JSON and flags in, one-line errors out, presets and reference in step with the code."""
 
+import contextlib
+import dataclasses
+import functools
+import itertools
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import tiny_config
 from wavelet_lm.config import (
     FIELDS,
+    GROUPS,
     Config,
     ConfigError,
     OneLineParser,
@@ -17,6 +26,7 @@ from wavelet_lm.config import (
 )
 from wavelet_lm.config_reference import reference
 from wavelet_lm.errors import UserError
+from wavelet_lm.models.registry import build_model, n_params
 
 ROOT = Path(__file__).parents[1]
 
@@ -207,3 +217,156 @@ def test_overrides_win():
 def test_the_reference_is_current():
     """`python -m wavelet_lm.config_reference > docs/config.md` after a change of the options."""
     assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == reference()
+
+
+# --- what keys cost -------------------------------------------------------------------------------
+
+MODEL_KEYS = [spec.name for spec in dataclasses.fields(GROUPS["model"])]
+COSTS = {key: spec.metadata["option"].cost for key, spec in FIELDS.items()}
+# Costs in words: these keys change how often everything else is there.
+IN_WORDS = {
+    "C",
+    "layers",
+    "levels",
+    "mixer_transform",
+    "looped_blocks",
+    "multinodal_enabled",
+    "multinodal_num_cells",
+    "multinodal_cell_dim",
+}
+OTHER_VALUES = {
+    "lifting_hidden_mult": [2, 3],
+    "wavelet_crawl_k": [5, 9],
+    "multi_basis_inits": [("zero",), ("haar", "zero", "random")],
+    "per_scale_mixer_widths": [None, (0.5, 1, 0.25, 0.1)],
+    "low_rank": [0, 2],
+    "mixer_depth": [1, 3],
+    "mlp_expansion": [1, 3],
+    "mlp_layers": [3, 4],
+    "multinodal_cross_cell_gate_interval": [1, 2],
+    **{f"{memory}_num_keys": [9, 64] for memory in ("pkm", "fwpkm")},
+    **{f"{memory}_heads": [1, 2, 3] for memory in ("pkm", "fwpkm")},
+    **{f"{memory}_top_k": [1, 2] for memory in ("pkm", "fwpkm")},
+}
+# Every key is tried in each of these surroundings that allow it.
+SURROUNDINGS = [
+    {},
+    {"wavelet_crawl": False},
+    {"C": 12, "shared_lifting_weights": False},
+    {"layers": 3, "untied_reconstruction": True, "lifting_hidden_mult": 2},
+    {"multi_basis_lifting": True, "shared_lifting_weights": False, "wavelet_crawl": False},
+    {"mixer_depth": 3, "mixer_depth_stabilizers": True, "cross_scale_gating": False},
+    {"mixer_exp_parametrization": True, "looped_blocks": True, "mlp_layers": 3},
+    {"lifting_linear_only": True, "mixer_transform": "identity", "C": 12, "mixer_depth": 2},
+    {"multinodal_enabled": True, "multinodal_cell_dim": 12, "multinodal_num_cells": 1},
+    {
+        "multinodal_enabled": True,
+        "multinodal_cell_dim": 12,
+        "multinodal_num_cells": 2,
+        "multinodal_cross_cell_gating": True,
+        "layers": 4,
+    },
+]
+V = 13
+
+
+def symbols(c: Config, key: str) -> dict:
+    """The formulas' symbols as docs/config.md defines them."""
+    C = c.multinodal_cell_dim if c.multinodal_enabled else c.C
+    Cp = c.replace(C=C).padded_channels
+    N = 1 if c.looped_blocks else c.layers
+    h = c.lifting_hidden_mult
+    B = len(c.multi_basis_inits)
+    w = c.replace(C=C).mixer_widths
+    M = sum(
+        (2 if c.use_mixer_gate else 1) * x * x
+        + 2 * c.low_rank * x
+        + (2 * Cp * x if x < Cp else 0)
+        + (x if c.mixer_exp_parametrization else 0)
+        for x in w
+    )
+    memory = key.split("_")[0]
+    return {
+        **{name: getattr(c, name) for name in ("layers", "low_rank", "mlp_layers")},
+        "C": C,
+        "Cp": Cp,
+        "N": N,
+        "h": h,
+        "B": B,
+        "M": M,
+        "V": V,
+        "L": c.levels,
+        "S": c.levels + 1,
+        "D": c.mixer_depth,
+        "E": c.mlp_expansion,
+        "P": Cp * Cp + Cp if c.lifting_linear_only else 2 * h * Cp * Cp + (h + 1) * Cp,
+        "n": 3 if c.untied_reconstruction else 2,
+        "K": c.wavelet_crawl_k if c.wavelet_crawl else 0,
+        "W": 1 if c.shared_lifting_weights else N * B if c.multi_basis_lifting else N,
+        "Σw": sum(w),
+        "Σww": sum(x * x for x in w),
+        "k": getattr(c, f"{memory}_num_keys", 0),
+        "heads": getattr(c, f"{memory}_heads", 0),
+        "interval": c.multinodal_cross_cell_gate_interval,
+        "sqrt": math.isqrt,
+    }
+
+
+def formula_value(c: Config, key: str) -> int:
+    formula = COSTS[key].removeprefix("lifting: ").removeprefix("with gating ")
+    formula = re.sub(r"√(\w+)", r"sqrt(\1)", formula.replace("Σ(w²)", "Σww"))
+    formula = re.sub(r"⌊(.*?) / (.*?)⌋", r"(\1 // \2)", formula)
+    for sign, python in {"·": "*", "²": "**2", "−": "-"}.items():
+        formula = formula.replace(sign, python)
+    return eval(formula, {"__builtins__": {}}, symbols(c, key))
+
+
+@functools.cache
+def size(c: Config) -> int:
+    with torch.device("meta"):
+        return n_params(build_model(c, V))
+
+
+def cost_in(c: Config, key: str) -> int:
+    """What the reference says: a switch costs when it is on, a number by its value."""
+    unread = {
+        "lifting_hidden_mult": c.lifting_linear_only,
+        "multi_basis_inits": not c.multi_basis_lifting,
+        "multinodal_cross_cell_gate_interval": not c.multinodal_cross_cell_gating,
+    }
+    if not COSTS[key] or unread.get(key) or getattr(c, key) in (False, "haar"):
+        return 0
+    cells = c.multinodal_num_cells if c.multinodal_enabled and "multinodal" not in key else 1
+    return cells * formula_value(c, key)
+
+
+def values_to_try(key: str) -> list:
+    spec = FIELDS[key]
+    choices = spec.metadata["option"].choices
+    if spec.type == "bool":
+        return [False, True]
+    if key in OTHER_VALUES:
+        return [getattr(tiny_config(), key), *OTHER_VALUES[key]]
+    if choices:
+        return list(choices)
+    return [spec.default, 2 if spec.type == "int" else 0.5]
+
+
+@pytest.mark.parametrize("key", [k for k in MODEL_KEYS if k not in IN_WORDS])
+def test_what_a_key_costs(key):
+    """The difference that the formula makes is the difference of two models."""
+    n_compared = 0
+    for surroundings in SURROUNDINGS if COSTS[key] else SURROUNDINGS[::-4]:
+        allowed = []
+        for value in values_to_try(key):
+            with contextlib.suppress(ConfigError):
+                allowed.append(tiny_config(**{**surroundings, key: value}))
+        for a, b in itertools.pairwise(allowed):
+            assert size(b) - size(a) == cost_in(b, key) - cost_in(a, key), surroundings
+            n_compared += 1
+    assert n_compared or key == "model"
+
+
+def test_only_what_changes_the_model_has_a_cost():
+    assert {key for key, cost in COSTS.items() if cost} <= set(MODEL_KEYS)
+    assert all(COSTS[key] for key in IN_WORDS)

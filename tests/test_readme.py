@@ -104,6 +104,7 @@ def test_every_kind_of_command_is_found():
         "generate.py",
         "benchmarks/training.py",
         "wavelet_lm/evaluation/__main__.py",
+        "wavelet_lm/models/__main__.py",
         "pip/__main__.py",
         "pytest/__main__.py",
     }
@@ -127,7 +128,7 @@ def test_commands_parse(program, monkeypatch):
 def test_flags_and_keys_in_the_prose_exist():
     parser = argparse.ArgumentParser()
     add_config_flags(parser)
-    known = set(parser._option_string_actions) | {"--config", "--resume"}
+    known = set(parser._option_string_actions) | {"--config", "--resume", "--sweep"}
     flags = {flag for span in SPANS if "python" not in span for flag in re.findall(r"--\w+", span)}
     assert flags and flags <= known
     presets = {path.stem for path in (ROOT / "configs").glob("*.json")}
@@ -155,7 +156,7 @@ def test_the_presets_have_these_data_tokenizers_and_parameters():
         r"^\| `(config\S*\.json)` \| `(\S+)` \| `(\S+)` \| ([\d,]+) \| ([\d,]+) \|", re.M
     )
     rows = row.findall(README)
-    assert len(rows) == 4
+    assert len(rows) == 5
     for file, dataset, tokenizer, *numbers in rows:
         config = Config.from_json(ROOT / file)
         vocab_size, parameters = (int(number.replace(",", "")) for number in numbers)

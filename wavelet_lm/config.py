@@ -27,13 +27,18 @@ class ConfigError(UserError):
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of one key besides its name, type and default."""
+    """What is known of one key besides its name, type and default.
+
+    cost: the parameters that come with it, in the symbols of `config_reference.py`; for a switch
+    those of its being on, for a number those of its value; empty = none.
+    """
 
     meaning: str
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
     choices: tuple[Any, ...] | None = None
+    cost: str = ""
 
     def range(self) -> str:
         """The allowed values in words, empty when every value of the type is allowed."""
@@ -67,81 +72,140 @@ class ModelConfig:
     """The network. The keys and their meaning are described in the README, "How it works"."""
 
     model: str = option("wavelet_lm", "network to build", choices=("wavelet_lm",))
-    C: int = option(2048, "channels of the residual stream", minimum=1)
-    layers: int = option(2, "number of blocks", minimum=1)
-    levels: int = option(5, "wavelet levels of a block; it has levels + 1 scales", minimum=1)
+    C: int = option(2048, "channels of the residual stream", minimum=1, cost="every width")
+    layers: int = option(2, "number of blocks", minimum=1, cost="a block each")
+    levels: int = option(
+        5,
+        "wavelet levels of a block; it has levels + 1 scales",
+        minimum=1,
+        cost="lifting nets and mixers each",
+    )
     wavelet_mode: str = option(
-        "lifting", "learned lifting or fixed Haar filters", choices=("lifting", "haar")
+        "lifting",
+        "learned lifting or fixed Haar filters",
+        choices=("lifting", "haar"),
+        cost="lifting: n·W·L·P",
     )
-    shared_lifting_weights: bool = option(True, "one set of lifting nets for all blocks")
+    shared_lifting_weights: bool = option(
+        True, "one set of lifting nets for all blocks", cost="−(N − 1)·L·(n·P + K)"
+    )
     lifting_linear_only: bool = option(
-        False, "predict and update nets are one matrix, not two layers"
+        False,
+        "predict and update nets are one matrix, not two layers",
+        cost="−n·W·L·((2·h − 1)·Cp² + h·Cp)",
     )
-    lifting_hidden_mult: int = option(1, "hidden width of a lifting net, times C", minimum=1)
+    lifting_hidden_mult: int = option(
+        1, "hidden width of a lifting net, times C", minimum=1, cost="n·W·L·h·(2·Cp² + Cp)"
+    )
     lifting_init: str = option(
         "haar", "initial predict and update nets", choices=("haar", "zero", "random")
     )
     lifting_dropout: float = option(0.0, "dropout inside the lifting nets", minimum=0, maximum=0.99)
-    wavelet_crawl: bool = option(True, "learn a mixture of lags around 2^k at level k")
-    wavelet_crawl_k: int = option(3, "lags in that mixture, an odd number", minimum=3)
-    wavelet_decomp_norm: bool = option(False, "LayerNorm per scale after the decomposition")
-    wavelet_recon_norm: bool = option(False, "LayerNorm per scale before the reconstruction")
-    untied_reconstruction: bool = option(False, "own update nets for the reconstruction")
+    wavelet_crawl: bool = option(
+        True, "learn a mixture of lags around 2^k at level k", cost="W·L·K"
+    )
+    wavelet_crawl_k: int = option(3, "lags in that mixture, an odd number", minimum=3, cost="W·L·K")
+    wavelet_decomp_norm: bool = option(
+        False, "LayerNorm per scale after the decomposition", cost="2·N·S·Cp"
+    )
+    wavelet_recon_norm: bool = option(
+        False, "LayerNorm per scale before the reconstruction", cost="2·N·S·Cp"
+    )
+    untied_reconstruction: bool = option(
+        False, "own update nets for the reconstruction", cost="W·L·P"
+    )
     multi_basis_lifting: bool = option(
-        False, "several wavelets side by side; needs shared_lifting_weights false"
+        False,
+        "several wavelets side by side; needs shared_lifting_weights false",
+        cost="N·((B − 1)·L·(n·P + K) + B·S)",
     )
     multi_basis_inits: tuple[str, ...] = option(
         ("haar", "random"),
         "initial nets of each wavelet of multi_basis_lifting",
         choices=("haar", "zero", "random"),
+        cost="N·B·(L·(n·P + K) + S)",
     )
     mixer_transform: str = option(
-        "fwht", "rotation of the channels before mixing", choices=("fwht", "identity")
+        "fwht",
+        "rotation of the channels before mixing",
+        choices=("fwht", "identity"),
+        cost="fwht: Cp in place of C",
     )
     per_scale_mixer_widths: tuple[float, ...] | None = option(
         (1.0, 1.0, 1.0, 0.5, 0.5, 0.5),
         "mixer width of each scale as a fraction of C, coarse to fine; none = all full",
         above=0,
         maximum=1,
+        cost="N·D·M",
     )
-    low_rank: int = option(4, "rank of the mixer's additive low-rank term, 0 = none", minimum=0)
-    use_mixer_gate: bool = option(True, "gate the mixer (SwiGLU)")
+    low_rank: int = option(
+        4,
+        "rank of the mixer's additive low-rank term, 0 = none",
+        minimum=0,
+        cost="2·N·D·low_rank·Σw",
+    )
+    use_mixer_gate: bool = option(True, "gate the mixer (SwiGLU)", cost="N·D·Σ(w²)")
     mixer_gate_activation: str = option(
         "silu", "activation of that gate", choices=("silu", "sigmoid", "gelu", "relu")
     )
-    cross_scale_gating: bool = option(True, "gates read a learned mixture of all scales")
-    mixer_depth: int = option(1, "mixers in a row per scale", minimum=1)
-    mixer_depth_stabilizers: bool = option(False, "learned factors around stacked mixers")
+    cross_scale_gating: bool = option(
+        True, "gates read a learned mixture of all scales", cost="N·S²"
+    )
+    mixer_depth: int = option(1, "mixers in a row per scale", minimum=1, cost="N·D·(M + 3·S·Cp)")
+    mixer_depth_stabilizers: bool = option(
+        False, "learned factors around stacked mixers", cost="2·N·(D − 1)"
+    )
     mixer_depth_residuals: bool = option(False, "residuals around stacked mixers")
     mixer_exp_parametrization: bool = option(
-        False, "mixer matrix as I + diag(exp theta) N with fixed noise N"
+        False, "mixer matrix as I + diag(exp theta) N with fixed noise N", cost="N·D·Σw"
     )
-    decompose_bypass: bool = option(True, "feed the running mean of the past to every scale")
+    decompose_bypass: bool = option(
+        True, "feed the running mean of the past to every scale", cost="N·(C² + S·C)"
+    )
     decompose_bypass_cross_window: bool = option(
         True,
         "with data_order sequential, hand the last running mean to the next window;"
         " inert with random crops",
     )
     decompose_bypass_ema: bool = option(
-        False, "learned exponential mean in place of the running mean"
+        False, "learned exponential mean in place of the running mean", cost="N·(C² + C)"
     )
-    learned_residual: bool = option(True, "learned gains of the two residual branches")
-    skip_proj_out: bool = option(False, "no output projection after the reconstruction")
-    per_layer_embedding: bool = option(True, "add the gained token embedding in every block")
-    mlp_expansion: int = option(20, "hidden width of the MLP, times C; 0 = no MLP", minimum=0)
-    mlp_layers: int = option(2, "linear layers of the MLP", minimum=2)
-    pkm_enabled: bool = option(True, "product-key memory")
-    pkm_num_keys: int = option(16384, "its value rows per head, a square number", minimum=1)
+    learned_residual: bool = option(True, "learned gains of the two residual branches", cost="2·N")
+    skip_proj_out: bool = option(
+        False, "no output projection after the reconstruction", cost="−N·(Cp + 1)·C"
+    )
+    per_layer_embedding: bool = option(
+        True, "add the gained token embedding in every block", cost="N·C"
+    )
+    mlp_expansion: int = option(
+        20,
+        "hidden width of the MLP, times C; 0 = no MLP",
+        minimum=0,
+        cost="N·(2·E·C² + E·C + (mlp_layers − 2)·(E·C + 1)·E·C)",
+    )
+    mlp_layers: int = option(
+        2, "linear layers of the MLP", minimum=2, cost="N·(mlp_layers − 2)·(E·C + 1)·E·C"
+    )
+    pkm_enabled: bool = option(True, "product-key memory", cost="N·(C² + √k·C + heads·k·C + 1)")
+    pkm_num_keys: int = option(
+        16384, "its value rows per head, a square number", minimum=1, cost="N·(√k + heads·k)·C"
+    )
     pkm_top_k: int = option(32, "rows read per position and head", minimum=1)
-    pkm_heads: int = option(1, "its heads", minimum=1)
-    fwpkm_enabled: bool = option(True, "second product-key memory, the one with fast weights")
-    fwpkm_num_keys: int = option(16384, "its value rows per head, a square number", minimum=1)
+    pkm_heads: int = option(1, "its heads", minimum=1, cost="N·heads·k·C")
+    fwpkm_enabled: bool = option(
+        True,
+        "second product-key memory, the one with fast weights",
+        cost="N·(C² + √k·C + heads·k·C + 1)",
+    )
+    fwpkm_num_keys: int = option(
+        16384, "its value rows per head, a square number", minimum=1, cost="N·(√k + heads·k)·C"
+    )
     fwpkm_top_k: int = option(32, "rows read per position and head", minimum=1)
-    fwpkm_heads: int = option(1, "its heads", minimum=1)
+    fwpkm_heads: int = option(1, "its heads", minimum=1, cost="N·heads·k·C")
     fwpkm_inference_updates: bool = option(False, "adapt the fast weights while generating")
     fwpkm_update_lr: float = option(0.01, "step size of fwpkm_inference_updates", minimum=0)
     fwpkm_chunk_size: int = option(64, "tokens between those updates", minimum=2)
-    tie_embedding_to_lm_head: bool = option(False, "one matrix for embedding and head")
+    tie_embedding_to_lm_head: bool = option(False, "one matrix for embedding and head", cost="−V·C")
     dropout_embedding: float = option(0.2, "dropout of the embedding", minimum=0, maximum=0.99)
     dropout_mixer: float = option(0.1, "dropout of the mixed scales", minimum=0, maximum=0.99)
     dropout_projection: float = option(
@@ -149,7 +213,9 @@ class ModelConfig:
     )
     dropout_mlp: float = option(0.1, "dropout of the MLP's output", minimum=0, maximum=0.99)
     dropout_lm_head: float = option(0.24, "dropout before the head", minimum=0, maximum=0.99)
-    looped_blocks: bool = option(False, "one block, applied looped_blocks_count times")
+    looped_blocks: bool = option(
+        False, "one block, applied looped_blocks_count times", cost="−(layers − 1) blocks"
+    )
     looped_blocks_count: int = option(8, "how often, with looped_blocks", minimum=1)
     loop_iterations: int = option(
         1, "passes through the whole stack, their losses averaged in training", minimum=1
@@ -176,9 +242,11 @@ class ModelConfig:
     stab_lifting_level_scaling: bool = option(
         False, "last matrix of a lifting net over 1 + 0.1 level"
     )
-    multinodal_enabled: bool = option(False, "an ensemble of small models; C is then unused")
-    multinodal_num_cells: int = option(4, "its models", minimum=1)
-    multinodal_cell_dim: int = option(128, "channels of each", minimum=1)
+    multinodal_enabled: bool = option(
+        False, "an ensemble of small models; C is then unused", cost="whole models in place of one"
+    )
+    multinodal_num_cells: int = option(4, "its models", minimum=1, cost="a whole model each")
+    multinodal_cell_dim: int = option(128, "channels of each", minimum=1, cost="every width")
     multinodal_combination: str = option(
         "mean", "how their logits combine", choices=("mean", "sum")
     )
@@ -186,8 +254,12 @@ class ModelConfig:
         0, "embedding channels that each may use, 0 = all", minimum=0
     )
     multinodal_bagged_eps: float = option(0.0, "value of the other channels")
-    multinodal_cross_cell_gating: bool = option(False, "let the models gate each other")
-    multinodal_cross_cell_gate_interval: int = option(1, "blocks between gates", minimum=1)
+    multinodal_cross_cell_gating: bool = option(
+        False, "let the models gate each other", cost="⌊layers / interval⌋·C²"
+    )
+    multinodal_cross_cell_gate_interval: int = option(
+        1, "blocks between gates", minimum=1, cost="with gating ⌊layers / interval⌋·C²"
+    )
 
     def stabilized(self, name: str) -> bool:
         """Whether the switch `stab_<name>` is on, itself or through stable_parametrization."""
@@ -319,9 +391,7 @@ class Config(ModelConfig, DataConfig, TrainingConfig, GenerationConfig):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Config:
         """Build from a flat mapping; unknown keys raise with the nearest known one."""
-        for key in values:
-            if key not in FIELDS:
-                raise ConfigError(f"{source}: unknown key {key!r}{_nearest(key, FIELDS)}")
+        check_values(values, source)
         try:
             return cls(**values)
         except ConfigError as error:
@@ -442,6 +512,17 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
     if value is not None and not all(limits.allows(item) for item in items):
         raise ConfigError(f"{spec.name} is {show(value)}; it must be {limits.range()}")
     return value
+
+
+def check_values(values: Mapping[str, Any], source: str) -> None:
+    """Every key is known and every value allowed by itself, whatever the other keys say."""
+    for key, value in values.items():
+        if key not in FIELDS:
+            raise ConfigError(f"{source}: unknown key {key!r}{_nearest(key, FIELDS)}")
+        try:
+            _checked(FIELDS[key], value)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
 
 
 def parse_value(key: str, text: str) -> Any:

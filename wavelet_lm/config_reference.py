@@ -4,6 +4,26 @@ import dataclasses
 
 from wavelet_lm.config import GROUPS, Option, show, type_words
 
+SYMBOLS = """\
+The last column is what a key costs in parameters: a switch when it is on, a number or a list by
+its value (two values differ by the difference). `python -m wavelet_lm.models CONFIG` counts a whole
+config. In the formulas
+
+- N is `layers`, or 1 with `looped_blocks`; L is `levels`; S = L + 1; V is the vocabulary;
+- Cp is C, with `mixer_transform` fwht rounded up to a power of two;
+- h is `lifting_hidden_mult`, and a lifting net has P = 2·h·Cp² + (h + 1)·Cp parameters, or Cp² + Cp
+  with `lifting_linear_only`; a level has n = 2 of them, or 3 with `untied_reconstruction`;
+- K is `wavelet_crawl_k`, or 0 without `wavelet_crawl`; B is the length of `multi_basis_inits`;
+- W sets of lifting nets exist: 1 with `shared_lifting_weights`, else N, or N·B with
+  `multi_basis_lifting`;
+- w are the S widths, Cp times `per_scale_mixer_widths`; D is `mixer_depth`; one stack of mixers has
+  M parameters: per scale 2·w² (1·w² without `use_mixer_gate`) + 2·`low_rank`·w, where w < Cp also
+  2·Cp·w, with `mixer_exp_parametrization` also w;
+- E is `mlp_expansion`; k and heads are the memory's `_num_keys` and `_heads`. A block with an MLP
+  or a memory also has 2·C for their norm, and an MLP C + 1 for its last bias and its gain;
+- with `multinodal_enabled`, C is `multinodal_cell_dim` and the formulas are for one of the models.
+"""
+
 
 def reference() -> str:
     """The config reference as Markdown."""
@@ -16,17 +36,22 @@ def reference() -> str:
     ]
     for group, part in GROUPS.items():
         lines += ["", f"## {group.capitalize()}", "", (part.__doc__ or "").strip(), ""]
-        lines += ["| key | type | default | range | meaning |", "| --- | --- | --- | --- | --- |"]
+        columns = ["key", "type", "default", "range", "meaning"]
+        if group == "model":
+            lines += [SYMBOLS]
+            columns.append("parameters")
+        lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
         for spec in dataclasses.fields(part):
             limits: Option = spec.metadata["option"]
-            cells = (
+            cells = [
                 f"`{spec.name}`",
                 type_words(spec).removeprefix("a "),
                 f"`{show(spec.default)}`",
                 limits.range().replace("|", "\\|"),
                 limits.meaning,
-            )
-            lines.append("| " + " | ".join(cells) + " |")
+                limits.cost or "none",
+            ]
+            lines.append("| " + " | ".join(cells[: len(columns)]) + " |")
     return "\n".join(lines) + "\n"
 
 
