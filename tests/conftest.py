@@ -1,4 +1,6 @@
-"""Shared helpers: tiny configs, the skip of GPU tests, and a home for caches."""
+"""Shared helpers: tiny configs, perturbed models, and the skip of GPU tests."""
+
+import signal
 
 import pytest
 import torch
@@ -10,6 +12,11 @@ from wavelet_lm.config import Config
 torch.set_num_threads(1)
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would every process
+# that they start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = {
     "C": 16,
