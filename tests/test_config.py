@@ -91,6 +91,13 @@ def test_every_key_has_a_meaning_and_an_allowed_default():
             {"multinodal_enabled": True, "multinodal_cell_dim": 9, "pkm_heads": 4},
             ["multinodal_cell_dim", "pkm_heads"],
         ),
+        ({"wavelet_packets": True}, ["6 entries", "with wavelet_packets makes 32 scales", "none"]),
+        ({"wavelet_packets": True, "levels": 7}, ["wavelet_packets", "levels is 7", "6 or less"]),
+        (
+            {"wavelet_mode": "haar", "wavelet_crawl": False, "lifting_data_dependent": 4},
+            ["haar", "set lifting_data_dependent to 0"],
+        ),
+        ({"hadamard_top_k": 65, "C": 33}, ["hadamard_top_k", "64 coefficients"]),
         ({"seed": -1}, ["seed"]),
     ],
 )
@@ -229,6 +236,7 @@ IN_WORDS = {
     "layers",
     "levels",
     "mixer_transform",
+    "wavelet_packets",
     "looped_blocks",
     "multinodal_enabled",
     "multinodal_num_cells",
@@ -251,6 +259,7 @@ OTHER_VALUES = {
 # Every key is tried in each of these surroundings that allow it.
 SURROUNDINGS = [
     {},
+    {"wavelet_packets": True, "per_scale_mixer_widths": None, "lifting_data_dependent": 3},
     {"wavelet_crawl": False},
     {"C": 12, "shared_lifting_weights": False},
     {"layers": 3, "untied_reconstruction": True, "lifting_hidden_mult": 2},
@@ -268,6 +277,8 @@ SURROUNDINGS = [
     },
 ]
 V = 13
+# Numbers that formulas call by their keys.
+NUMBERS = ("layers", "low_rank", "mlp_layers", "lifting_data_dependent")
 
 
 def symbols(c: Config, key: str) -> dict:
@@ -287,7 +298,7 @@ def symbols(c: Config, key: str) -> dict:
     )
     memory = key.split("_")[0]
     return {
-        **{name: getattr(c, name) for name in ("layers", "low_rank", "mlp_layers")},
+        **{name: getattr(c, name) for name in NUMBERS},
         "C": C,
         "Cp": Cp,
         "N": N,
@@ -296,10 +307,11 @@ def symbols(c: Config, key: str) -> dict:
         "M": M,
         "V": V,
         "L": c.levels,
-        "S": c.levels + 1,
+        "S": 2**c.levels if c.wavelet_packets else c.levels + 1,
         "D": c.mixer_depth,
         "E": c.mlp_expansion,
-        "P": Cp * Cp + Cp if c.lifting_linear_only else 2 * h * Cp * Cp + (h + 1) * Cp,
+        "P": (Cp * Cp + Cp if c.lifting_linear_only else 2 * h * Cp * Cp + (h + 1) * Cp)
+        + 3 * c.lifting_data_dependent * Cp,
         "n": 3 if c.untied_reconstruction else 2,
         "K": c.wavelet_crawl_k if c.wavelet_crawl else 0,
         "W": 1 if c.shared_lifting_weights else N * B if c.multi_basis_lifting else N,

@@ -76,7 +76,7 @@ class ModelConfig:
     layers: int = option(2, "number of blocks", minimum=1, cost="a block each")
     levels: int = option(
         5,
-        "wavelet levels of a block; it has levels + 1 scales",
+        "wavelet levels of a block; it has levels + 1 scales, or 2^levels with wavelet_packets",
         minimum=1,
         cost="lifting nets and mixers each",
     )
@@ -114,6 +114,17 @@ class ModelConfig:
     untied_reconstruction: bool = option(
         False, "own update nets for the reconstruction", cost="W·L·P"
     )
+    lifting_data_dependent: int = option(
+        0,
+        "rank of an input-dependent term in every lifting net, 0 = none",
+        minimum=0,
+        cost="3·n·W·L·lifting_data_dependent·Cp",
+    )
+    wavelet_packets: bool = option(
+        False,
+        "split the details too: 2^levels scales; up to 6 levels",
+        cost="2^levels scales in place of levels + 1",
+    )
     multi_basis_lifting: bool = option(
         False,
         "several wavelets side by side; needs shared_lifting_weights false",
@@ -130,6 +141,12 @@ class ModelConfig:
         "rotation of the channels before mixing",
         choices=("fwht", "identity"),
         cost="fwht: Cp in place of C",
+    )
+    hadamard_top_k: int = option(
+        0,
+        "largest coefficients per position and scale that the mixers read after the"
+        " mixer_transform, 0 = all",
+        minimum=0,
     )
     per_scale_mixer_widths: tuple[float, ...] | None = option(
         (1.0, 1.0, 1.0, 0.5, 0.5, 0.5),
@@ -169,6 +186,9 @@ class ModelConfig:
     )
     decompose_bypass_ema: bool = option(
         False, "learned exponential mean in place of the running mean", cost="N·(C² + C)"
+    )
+    phase_gating: bool = option(
+        False, "the approximation gates the other scales", cost="N·(Cp² + (S − 1)·Cp)"
     )
     learned_residual: bool = option(True, "learned gains of the two residual branches", cost="2·N")
     skip_proj_out: bool = option(
@@ -267,7 +287,7 @@ class ModelConfig:
 
     @property
     def n_scales(self) -> int:
-        return self.levels + 1
+        return 2**self.levels if self.wavelet_packets else self.levels + 1
 
     @property
     def padded_channels(self) -> int:
@@ -555,17 +575,25 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 
 # --- keys that contradict each other -------------------------------------------------------------
 
+MAX_PACKET_LEVELS = 6
+
 
 def _check_contradictions(c: Config) -> None:
     def refuse(condition: bool, message: str) -> None:
         if condition:
             raise ConfigError(message)
 
+    refuse(
+        c.wavelet_packets and c.levels > MAX_PACKET_LEVELS,
+        f"wavelet_packets doubles the scales with every level and levels is {c.levels};"
+        f" use levels {MAX_PACKET_LEVELS} or less",
+    )
     widths = c.per_scale_mixer_widths
+    packets = " with wavelet_packets" if c.wavelet_packets else ""
     refuse(
         widths is not None and len(widths) != c.n_scales,
-        f"per_scale_mixer_widths has {len(widths or ())} entries but levels {c.levels} makes"
-        f" {c.n_scales} scales; give {c.n_scales} or none",
+        f"per_scale_mixer_widths has {len(widths or ())} entries but levels {c.levels}{packets}"
+        f" makes {c.n_scales} scales; give {c.n_scales} or none",
     )
     refuse(
         c.wavelet_crawl and c.wavelet_crawl_k % 2 == 0,
@@ -602,11 +630,17 @@ def _check_contradictions(c: Config) -> None:
         c.mixer_exp_parametrization and c.stab_spectral_norm,
         "mixer_exp_parametrization starts near the identity by itself; drop stab_spectral_norm",
     )
-    for key in ("multi_basis_lifting", "untied_reconstruction"):
+    for key in ("multi_basis_lifting", "untied_reconstruction", "lifting_data_dependent"):
         refuse(
-            c.wavelet_mode == "haar" and getattr(c, key),
-            f"wavelet_mode haar has fixed filters and no {key}; set {key} to false",
+            c.wavelet_mode == "haar" and bool(getattr(c, key)),
+            f"wavelet_mode haar has fixed filters and no {key}; set {key} to"
+            f" {show(FIELDS[key].default)}",
         )
+    refuse(
+        c.hadamard_top_k > c.padded_channels and not c.multinodal_enabled,
+        f"hadamard_top_k is {c.hadamard_top_k} and a scale has {c.padded_channels} coefficients;"
+        " give less, or 0 for all",
+    )
     refuse(
         c.skip_proj_out and c.padded_channels != c.C,
         f"skip_proj_out needs C to be a power of two with mixer_transform fwht, and C is {c.C};"

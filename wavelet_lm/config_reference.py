@@ -9,10 +9,12 @@ The last column is what a key costs in parameters: a switch when it is on, a num
 its value (two values differ by the difference). `python -m wavelet_lm.models CONFIG` counts a whole
 config. In the formulas
 
-- N is `layers`, or 1 with `looped_blocks`; L is `levels`; S = L + 1; V is the vocabulary;
+- N is `layers`, or 1 with `looped_blocks`; L is `levels`; S = L + 1, or 2^L with
+  `wavelet_packets`; V is the vocabulary;
 - Cp is C, with `mixer_transform` fwht rounded up to a power of two;
 - h is `lifting_hidden_mult`, and a lifting net has P = 2·h·Cp² + (h + 1)·Cp parameters, or Cp² + Cp
-  with `lifting_linear_only`; a level has n = 2 of them, or 3 with `untied_reconstruction`;
+  with `lifting_linear_only`, and 3·`lifting_data_dependent`·Cp more; a level has
+  n = 2 of them, or 3 with `untied_reconstruction`;
 - K is `wavelet_crawl_k`, or 0 without `wavelet_crawl`; B is the length of `multi_basis_inits`;
 - W sets of lifting nets exist: 1 with `shared_lifting_weights`, else N, or N·B with
   `multi_basis_lifting`;

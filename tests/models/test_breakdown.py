@@ -131,6 +131,7 @@ def test_the_state_is_that_of_a_text(config):
         {"looped_blocks": True, "looped_blocks_count": 3},
         {"loop_iterations": 2},
         {"multi_basis_lifting": True, "shared_lifting_weights": False},
+        {"wavelet_packets": True, "per_scale_mixer_widths": None},
     ],
     ids=str,
 )

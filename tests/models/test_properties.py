@@ -33,9 +33,12 @@ SWITCHES = {
     "wavelet_decomp_norm": flags,
     "wavelet_recon_norm": flags,
     "untied_reconstruction": flags,
+    "wavelet_packets": flags,
+    "lifting_data_dependent": st.sampled_from([0, 2]),
     "multi_basis_lifting": flags,
     "multi_basis_inits": st.sampled_from([("haar", "random"), ("zero", "haar", "random")]),
     "mixer_transform": st.sampled_from(["fwht", "identity"]),
+    "hadamard_top_k": st.sampled_from([0, 3]),
     "low_rank": st.sampled_from([0, 2]),
     "use_mixer_gate": flags,
     "mixer_gate_activation": st.sampled_from(["silu", "sigmoid", "gelu", "relu"]),
@@ -48,6 +51,7 @@ SWITCHES = {
     "decompose_bypass_ema": flags,
     "decompose_bypass_cross_window": flags,
     "data_order": st.sampled_from(["random", "sequential"]),
+    "phase_gating": flags,
     "learned_residual": flags,
     "skip_proj_out": flags,
     "per_layer_embedding": flags,
@@ -91,7 +95,8 @@ FIXED = {
 def configs(draw) -> Config:
     """A valid config; a refused combination must be one line, and is drawn again."""
     values = {**FIXED, **draw(st.fixed_dictionaries(SWITCHES))}
-    n_scales = values["levels"] + 1
+    levels = values["levels"]
+    n_scales = 2**levels if values["wavelet_packets"] else levels + 1
     if draw(flags):
         values["per_scale_mixer_widths"] = tuple(
             draw(st.sampled_from([0.3, 0.5, 1.0])) for _ in range(n_scales)

@@ -9,7 +9,9 @@ from torch.nn.functional import cross_entropy, pad
 
 from tests.conftest import perturb, tiny_config
 from wavelet_lm.config import Config
+from wavelet_lm.models.mixer import LargestCoefficients
 from wavelet_lm.models.registry import build_model, n_params
+from wavelet_lm.transforms.hadamard import hadamard_transform
 
 ROOT = Path(__file__).parents[2]
 V = 23
@@ -28,6 +30,22 @@ VARIANTS = {
     "nothing but wavelets": {"mlp_expansion": 0, "pkm_enabled": False, "fwpkm_enabled": False},
     "untied reconstruction": {"untied_reconstruction": True},
     "two bases": {"multi_basis_lifting": True, "shared_lifting_weights": False},
+    "packets": {"wavelet_packets": True, "per_scale_mixer_widths": None},
+    "haar packets": {
+        "wavelet_packets": True,
+        "wavelet_mode": "haar",
+        "wavelet_crawl": False,
+        "per_scale_mixer_widths": (1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25),
+    },
+    "phase gating": {"phase_gating": True, "C": 20},
+    "data-dependent lifting": {"lifting_data_dependent": 3},
+    "largest coefficients": {"hadamard_top_k": 5},
+    "largest channels, deep": {
+        "hadamard_top_k": 5,
+        "mixer_transform": "identity",
+        "mixer_depth": 2,
+        "phase_gating": True,
+    },
     "deep mixers": {"mixer_depth": 3},
     "deep, stabilized": {
         "mixer_depth": 2,
@@ -302,6 +320,69 @@ def test_stacked_mixers_are_their_formula(residuals):
             Y = level.output_gain.gain * (Y + level.bias[:, None, None])
         X = X + Y if residuals else Y
     torch.testing.assert_close(mixer(bands), mixer.rotate(X), rtol=0, atol=1e-11)
+
+
+def test_the_approximation_gates_the_details():
+    gate = make(phase_gating=True).blocks[0].phase_gate
+    bands = torch.randn(4, 2, 5, 16, dtype=torch.float64)
+    gated = gate(bands)
+    assert torch.equal(gated[0], bands[0])
+    for s in range(1, 4):
+        for b in range(2):
+            for t in range(5):
+                phase = gate.gains[s - 1] * (gate.weight @ bands[0, b, t])
+                expected = bands[s, b, t] * 2 / (1 + (-phase).exp())
+                torch.testing.assert_close(gated[s, b, t], expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("switch", [{"phase_gating": True}, {"lifting_data_dependent": 3}], ids=str)
+def test_a_new_model_is_the_same_with_or_without(switch):
+    """They start as the identity and as zero, and learn from the first step on."""
+    torch.manual_seed(0)
+    plain = build_model(tiny_config(), V).double().eval()
+    model = build_model(tiny_config(**switch), V).double().eval()
+    names = {name.replace(".net.", "."): name for name, _ in model.named_parameters()}
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            model.get_parameter(names.pop(name)).copy_(p)
+    assert names  # what the switch has added
+    torch.testing.assert_close(model(tokens())[0], plain(tokens())[0], rtol=0, atol=1e-12)
+    model.loss(tokens(), tokens())[0].backward()
+    zeros = [name for name in names.values() if not model.get_parameter(name).any()]
+    assert zeros
+    for name in zeros:
+        assert model.get_parameter(name).grad.any(), name
+
+
+def test_only_the_largest_coefficients_are_read():
+    select = LargestCoefficients(3)
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    x[0, 0] = torch.tensor([4, -4, 1, 4, -4, 0, 4, 2.0])  # a tie: no way to choose three of five
+    for row, kept in zip(x.flatten(0, 1), select(x).flatten(0, 1), strict=True):
+        third = sorted(map(abs, row.tolist()))[-3]
+        assert kept.tolist() == [v if abs(v) >= third else 0.0 for v in row.tolist()]
+    assert torch.equal(LargestCoefficients(8)(x), x)
+
+
+def test_the_gradient_goes_straight_through_the_choice():
+    x = torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
+    kept = LargestCoefficients(3)(x)
+    kept.sin().sum().backward()
+    assert torch.equal(x.grad, kept.detach().cos())
+
+
+def test_largest_coefficients_are_those_of_the_rotated_signal():
+    """Signals and gates read them, and the weights are not rotated instead."""
+    switches = {"per_scale_mixer_widths": (1, 1, 1, 1), "low_rank": 0}
+    mixer = make(**switches, hadamard_top_k=3).blocks[0].mixer
+    whole = make(**switches).blocks[0].mixer  # perturbed alike: the same weights
+    bands = torch.randn(4, 2, 64, 16, dtype=torch.float64)
+    assert bands[..., 0].numel() > mixer.n_weight_rows
+    X = bands @ hadamard_transform(torch.eye(16, dtype=torch.float64))
+    kept = torch.where(X.abs() >= X.abs().sort().values[..., -3:-2], X, 0)
+    assert (kept.count_nonzero(-1) == 3).all()
+    torch.testing.assert_close(mixer(bands), whole(whole.rotate(kept)), rtol=0, atol=1e-12)
+    assert (mixer(bands) - whole(bands)).abs().max() > 0.1
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from tests.conftest import perturb, tiny_config
 from wavelet_lm.transforms.haar import HaarWavelet
 from wavelet_lm.transforms.lifting import LiftingWavelet, build_wavelet
+from wavelet_lm.transforms.packets import WaveletPackets
 
 VARIANTS = {
     "headline": {},
@@ -21,12 +22,33 @@ VARIANTS = {
     "long crawl": {"wavelet_crawl_k": 11},
     "no crawl": {"wavelet_crawl": False},
     "level scaling": {"stab_lifting_level_scaling": True},
+    "packets": {"wavelet_packets": True, "per_scale_mixer_widths": None},
+    "haar packets": {
+        "wavelet_mode": "haar",
+        "wavelet_crawl": False,
+        "wavelet_packets": True,
+        "per_scale_mixer_widths": None,
+    },
+    "data-dependent": {"lifting_data_dependent": 2},
+    "data-dependent packets": {
+        "lifting_data_dependent": 2,
+        "lifting_linear_only": True,
+        "wavelet_packets": True,
+        "per_scale_mixer_widths": None,
+    },
     "fixed haar": {"wavelet_mode": "haar", "wavelet_crawl": False},
 }
 # These do not invert: their reconstruction is not made of the decomposition's own nets alone.
 INEXACT = {
     "untied": {"untied_reconstruction": True},
     "two bases": {"multi_basis_lifting": True, "shared_lifting_weights": False},
+    "two untied bases of packets": {
+        "multi_basis_lifting": True,
+        "shared_lifting_weights": False,
+        "untied_reconstruction": True,
+        "wavelet_packets": True,
+        "per_scale_mixer_widths": None,
+    },
     "three untied bases": {
         "multi_basis_lifting": True,
         "multi_basis_inits": ("zero", "haar", "random"),
@@ -46,7 +68,7 @@ def test_reconstruction_is_exact(variant):
     wavelet = make(variant)
     x = torch.randn(2, 50, 8, dtype=torch.float64)
     bands, _ = wavelet.decompose(x)
-    assert len(bands) == 4
+    assert len(bands) == tiny_config(**VARIANTS[variant]).n_scales
     torch.testing.assert_close(wavelet.reconstruct(bands), x, rtol=0, atol=1e-12)
 
 
@@ -89,6 +111,58 @@ def test_lifting_is_its_formula():
         c = (c + wavelet.update[k](d)) / math.sqrt(2)
         torch.testing.assert_close(bands[3 - k], d, rtol=0, atol=1e-13)
     torch.testing.assert_close(bands[0], c, rtol=0, atol=1e-13)
+
+
+def test_packets_split_every_band_by_the_step_of_its_level():
+    packets = make("packets")
+    wavelet = packets.wavelet
+    x = torch.randn(2, 20, 8, dtype=torch.float64)
+
+    def leaves(k: int, c: torch.Tensor) -> list[torch.Tensor]:
+        if k == 3:
+            return [c]
+        past, _ = wavelet.delays[k](c)
+        d = (past - wavelet.predict[k](c)) / math.sqrt(2)
+        a = (c + wavelet.update[k](d)) / math.sqrt(2)
+        return leaves(k + 1, a) + leaves(k + 1, d)
+
+    bands, _ = packets.decompose(x)
+    torch.testing.assert_close(bands, leaves(0, x), rtol=0, atol=1e-13)
+    # The coarsest bands are those of the wavelet that splits the approximation alone.
+    a, d, *_ = wavelet.decompose(x)[0]
+    torch.testing.assert_close(bands[:2], [a, d], rtol=0, atol=1e-13)
+
+
+def test_haar_packets_are_walsh_functions_of_the_last_positions():
+    """Band n weighs the position j steps back by (−1)^(Σ bits of n and j, n's read backwards)."""
+    x = torch.randn(1, 40, 2, dtype=torch.float64)
+    bands, _ = WaveletPackets(HaarWavelet(3)).decompose(x)
+    for n, band in enumerate(bands):
+        reversed_n = int(f"{n:03b}"[::-1], 2)
+        signs = [(-1) ** (reversed_n & j).bit_count() for j in range(8)]
+        for t in range(8, 40):
+            expected = sum(sign * x[:, t - j] for j, sign in enumerate(signs)) / math.sqrt(8)
+            torch.testing.assert_close(band[:, t], expected, rtol=0, atol=1e-13)
+
+
+def test_data_dependent_nets_are_their_formula():
+    net = make("data-dependent").update[1]
+    A, B, D = net.up.weight, net.down.weight, net.gate.weight
+    assert A.shape == (8, 2) and B.shape == D.shape == (2, 8)
+    c = torch.randn(1, 5, 8, dtype=torch.float64)
+    for t in range(5):
+        matrix = A @ torch.diag(torch.tanh(D @ c[0, t])) @ B
+        expected = net.net(c[0, t]) + matrix @ c[0, t]
+        torch.testing.assert_close(net(c)[0, t], expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("init", ["haar", "zero", "random"])
+def test_data_dependent_nets_start_as_the_static_ones(init):
+    net = LiftingWavelet(tiny_config(lifting_data_dependent=2), 8, init).predict[2]
+    c = torch.randn(3, 8)
+    assert torch.equal(net(c), net.net(c))
+    net(c).sum().backward()
+    assert net.up.weight.grad.any()
 
 
 def test_haar_bands_are_scaled_block_sums():
@@ -144,8 +218,9 @@ def test_level_scaling():
         torch.testing.assert_close(scaled.update[k][3].weight, expected)
 
 
-def test_gradient():
-    wavelet = make("headline", channels=2)
+@pytest.mark.parametrize("variant", ["headline", "packets", "data-dependent"])
+def test_gradient(variant):
+    wavelet = make(variant, channels=2)
 
     def both_ways(x):
         bands, _ = wavelet.decompose(x)

@@ -1,7 +1,7 @@
 """One block of a WaveletLM.
 
-decompose → (norm) → + running mean → mix every scale → (norm) → reconstruct → project → add,
-then MLP and memories → add.
+decompose → (norm) → + running mean → (gate) → mix every scale → (norm) → reconstruct → project →
+add, then MLP and memories → add.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.config import ModelConfig
-from wavelet_lm.models.layers import Gain, ScaleNorm
+from wavelet_lm.models.layers import Gain, PhaseGate, ScaleNorm
 from wavelet_lm.models.memory import FastWeightMemory, FastWeights, ProductKeyMemory
 from wavelet_lm.models.mixer import SpectralMixer
 from wavelet_lm.models.mlp import MLP
@@ -43,6 +43,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(C)
         self.decomposed_norm = ScaleNorm(config) if config.wavelet_decomp_norm else nn.Identity()
         self.bypass = MeanBypass(config) if config.decompose_bypass else None
+        self.phase_gate = PhaseGate(config) if config.phase_gating else nn.Identity()
         self.mixer = SpectralMixer(config)
         self.mixed_norm = ScaleNorm(config) if config.wavelet_recon_norm else nn.Identity()
         self.mixer_dropout = nn.Dropout(config.dropout_mixer)
@@ -91,6 +92,7 @@ class Block(nn.Module):
         bands = self.decomposed_norm(torch.stack(bands))
         if mean is not None:
             bands = self.bypass(bands, mean, mean_prev)
+        bands = self.phase_gate(bands)
         mixed = self.mixer_dropout(self.mixed_norm(self.mixer(bands)))
         mixed = mixed * self.scale_weights[:, None, None, None]
         signal = self.projection(wavelet.reconstruct(list(mixed.unbind())))

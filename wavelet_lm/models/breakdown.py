@@ -18,13 +18,14 @@ from wavelet_lm.models.mixer import SpectralMixer
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.models.wavelet_lm import WaveletLM
 from wavelet_lm.transforms.lifting import MultiBasisWavelet
+from wavelet_lm.transforms.packets import WaveletPackets
 
 # The first pattern that a parameter's name matches says what it is a part of.
 COMPONENTS = {
     "norms": r"norm",
     "embedding": r"^embedding\.",
     "wavelet nets": r"^wavelets\.",
-    "routing and bypass": r"\.routing$|\.bypass\.|^gates\.",
+    "routing and bypass": r"\.routing$|\.bypass\.|\.phase_gate\.|^gates\.",
     "mixers": r"\.mixer\.",
     "projection": r"\.projection\.",
     "gains": r"gain|scale_weights",
@@ -179,6 +180,9 @@ def _products(model: WaveletLM, name: str, p: nn.Parameter, uses: int) -> int:
         return uses * model.config.mixer_depth * model.config.padded_channels
     if name.endswith(".A") and model.config.cross_scale_gating:
         return 2 * uses  # it narrows the signal and, apart, what the gates read
+    net = re.search(r"^wavelets\..*(?:predict|update)\.(\d+)\.", name)
+    if net and model.config.wavelet_packets:  # level k splits 2^k bands by the same nets
+        return uses << int(net[1])
     return uses
 
 
@@ -196,14 +200,17 @@ def _hadamard_flops(model: WaveletLM) -> int:
     flops = 0
     for number in model.order:
         mixer: SpectralMixer = model.blocks[number].mixer
-        inward = signal if mixer.stacked else min(signal, mixer.n_weight_rows)
+        inward = signal if mixer.reads_rotated else min(signal, mixer.n_weight_rows)
         flops += 2 * 2 * config.padded_channels * sum(mixer.rotate.sizes) * (signal + inward)
     return flops * config.loop_iterations // positions
 
 
 def _wavelet_reach(wavelet: nn.Module) -> int:
-    delays = (wavelet.bases[0] if isinstance(wavelet, MultiBasisWavelet) else wavelet).delays
-    return sum(delay.max_lag for delay in delays)
+    if isinstance(wavelet, MultiBasisWavelet):
+        wavelet = wavelet.bases[0]
+    if isinstance(wavelet, WaveletPackets):
+        wavelet = wavelet.wavelet
+    return sum(delay.max_lag for delay in wavelet.delays)
 
 
 def as_dict(result: Breakdown) -> dict[str, Any]:

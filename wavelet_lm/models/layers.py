@@ -19,6 +19,26 @@ class ScaleNorm(nn.Module):
         return torch.addcmul(self.bias[:, None, None], normal, self.weight[:, None, None])
 
 
+class PhaseGate(nn.Module):
+    """The approximation a gates every other band: d_s ⊙ 2σ(γ_s ⊙ W a).
+
+    W [Cp, Cp] starts at zero, and the gates therefore at 1; it is one matrix for all bands, which
+    differ by γ (`gains` [S − 1, Cp], ones): one product a position, however many bands there are.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        Cp = config.padded_channels
+        self.weight = nn.Parameter(torch.zeros(Cp, Cp))
+        self.gains = nn.Parameter(torch.ones(config.n_scales - 1, Cp))
+
+    def forward(self, bands: Tensor) -> Tensor:
+        """Bands [S, B, T, Cp], the approximation first -> the same, which is not gated itself."""
+        approximation, details = bands[:1], bands[1:]
+        phase = self.gains[:, None, None] * nn.functional.linear(approximation, self.weight)
+        return torch.cat((approximation, details * (2 * phase.sigmoid())))
+
+
 class Gain(nn.Module):
     """One learned factor."""
 

@@ -30,6 +30,7 @@ class SpectralMixer(nn.Module):
     training; the transform on the way out follows the gate's product and acts on the signal.
     With `mixer_depth` D > 1, D − 1 normalised mixers act on X before the last one does;
     `mixer_depth_residuals` adds the input of every one of the D mixers to its output.
+    `hadamard_top_k` leaves only the largest coefficients of X, for signals and gates alike.
     """
 
     def __init__(self, config: ModelConfig):
@@ -47,6 +48,11 @@ class SpectralMixer(nn.Module):
         )
         self.scales = scale_mixers(config, config.mixer_depth - 1)
         self.residual = config.mixer_depth_residuals
+        self.select = (
+            LargestCoefficients(config.hadamard_top_k) if config.hadamard_top_k else nn.Identity()
+        )
+        # What acts on X itself needs the signal rotated, however few the weights' rows are.
+        self.reads_rotated = bool(self.stacked) or config.hadamard_top_k > 0
         self.n_weight_rows = sum(mixer.n_input_rows for mixer in self.scales)
 
     def forward(self, bands: Tensor) -> Tensor:
@@ -54,12 +60,32 @@ class SpectralMixer(nn.Module):
         S, B, T, _ = bands.shape
         rotate_weights: nn.Module = self.rotate
         n_signal_rows = S * B * T
-        if self.stacked or n_signal_rows <= self.n_weight_rows:
-            bands, rotate_weights = self.rotate(bands), nn.Identity()
+        if self.reads_rotated or n_signal_rows <= self.n_weight_rows:
+            bands, rotate_weights = self.select(self.rotate(bands)), nn.Identity()
         for stacked in self.stacked:
             bands = stacked(bands, self.routing)
         mixed = mix_scales(self.scales, bands, self.routing, rotate_weights)
         return self.rotate(bands + mixed if self.residual else mixed)
+
+
+class LargestCoefficients(nn.Module):
+    """The k entries of largest magnitude along the last dimension, the others zero.
+
+    Straight-through: the gradient is that of the identity. Entries as large as the k-th all stay,
+    so that the result depends on the values alone and not on how a device breaks ties.
+    """
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = k
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        with torch.no_grad():
+            size = x.abs()
+            smallest = size.topk(self.k).values[..., -1:]
+            dropped = torch.where(size < smallest, x, 0)
+        return x - dropped
 
 
 class StackedMixer(nn.Module):

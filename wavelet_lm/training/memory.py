@@ -30,13 +30,13 @@ def estimate_bytes(config: Config, n_params: int, vocab_size: int) -> int:
     """Weights, gradients, optimizer state, activations kept for backward, and one logits chunk.
 
     The activations count what each block keeps per position, in units of its channels: about 6
-    vectors per level and lifting layer (inputs, hidden and outputs of the nets), 12 per scale
+    vectors per split and lifting layer (inputs, hidden and outputs of the nets), 12 per scale
     (bands, gates, products, transforms, dropout), the MLP's hidden layers, and 10 more.
     """
     fixed = n_params * (8 + STATE_BYTES[config.optimizer])
     net_vectors = 1 if config.lifting_linear_only else 2 * config.lifting_hidden_mult
     per_block = config.padded_channels * (
-        config.levels * (4 + 3 * net_vectors) + 12 * config.n_scales
+        (config.n_scales - 1) * (4 + 3 * net_vectors) + 12 * config.n_scales
     ) + config.C * (10 + 2 * config.mlp_expansion * (config.mlp_layers - 1))
     positions = config.micro_batch_size * config.block_size
     activations = positions * (config.layers * per_block + 4 * config.C) * 4

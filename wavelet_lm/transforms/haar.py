@@ -19,21 +19,31 @@ class HaarWavelet(nn.Module):
         super().__init__()
         self.delays = nn.ModuleList(Shift(2**k) for k in range(levels))
 
+    def split(
+        self, k: int, x: Tensor, history: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Level k of x [B, T, C]: approximation, detail, and the history of the delay."""
+        past, history = self.delays[k](x, history)
+        return (x + past) / math.sqrt(2), (x - past) / math.sqrt(2), history
+
+    def merge(self, k: int, approximation: Tensor, detail: Tensor) -> Tensor:
+        """The inverse of `split`, pointwise in time."""
+        return (approximation + detail) / math.sqrt(2)
+
     def decompose(
         self, x: Tensor, state: tuple[Tensor, ...] | None = None
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """[B, T, C] -> bands [a, d_{L−1}, …, d_0], each [B, T, C], and the state."""
         details, histories = [], []
-        for k, delay in enumerate(self.delays):
-            past, history = delay(x, None if state is None else state[k])
-            details.append((x - past) / math.sqrt(2))
-            x = (x + past) / math.sqrt(2)
+        for k in range(len(self.delays)):
+            x, detail, history = self.split(k, x, None if state is None else state[k])
+            details.append(detail)
             histories.append(history)
         return [x, *reversed(details)], tuple(histories)
 
     def reconstruct(self, bands: list[Tensor]) -> Tensor:
         """Bands, coarse to fine, back to [B, T, C]; pointwise in time."""
-        x = bands[0]
-        for detail in bands[1:]:
-            x = (x + detail) / math.sqrt(2)
+        x, *details = bands
+        for k, detail in zip(reversed(range(len(self.delays))), details, strict=True):
+            x = self.merge(k, x, detail)
         return x

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.transforms.crawl import Crawl, Shift
 from wavelet_lm.transforms.haar import HaarWavelet
+from wavelet_lm.transforms.packets import WaveletPackets
 
 INIT_NOISE = 0.01
 
@@ -27,10 +28,17 @@ INIT_NOISE = 0.01
 def build_wavelet(config: ModelConfig, channels: int) -> nn.Module:
     """The decomposition that the config names, for signals [B, T, channels]."""
     if config.wavelet_mode == "haar":
-        return HaarWavelet(config.levels)
+        wavelet: nn.Module = HaarWavelet(config.levels)
+        return WaveletPackets(wavelet) if config.wavelet_packets else wavelet
     if config.multi_basis_lifting:
         return MultiBasisWavelet(config, channels)
-    return LiftingWavelet(config, channels, config.lifting_init)
+    return build_lifting(config, channels, config.lifting_init)
+
+
+def build_lifting(config: ModelConfig, channels: int, init: str) -> nn.Module:
+    """A lifting wavelet, or the packets of one."""
+    wavelet = LiftingWavelet(config, channels, init)
+    return WaveletPackets(wavelet) if config.wavelet_packets else wavelet
 
 
 class LiftingWavelet(nn.Module):
@@ -54,6 +62,19 @@ class LiftingWavelet(nn.Module):
         self.predict, self.update = nets(1.0), nets(0.5)
         self.own_update = nets(0.5) if config.untied_reconstruction else None
 
+    def split(
+        self, k: int, x: Tensor, history: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Level k of x [B, T, C]: approximation, detail, and the history of the delay."""
+        past, history = self.delays[k](x, history)
+        detail = (past - self.predict[k](x)) / math.sqrt(2)
+        return (x + self.update[k](detail)) / math.sqrt(2), detail, history
+
+    def merge(self, k: int, approximation: Tensor, detail: Tensor) -> Tensor:
+        """The inverse of `split`, pointwise in time."""
+        updates = self.update if self.own_update is None else self.own_update
+        return math.sqrt(2) * approximation - updates[k](detail)
+
     def decompose(
         self, x: Tensor, state: tuple[Tensor, ...] | None = None
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -67,22 +88,17 @@ class LiftingWavelet(nn.Module):
             The bands [a, d_{L−1}, …, d_0], coarse to fine, each [B, T, C], and the state.
         """
         details, histories = [], []
-        for k, (delay, predict, update) in enumerate(
-            zip(self.delays, self.predict, self.update, strict=True)
-        ):
-            past, history = delay(x, None if state is None else state[k])
-            detail = (past - predict(x)) / math.sqrt(2)
-            x = (x + update(detail)) / math.sqrt(2)
+        for k in range(len(self.delays)):
+            x, detail, history = self.split(k, x, None if state is None else state[k])
             details.append(detail)
             histories.append(history)
         return [x, *reversed(details)], tuple(histories)
 
     def reconstruct(self, bands: list[Tensor]) -> Tensor:
         """Bands, coarse to fine, back to [B, T, C]: exact when they are what `decompose` gave."""
-        x = bands[0]
-        updates = self.update if self.own_update is None else self.own_update
-        for detail, update in zip(bands[1:], reversed(updates), strict=True):
-            x = math.sqrt(2) * x - update(detail)
+        x, *details = bands
+        for k, detail in zip(reversed(range(len(self.delays))), details, strict=True):
+            x = self.merge(k, x, detail)
         return x
 
 
@@ -99,7 +115,7 @@ class MultiBasisWavelet(nn.Module):
     def __init__(self, config: ModelConfig, channels: int):
         super().__init__()
         inits = config.multi_basis_inits
-        self.bases = nn.ModuleList(LiftingWavelet(config, channels, init) for init in inits)
+        self.bases = nn.ModuleList(build_lifting(config, channels, init) for init in inits)
         weights = torch.zeros(len(inits), config.n_scales)
         weights[0] = 10.0
         self.weights = nn.Parameter(weights)
@@ -151,4 +167,29 @@ def lifting_net(
             layers[-1].weight[:, :channels] *= gain
         if config.stabilized("lifting_level_scaling"):
             layers[-1].weight.mul_(1 / (1 + 0.1 * level))
-    return net
+    rank = config.lifting_data_dependent
+    return DataDependentNet(net, channels, rank) if rank else net
+
+
+class DataDependentNet(nn.Module):
+    """A static net and a low-rank map that the input itself chooses: net(c) + A(B c ⊙ tanh(D c)).
+
+    That is net(c) + A diag(tanh(D c)) B c. A starts at zero, B and D at N(0, 1/√C). The tanh keeps
+    the term from growing faster than c: a plain product is quadratic, and through the levels of
+    some blocks its degree is in the thousands.
+    """
+
+    def __init__(self, net: nn.Module, channels: int, rank: int):
+        super().__init__()
+        self.net = net
+        self.down = nn.Linear(channels, rank, bias=False)
+        self.gate = nn.Linear(channels, rank, bias=False)
+        self.up = nn.Linear(rank, channels, bias=False)
+        with torch.no_grad():
+            self.down.weight.normal_(0, channels**-0.5)
+            self.gate.weight.normal_(0, channels**-0.5)
+            self.up.weight.zero_()
+
+    def forward(self, c: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        return self.net(c) + self.up(self.down(c) * self.gate(c).tanh())

@@ -1,0 +1,57 @@
+"""Wavelet packets (Coifman and Wickerhauser, 1992): the details are split too.
+
+A wavelet splits the approximation of a level only; a packet transform splits every band of it, so
+that L levels make a full tree of 2^L bands, undecimated and causal as the wavelet is:
+
+    c_{k+1, 2n}, c_{k+1, 2n+1} = split_k(c_{k, n})        n = 0 … 2^k − 1,   c_{0, 0} = x
+
+All nodes of a level are split by the same step, with the lag of that level.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class WaveletPackets(nn.Module):
+    """The full tree of a `wavelet`, whose `split` and `merge` it calls level by level.
+
+    Bands are in natural (Paley) order: the digits of a band's number, from the highest to the
+    lowest of `levels` bits, say what was taken at levels 0, 1, …: 0 the approximation, 1 the
+    detail. So band 0 is the approximation, band 1 the detail of the last level, bands 2 and 3 the
+    two halves of the detail before it, and the last 2^(L−1) bands come from the finest detail.
+    """
+
+    def __init__(self, wavelet: nn.Module):
+        super().__init__()
+        self.wavelet = wavelet
+        self.levels = len(wavelet.delays)
+
+    def decompose(
+        self, x: Tensor, state: tuple[Tensor, ...] | None = None
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Split a signal into 2^levels bands.
+
+        Args:
+            x: [B, T, C], a whole signal or its next chunk.
+            state: per level k the positions that its delay still needs, for each of its 2^k nodes:
+                [B, 2^k, max_lag, C]; None starts a text.
+
+        Returns:
+            The bands in natural order, each [B, T, C], and the state.
+        """
+        nodes, histories = x[:, None], []  # [B, 2^k, T, C]
+        for k in range(self.levels):
+            B, n = nodes.shape[:2]
+            past = None if state is None else state[k].flatten(0, 1)
+            *halves, history = self.wavelet.split(k, nodes.flatten(0, 1), past)
+            # The two children of a node follow each other: 2n and 2n + 1.
+            nodes = torch.stack([half.unflatten(0, (B, n)) for half in halves], 2).flatten(1, 2)
+            histories.append(history.unflatten(0, (B, n)))
+        return list(nodes.unbind(1)), tuple(histories)
+
+    def reconstruct(self, bands: list[Tensor]) -> Tensor:
+        """Bands back to [B, T, C], pointwise in time; exact where the wavelet's own way is."""
+        nodes = torch.stack(bands, 1)
+        for k in reversed(range(self.levels)):
+            nodes = self.wavelet.merge(k, nodes[:, 0::2], nodes[:, 1::2])
+        return nodes[:, 0]
