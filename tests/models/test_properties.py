@@ -127,7 +127,7 @@ def some_carry(model, config) -> torch.Tensor | None:
 
 
 quickly = settings(
-    max_examples=50,
+    max_examples=30,
     deadline=None,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
@@ -201,7 +201,7 @@ def assert_compiles(config: Config, backend: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4 * max(1, float(b.abs().max())))
 
 
-@settings(quickly, max_examples=4)
+@settings(quickly, max_examples=3)
 @given(configs())
 def test_compiled_is_the_same_in_aot_eager(config):
     assert_compiles(config, "aot_eager")
