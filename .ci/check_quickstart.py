@@ -11,7 +11,8 @@ print(f"bits/byte on the validation split: {evals[0]:.3f} before training, {eval
 assert evals[-1] <= evals[0] / 2, "it did not fall by half"
 assert rows[-1]["event"] == "end", "the run did not finish"
 text = (run / "generations.txt").read_text()
-marks = [mark for mark in ("self", "return", "    if ", "def ", "):\n") if mark in text]
+WORDS = ("self", "return", "    if ", "def ", "):\n", "import ", "None", " = ", "raise ")
+marks = [word for word in WORDS if word in text]
 print(f"marks of Python in the sample: {marks}")
 assert len(marks) >= 3, "the sample does not resemble Python"
 assert "python-stdlib" in Path("runs.md").read_text(), "no row in runs.md"
