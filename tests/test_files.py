@@ -6,6 +6,7 @@ import resource
 import stat
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,15 @@ from wavelet_lm.errors import UserError
 from wavelet_lm.files import append_line, as_user_error, atomic_path, write_text
 
 
-@pytest.fixture
+@contextmanager
 def small_disk():
-    """Files longer than 1000 bytes cannot be written while the fixture is used."""
+    """Within it no file can grow past 1000 bytes; kept short, for pytest's own output is a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -57,10 +60,10 @@ def test_whatever_stops_the_writing_keeps_the_old_file(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_disk_that_fills_up_in_mid_write_keeps_the_old_file(tmp_path, small_disk):
+def test_a_disk_that_fills_up_in_mid_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "x"
     write_text(path, "old")
-    with pytest.raises(UserError, match="x: cannot be written"):
+    with pytest.raises(UserError, match="x: cannot be written"), small_disk():
         write_text(path, "y" * 2000)
     assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -73,10 +76,10 @@ def test_a_full_disk_is_named():
     assert "Permission denied" in str(as_user_error(PermissionError(13, "Permission denied"), "x"))
 
 
-def test_a_line_that_the_disk_takes_in_part_is_an_error(tmp_path, small_disk):
+def test_a_line_that_the_disk_takes_in_part_is_an_error(tmp_path):
     path = tmp_path / "x"
     append_line(path, "first")
-    with pytest.raises(UserError, match="x: cannot be written"):
+    with pytest.raises(UserError, match="x: cannot be written"), small_disk():
         append_line(path, "y" * 2000)
     assert path.read_text(encoding="utf-8").startswith("first\n")
 
