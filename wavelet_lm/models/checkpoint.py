@@ -34,9 +34,6 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or the folder cannot be written; an older file is kept.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     # safetensors refuses tensors that share memory, as some optimizer states do.
     tensors |= {EXTRA + name: t.detach().clone() for name, t in (extra or {}).items()}
@@ -46,6 +43,18 @@ def save_checkpoint(
         "vocab_size": str(model.vocab_size),
         "metadata": json.dumps(metadata),
     }
+    write_tensors(path, tensors, header)
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file with `header` as its metadata, atomically.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; an older file is kept.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode

@@ -45,6 +45,10 @@ class LanguageModel(nn.Module):
         """The head's matrix [vocab, H]."""
         raise NotImplementedError
 
+    def project(self, x: Tensor) -> Tensor:
+        """Logits [B, T, vocab] of vectors that are ready for the head."""
+        return nn.functional.linear(x, self.output_weight())
+
     def forward(
         self,
         idx: Tensor,
@@ -65,7 +69,7 @@ class LanguageModel(nn.Module):
             Logits [B, T, vocab] ([B, 1, vocab] with `last_only`), and the state.
         """
         x, state = self.hidden(idx, state, carry)
-        return nn.functional.linear(x[:, -1:] if last_only else x, self.output_weight()), state
+        return self.project(x[:, -1:] if last_only else x), state
 
     def loss(
         self,
@@ -109,6 +113,10 @@ class LanguageModel(nn.Module):
 
     def adapting(self, state: Any) -> Any:
         """The state of a prompt; with `fwpkm_inference_updates` the fast weights learn after it."""
+        return state
+
+    def resting(self, state: Any) -> Any:
+        """The same state with fast weights that learn nothing, for a prompt that continues it."""
         return state
 
     def room(self, state: Any) -> int | None:

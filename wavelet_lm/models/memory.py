@@ -69,34 +69,41 @@ class ProductKeyMemory(nn.Module):
             rows [B, T, heads, top_k] int64 into `values`, and weights of the same shape, a softmax
             over top_k per head (in float32 at least).
         """
-        B, T, _ = x.shape
-        q = self.query(x).view(B, T, self.heads, 2, -1)
-        best_a, index_a = self._best(q[..., 0, :], self.keys_a)
-        best_b, index_b = self._best(q[..., 1, :], self.keys_b)
+        return self.plan(*self.scores(self.query(x)))
+
+    def scores(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of all sub-keys for queries [B, T, C]: two tensors [B, T, heads, √num_keys]."""
+        a, b = q.view(*q.shape[:2], self.heads, 2, -1).unbind(3)
+        return (
+            torch.einsum("bthd,hnd->bthn", a, self.keys_a),
+            torch.einsum("bthd,hnd->bthn", b, self.keys_b),
+        )
+
+    def plan(self, scores_a: Tensor, scores_b: Tensor) -> tuple[Tensor, Tensor]:
+        """`read_plan` from the scores of the sub-keys."""
+        best_a, index_a = scores_a.topk(self.n_best)
+        best_b, index_b = scores_b.topk(self.n_best)
         candidates = best_a[..., self.ranks_a] + best_b[..., self.ranks_b]
         scores, chosen = candidates.topk(self.top_k)
         rows = (index_a[..., self.ranks_a] * self.n_subkeys + index_b[..., self.ranks_b]).gather(
             -1, chosen
         )
-        head_offset = torch.arange(self.heads, device=x.device)[:, None] * self.num_keys
+        head_offset = torch.arange(self.heads, device=rows.device)[:, None] * self.num_keys
         wide = scores if scores.dtype == torch.float64 else scores.float()
         return rows + head_offset, wide.softmax(-1)
-
-    def _best(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Best sub-keys of half queries [B, T, heads, half], sorted: scores and indices."""
-        return torch.einsum("bthd,hnd->bthn", q, keys).topk(self.n_best)
 
 
 class FastWeights(NamedTuple):
     """What a text has added to the values of a memory, for each row of a batch.
 
     rows: [B, N] int64, the value rows that changed, sorted and padded with the number of rows;
-    deltas: [B, N, C], what to add to them; recent: [B, m, C], the inputs since the last update.
+    deltas: [B, N, C], what to add to them; recent: [B, m, C], the inputs since the last update, or
+    None while they are read and do not learn.
     """
 
     rows: Tensor
     deltas: Tensor
-    recent: Tensor
+    recent: Tensor | None
 
 
 class FastWeightMemory(ProductKeyMemory):
@@ -129,13 +136,21 @@ class FastWeightMemory(ProductKeyMemory):
         At most `room(state)` tokens at once: an update comes between two calls.
         """
         y = self.read_adapted(x, state)
+        if state.recent is None:
+            return y, state
         recent = torch.cat((state.recent, x.to(state.recent.dtype)), 1)
         state = state._replace(recent=recent)
         return y, state if self.room(state) else self.updated(state)
 
-    def room(self, state: FastWeights) -> int:
-        """Tokens until the next update."""
-        return self.chunk_size - state.recent.shape[1]
+    def room(self, state: FastWeights) -> int | None:
+        """Tokens until the next update, None where none will come."""
+        return None if state.recent is None else self.chunk_size - state.recent.shape[1]
+
+    def learning(self, state: FastWeights | None, B: int) -> FastWeights:
+        """The state of B texts with its weights learning from now on; None has none yet."""
+        if state is None:
+            return self.fresh_state(B)
+        return state if state.recent is not None else state._replace(recent=state.deltas[:, :0])
 
     def read_adapted(self, x: Tensor, state: FastWeights) -> Tensor:
         """The memory with its deltas: [B, T, C] -> [B, T, C]."""

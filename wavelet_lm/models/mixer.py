@@ -160,12 +160,16 @@ class GatedMixer(nn.Module):
         self.U = nn.Parameter(LOW_RANK_NOISE * torch.randn(width, rank)) if rank else None
         self.V = nn.Parameter(LOW_RANK_NOISE * torch.randn(width, rank)) if rank else None
         self.activation = ACTIVATIONS[config.mixer_gate_activation]
+        self.width = width
         self.n_input_rows = width * (2 if config.use_mixer_gate else 1) + rank
+
+    def matrix(self) -> Tensor:
+        """W [width, width]."""
+        return self.W() if isinstance(self.W, ExponentialMatrix) else self.W
 
     def forward(self, x: Tensor, gate: Tensor, rotate: nn.Module) -> Tensor:
         """x and gate input X̂ [B, T, width] -> [B, T, width]; `rotate` acts on weight rows."""
-        W = self.W() if isinstance(self.W, ExponentialMatrix) else self.W
-        y = linear(x, rotate(W))
+        y = linear(x, rotate(self.matrix()))
         if self.G is not None:
             y = y * self.activation(linear(gate, rotate(self.G)))
         if self.U is not None:
@@ -198,7 +202,7 @@ class NarrowMixer(nn.Module):
         self.A = nn.Parameter(torch.randn(width, Cp) / math.sqrt(Cp))
         self.mixer = GatedMixer(width, config, depth)
         self.B = nn.Parameter(torch.randn(Cp, width) / math.sqrt(width))
-        self.n_input_rows = width
+        self.width = self.n_input_rows = width
 
     def forward(self, x: Tensor, gate: Tensor, rotate: nn.Module) -> Tensor:
         """x and gate input [B, T, Cp] -> [B, T, Cp]."""

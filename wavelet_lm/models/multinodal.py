@@ -38,6 +38,11 @@ class MultinodalLM(LanguageModel):
         weight = torch.cat([cell.head.weight for cell in self.cells], dim=1)
         return weight / len(self.cells) if self.config.multinodal_combination == "mean" else weight
 
+    def project(self, x: Tensor) -> Tensor:
+        parts = zip(self.cells, x.chunk(len(self.cells), dim=-1), strict=True)
+        logits = sum(cell.head(part) for cell, part in parts)
+        return logits / len(self.cells) if self.config.multinodal_combination == "mean" else logits
+
     def passes(
         self, idx: Tensor, state: tuple[State, ...] | None, carry: Tensor | None
     ) -> tuple[list[Tensor], tuple[State, ...]]:
@@ -77,6 +82,10 @@ class MultinodalLM(LanguageModel):
     def adapting(self, state: tuple[State, ...]) -> tuple[State, ...]:
         pairs = zip(self.cells, state, strict=True)
         return tuple(cell.adapting(s) for cell, s in pairs)
+
+    def resting(self, state: tuple[State, ...]) -> tuple[State, ...]:
+        pairs = zip(self.cells, state, strict=True)
+        return tuple(cell.resting(s) for cell, s in pairs)
 
     def room(self, state: tuple[State, ...]) -> int | None:
         return self.cells[0].room(state[0])

@@ -60,6 +60,9 @@ class WaveletLM(LanguageModel):
     def output_weight(self) -> Tensor:
         return self.head.weight
 
+    def project(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
     def passes(
         self, idx: Tensor, state: State | None, carry: Tensor | None
     ) -> tuple[list[Tensor], State]:
@@ -113,16 +116,25 @@ class WaveletLM(LanguageModel):
         return state[-1].mean.mean.detach()
 
     def adapting(self, state: State) -> State:
-        """The same state, with empty fast weights that learn from now on if the config says so."""
+        """The same state, with fast weights that learn from now on if the config says so."""
         if not self.config.fwpkm_inference_updates:
             return state
         B = tree_leaves(state)[0].shape[0]
         new = []
         for i, block_state in enumerate(state):
             block = self.blocks[self.order[i % len(self.order)]]
-            memory = block.feedforward.branches["fwpkm"].fresh_state(B)
+            memory = block.feedforward.branches["fwpkm"].learning(block_state.memory, B)
             new.append(block_state._replace(memory=memory))
         return tuple(new)
+
+    def resting(self, state: State) -> State:
+        """The same state, with fast weights that are read and learn nothing (from a prompt)."""
+        return tuple(
+            block_state._replace(memory=block_state.memory._replace(recent=None))
+            if block_state.memory is not None
+            else block_state
+            for block_state in state
+        )
 
     def room(self, state: State) -> int | None:
         """Tokens until the fast weights learn, None where they do not."""

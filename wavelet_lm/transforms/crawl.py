@@ -1,11 +1,13 @@
 """Causal delays: the plain shift of the à trous wavelet, and the learned mixture of lags (crawl).
 
 Both are called as `past, history = delay(x, history)`; the history is the last `max_lag` positions
-of the signal, [B, max_lag, C], and None means that nothing came before (zeros).
+of the signal, [B, max_lag, C], or a `Ring` of them; None means that nothing came before (zeros).
 """
 
 import torch
 from torch import Tensor, nn
+
+from wavelet_lm.transforms.ring import Ring
 
 # Up to this many taps a sum of shifted views is quickest (and fuses into its neighbours under
 # torch.compile); above, a banded product reads each position once per block instead of once a tap.
@@ -44,9 +46,34 @@ class Shift(nn.Module):
         super().__init__()
         self.max_lag = lag
 
-    def forward(self, x: Tensor, history: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, history: Tensor | Ring | None = None
+    ) -> tuple[Tensor, Tensor | Ring]:
+        T = x.shape[1]
+        if isinstance(history, Ring):
+            history.write(x)
+            return history.delayed(self.max_lag, T), history
         extended = extend(x, history, self.max_lag)
-        return extended[:, : x.shape[1]], extended[:, x.shape[1] :]
+        return extended[:, :T], extended[:, T:]
+
+
+class Filter(nn.Module):
+    """Σ_o taps_o · x_{t−o} over consecutive lags o = m … m + K − 1, the same for every channel.
+
+    Args:
+        taps: [K], the smallest lag first.
+        min_lag: m, at least 1.
+    """
+
+    def __init__(self, taps: Tensor, min_lag: int):
+        super().__init__()
+        self.min_lag, self.max_lag = min_lag, min_lag + len(taps) - 1
+        self.register_buffer("taps", taps, persistent=False)
+
+    def forward(
+        self, x: Tensor, history: Tensor | Ring | None = None
+    ) -> tuple[Tensor, Tensor | Ring]:
+        return apply_filter(self.taps, self.min_lag, x, history)
 
 
 class Crawl(nn.Module):
@@ -66,12 +93,28 @@ class Crawl(nn.Module):
         logits[center - self.min_lag] = 5.0
         self.logits = nn.Parameter(logits)
 
-    def forward(self, x: Tensor, history: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        T = x.shape[1]
-        extended = extend(x, history, self.max_lag)
-        taps = self.logits.softmax(0).flip(0).to(x.dtype)  # the largest lag comes first in time
-        visible = extended[:, : T + self.max_lag - self.min_lag]
-        return correlate(visible, taps, T), extended[:, T:]
+    def taps(self) -> Tensor:
+        """[K], the smallest lag first; they sum to 1."""
+        return self.logits.softmax(0)
+
+    def forward(
+        self, x: Tensor, history: Tensor | Ring | None = None
+    ) -> tuple[Tensor, Tensor | Ring]:
+        return apply_filter(self.taps(), self.min_lag, x, history)
+
+
+def apply_filter(
+    taps: Tensor, min_lag: int, x: Tensor, history: Tensor | Ring | None
+) -> tuple[Tensor, Tensor | Ring]:
+    """Σ_j taps_j · x_{t−min_lag−j} for x [B, T, C], and the history after it."""
+    T, K = x.shape[1], len(taps)
+    if isinstance(history, Ring):
+        history.write(x)
+        kernel = nn.functional.pad(taps, (min_lag, history.size - min_lag - K))
+        return history.filtered(kernel, T), history
+    extended = extend(x, history, min_lag + K - 1)
+    # The largest lag comes first in time.
+    return correlate(extended[:, : T + K - 1], taps.flip(0).to(x.dtype), T), extended[:, T:]
 
 
 def extend(x: Tensor, history: Tensor | None, max_lag: int) -> Tensor:

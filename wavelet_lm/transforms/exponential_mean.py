@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wavelet_lm.transforms.ring import Ring
+
 
 class ExponentialMeanState(NamedTuple):
     """Weighted sum and sum of weights of a text so far, each [B, C], at least float32."""
@@ -30,19 +32,27 @@ class ExponentialMean(nn.Module):
         self.decay = nn.Linear(C, C)
 
     def forward(
-        self, x: Tensor, state: ExponentialMeanState | None = None
-    ) -> tuple[Tensor, ExponentialMeanState]:
-        """Means [B, T, C] of x [B, T, C], a signal or its next chunk, and the state after it."""
+        self, x: Tensor, state: ExponentialMeanState | Ring | None = None
+    ) -> tuple[Tensor, ExponentialMeanState | Ring]:
+        """Means [B, T, C] of x [B, T, C], a signal or its next chunk, and the state after it.
+
+        The state may be a ring of the totals and weights side by side.
+        """
         decay = self.decay(x)
         if decay.dtype != torch.float64:
             decay = decay.float()
         wide = x.to(decay.dtype)
         if state is None:
             state = ExponentialMeanState(*wide.new_zeros(2, *x[:, 0].shape))
+        before = state.delayed(1, 1)[:, 0].chunk(2, -1) if isinstance(state, Ring) else state
         keep, take = decay.sigmoid(), (-decay).sigmoid()
         inputs = torch.stack((take * wide, take))
-        totals, weights = linear_recurrence(keep, inputs, torch.stack(state))
-        return (totals / weights).to(x.dtype), ExponentialMeanState(totals[:, -1], weights[:, -1])
+        totals, weights = linear_recurrence(keep, inputs, torch.stack(tuple(before)))
+        if isinstance(state, Ring):
+            state.write(torch.cat((totals, weights), -1))
+        else:
+            state = ExponentialMeanState(totals[:, -1], weights[:, -1])
+        return (totals / weights).to(x.dtype), state
 
 
 def linear_recurrence(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ class HaarWavelet(nn.Module):
     def split(
         self, k: int, x: Tensor, history: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Level k of x [B, T, C]: approximation, detail, and the history of the delay."""
-        past, history = self.delays[k](x, history)
+        """Level k of x [B, T, …, C]: approximation, detail, and the history of the delay."""
+        past, history = self.delays[k](x.flatten(2), history)
+        past = past.view_as(x)
         return (x + past) / math.sqrt(2), (x - past) / math.sqrt(2), history
 
     def merge(self, k: int, approximation: Tensor, detail: Tensor) -> Tensor:

@@ -62,12 +62,17 @@ class LiftingWavelet(nn.Module):
         self.predict, self.update = nets(1.0), nets(0.5)
         self.own_update = nets(0.5) if config.untied_reconstruction else None
 
+    @property
+    def is_static(self) -> bool:
+        """Whether its nets are plain matrices and activations."""
+        return not isinstance(self.update[0], DataDependentNet)
+
     def split(
         self, k: int, x: Tensor, history: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Level k of x [B, T, C]: approximation, detail, and the history of the delay."""
-        past, history = self.delays[k](x, history)
-        detail = (past - self.predict[k](x)) / math.sqrt(2)
+        """Level k of x [B, T, …, C]: approximation, detail, and the history of the delay."""
+        past, history = self.delays[k](x.flatten(2), history)
+        detail = (past.view_as(x) - self.predict[k](x)) / math.sqrt(2)
         return (x + self.update[k](detail)) / math.sqrt(2), detail, history
 
     def merge(self, k: int, approximation: Tensor, detail: Tensor) -> Tensor:

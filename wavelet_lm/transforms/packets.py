@@ -33,25 +33,24 @@ class WaveletPackets(nn.Module):
 
         Args:
             x: [B, T, C], a whole signal or its next chunk.
-            state: per level k the positions that its delay still needs, for each of its 2^k nodes:
-                [B, 2^k, max_lag, C]; None starts a text.
+            state: per level k the positions that its delay still needs, with the channels of its
+                2^k nodes side by side: [B, max_lag, 2^k · C]; None starts a text.
 
         Returns:
             The bands in natural order, each [B, T, C], and the state.
         """
-        nodes, histories = x[:, None], []  # [B, 2^k, T, C]
+        nodes, histories = x[:, :, None], []  # [B, T, 2^k, C]
         for k in range(self.levels):
-            B, n = nodes.shape[:2]
-            past = None if state is None else state[k].flatten(0, 1)
-            *halves, history = self.wavelet.split(k, nodes.flatten(0, 1), past)
+            past = None if state is None else state[k]
+            *halves, history = self.wavelet.split(k, nodes, past)
             # The two children of a node follow each other: 2n and 2n + 1.
-            nodes = torch.stack([half.unflatten(0, (B, n)) for half in halves], 2).flatten(1, 2)
-            histories.append(history.unflatten(0, (B, n)))
-        return list(nodes.unbind(1)), tuple(histories)
+            nodes = torch.stack(halves, 3).flatten(2, 3)
+            histories.append(history)
+        return list(nodes.unbind(2)), tuple(histories)
 
     def reconstruct(self, bands: list[Tensor]) -> Tensor:
         """Bands back to [B, T, C], pointwise in time; exact where the wavelet's own way is."""
-        nodes = torch.stack(bands, 1)
+        nodes = torch.stack(bands, 2)
         for k in reversed(range(self.levels)):
-            nodes = self.wavelet.merge(k, nodes[:, 0::2], nodes[:, 1::2])
-        return nodes[:, 0]
+            nodes = self.wavelet.merge(k, nodes[:, :, 0::2], nodes[:, :, 1::2])
+        return nodes[:, :, 0]
