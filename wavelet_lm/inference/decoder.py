@@ -1,0 +1,267 @@
+"""A model and its state behind three verbs: read a prompt, decode a token, go back.
+
+`Decoder.prefill` reads texts in parallel and returns a state that nothing ever changes; `start`
+opens a `Session` on such a state, which reads token by token and writes only its own buffers, of
+fixed size and place, so that a step can be compiled whole and captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from wavelet_lm.devices import reading
+from wavelet_lm.errors import UserError
+from wavelet_lm.inference.contexts import apply_context
+from wavelet_lm.inference.prepared import prepare, weight_bytes_per_token
+from wavelet_lm.inference.static_state import StaticState, is_block_state
+from wavelet_lm.models.language_model import LanguageModel
+
+# Positions of a prompt that are read at once: what bounds the memory that a long prompt needs.
+PREFILL_POSITIONS = 4096
+GRAPH_WARM_UP_STEPS = 3
+
+Texts = Sequence[Sequence[int]]
+Step = Callable[[], None]
+
+
+class Decoder:
+    """Reads texts with a prepared twin of `model`; every row of a batch is what it would be alone.
+
+    Args:
+        model: left as it is.
+        context: what a token sees of the text: `stream`, `window:N` or `recompute:N`
+            (`contexts.py`).
+        dtype: of the weights and the computation; None keeps the model's.
+        compile: compile whole steps with torch.compile.
+        adapt: the fast weights learn while decoding; None asks the model's config.
+
+    Attributes:
+        model: the twin, which `prepare` made.
+        device: where its tensors are.
+        vocab_size: V of the logits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        context: str = "stream",
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+        adapt: bool | None = None,
+    ):
+        if isinstance(model, LanguageModel):
+            if adapt is None:
+                adapt = model.config.fwpkm_inference_updates
+            model = apply_context(prepare(model, dtype, adapt=adapt), context)
+        self.model = model
+        self.adapts = bool(adapt)
+        self.compile = compile
+        for given, what in ((compile, "compile"), (context.startswith("recompute"), context)):
+            if self.adapts and given:
+                raise UserError(
+                    f"{what} and fwpkm_inference_updates exclude each other: fast weights grow"
+                    " with the text; leave out one of them"
+                )
+        self.vocab_size: int = model.vocab_size
+        self.device = next(model.parameters()).device
+
+    def prefill(self, texts: Texts, state: Any = None) -> tuple[Tensor, Any]:
+        """Read one text per row, each of its own length (1 or more tokens).
+
+        Nothing is padded: all rows are read together up to the end of the shortest, the others on
+        to the end of the next, and so on. Fast weights are read but do not learn from a prompt.
+
+        Args:
+            texts: B lists of tokens.
+            state: of B texts that these continue; None starts texts.
+
+        Returns:
+            Next-token logits [B, V], float32 at least, and the state after every row's own end.
+        """
+        if state is not None and self.adapts:
+            state = self.model.resting(state)
+        going, at = list(range(len(texts))), 0
+        ended: list[int] = []
+        logits, states = [], []
+        for end in sorted({len(text) for text in texts}):
+            idx = torch.tensor([list(texts[row][at:end]) for row in going], device=self.device)
+            for chunk in idx.split(max(1, PREFILL_POSITIONS // len(going)), dim=1):
+                row_logits, state = self.read(chunk, state, last_only=True)
+            here = [i for i, row in enumerate(going) if len(texts[row]) == end]
+            further = [i for i, row in enumerate(going) if len(texts[row]) > end]
+            logits.append(row_logits[here, -1])
+            states.append(self.rows(state, here))
+            ended += [going[i] for i in here]
+            if further:
+                state, at = self.rows(state, further), end
+                going = [going[i] for i in further]
+        order = [ended.index(row) for row in range(len(texts))]
+        state = tree_map(lambda *parts: parts[0] if parts[0] is None else torch.cat(parts), *states)
+        return torch.cat(logits)[order], self.rows(state, order)
+
+    def rows(self, state: Any, rows: Sequence[int]) -> Any:
+        """The state of these rows of a batch, in this order; a row may come more than once."""
+        rows = list(rows)
+        leaves = [leaf for leaf in tree_leaves(state) if leaf is not None]
+        if rows == list(range(len(leaves[0]))):
+            return state
+        index = torch.tensor(rows, device=self.device)
+        return tree_map_only(Tensor, lambda leaf: leaf[index], state)
+
+    def start(self, state: Any, max_step: int = 1) -> Session:
+        """Decode on from a state, up to `max_step` tokens at once."""
+        if not all(map(is_block_state, tree_leaves(state, is_leaf=is_block_state))):
+            return FunctionalSession(self, state, max_step)
+        if self.adapts and max_step > 1:
+            raise UserError("fast weights that learn cannot be taken back: fwpkm_inference_updates")
+        return StaticSession(self, self.model.adapting(state), max_step)
+
+    def read(self, idx: Tensor, state: Any, last_only: bool = False) -> tuple[Tensor, Any]:
+        """The model's logits, in float32 at least, and its new state."""
+        with reading(self.model):
+            logits, state = self.model(idx, state, last_only=last_only)
+        return _wide(logits), state
+
+    def accelerate(self, step: Step, owners: Sequence[Any]) -> Step:
+        """A step that is called again and again, as fast as the device allows.
+
+        owners: objects whose `buffers()` are all that the step changes; where one has None, its
+            state is not of fixed size and the step runs as it is.
+        """
+        buffers = [owner.buffers() for owner in owners]
+        if any(b is None for b in buffers):
+            return step
+        if self.compile:
+            # With one text, a product reads a matrix once and does nothing else: as a reduction it
+            # is left to the compiler's own kernels, and the best of them is searched for.
+            options = {"coordinate_descent_tuning": True} if self.device.type == "cuda" else {}
+            step = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+        if self.device.type == "cuda":
+            return CapturedStep(step, [buffer for part in buffers for buffer in part])
+        return step
+
+    def weight_bytes_per_token(self) -> int:
+        """Bytes of weights that one token of one text reads, as often as they are read again."""
+        return weight_bytes_per_token(self.model)
+
+
+class Session:
+    """B texts being decoded in step, up to `max_step` tokens at once."""
+
+    decoder: Decoder
+    max_step: int
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Read the next tokens [B, T], T ≤ max_step: logits after each of them, [B, T, V]."""
+        raise NotImplementedError
+
+    def rollback(self, n: int) -> None:
+        """Forget the last n tokens of every row, n ≤ max_step and at most as many as decoded."""
+        raise NotImplementedError
+
+    def state(self) -> Any:
+        """The state now, as `Decoder.prefill` returns it: later decoding does not change it."""
+        raise NotImplementedError
+
+    def load(self, state: Any, rows: Sequence[int]) -> None:
+        """Go on from another state instead: row i from row rows[i] of `state`."""
+        raise NotImplementedError
+
+    def buffers(self) -> list[Tensor] | None:
+        """What `decode` changes in place, None where it makes new tensors."""
+        raise NotImplementedError
+
+
+class StaticSession(Session):
+    """A session of a model whose state is one `BlockState` per block."""
+
+    def __init__(self, decoder: Decoder, state: Any, max_step: int):
+        self.decoder, self.max_step = decoder, max_step
+        self._state = StaticState(state, max_step)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        logits, self._state.blocks = self.decoder.model(tokens, self._state.blocks)
+        self._state.clock.advance(tokens.shape[1])
+        return _wide(logits)
+
+    @torch.no_grad()
+    def rollback(self, n: int) -> None:
+        self._state.clock.advance(-n)
+
+    @torch.no_grad()
+    def state(self) -> Any:
+        return self._state.snapshot()
+
+    @torch.no_grad()
+    def load(self, state: Any, rows: Sequence[int]) -> None:
+        self._state.load(self.decoder.rows(state, rows))
+
+    def buffers(self) -> list[Tensor] | None:
+        return None if self.decoder.adapts else self._state.buffers()
+
+
+class FunctionalSession(Session):
+    """A session of any model: a new state for every token, and the last few of them kept."""
+
+    def __init__(self, decoder: Decoder, state: Any, max_step: int):
+        self.decoder, self.max_step = decoder, max_step
+        self._states = [state]  # the newest last, one per token that can be taken back
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        logits = []
+        for column in tokens.split(1, dim=1):
+            step, state = self.decoder.read(column, self._states[-1])
+            logits.append(step)
+            self._states = [*self._states, state][-self.max_step - 1 :]
+        return torch.cat(logits, 1)
+
+    def rollback(self, n: int) -> None:
+        self._states = self._states[: len(self._states) - n]
+
+    def state(self) -> Any:
+        return self._states[-1]
+
+    def load(self, state: Any, rows: Sequence[int]) -> None:
+        self._states = [self.decoder.rows(state, rows)]
+
+    def buffers(self) -> None:
+        return None
+
+
+class CapturedStep:
+    """A step as a CUDA graph: one launch in place of some hundred."""
+
+    def __init__(self, step: Step, buffers: Sequence[Tensor]):
+        self._step, self._buffers = step, buffers
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self._graph is None:
+            self._capture()
+        self._graph.replay()
+
+    def _capture(self) -> None:
+        """Warm up (which compiles, and chooses kernels), undo what that did, and record."""
+        before = [buffer.clone() for buffer in self._buffers]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(GRAPH_WARM_UP_STEPS):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._step()
+        for buffer, old in zip(self._buffers, before, strict=True):
+            buffer.copy_(old)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

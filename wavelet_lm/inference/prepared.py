@@ -1,0 +1,505 @@
+"""A model's weights put together for reading: the same function in fewer and larger products.
+
+`prepare` leaves the model alone and returns a twin, which shares the weights that need no change:
+
+- the Hadamard transform on the way into the mixers moves onto their weights, and the one on the way
+  out onto the weights that read its result;
+- the mixers of one width become one batched product, and so do the first matrices of the
+  reconstruction's update nets, which do not wait for one another, since their inputs are all known;
+- the reconstruction is linear in what these nets give, c_0 = √2^L a − Σ_k √2^k U_k(d_k), so their
+  last matrices and the projection become one matrix;
+- the second norm's gain and bias, the learned factors and the scale weights move into the matrices
+  beside them; a memory's query and sub-keys become one matrix where that is smaller.
+
+A part with a switch that stands in the way of a fold (a norm or a selection between transform and
+product, packets, several bases, nets that depend on their input) runs as it was trained.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from wavelet_lm.models.block import Block, BlockState, FeedForward
+from wavelet_lm.models.language_model import LanguageModel
+from wavelet_lm.models.layers import Gain
+from wavelet_lm.models.memory import ProductKeyMemory
+from wavelet_lm.models.mixer import GatedMixer, NarrowMixer, SpectralMixer
+from wavelet_lm.models.multinodal import MultinodalLM
+from wavelet_lm.models.wavelet_lm import WaveletLM
+from wavelet_lm.transforms.crawl import Crawl, Filter
+from wavelet_lm.transforms.lifting import LiftingWavelet
+
+
+@torch.no_grad()
+def prepare(
+    model: LanguageModel, dtype: torch.dtype | None = None, *, adapt: bool = False
+) -> LanguageModel:
+    """A twin of `model` for inference, in eval mode.
+
+    Args:
+        dtype: of its weights; None keeps the model's. Folds are computed in the model's own.
+        adapt: the fast weights will learn, and the second memories are kept as they are.
+    """
+    dtype = dtype or next(model.parameters()).dtype
+    if isinstance(model, MultinodalLM):
+        twin = _shallow_copy(model)
+        twin.cells = nn.ModuleList(prepare(cell, dtype, adapt=adapt) for cell in model.cells)
+        twin.gates = cast(model.gates, dtype)
+    elif isinstance(model, WaveletLM):
+        twin = _prepare_cell(model, dtype, adapt)
+    else:
+        twin = cast(model, dtype)
+    twin.config = model.config.replace(fwpkm_inference_updates=adapt)
+    return twin.requires_grad_(False).eval()
+
+
+def _prepare_cell(model: WaveletLM, dtype: torch.dtype, adapt: bool) -> WaveletLM:
+    twin = _shallow_copy(model)
+    for name in ("embedding", "bag", "embedding_dropout", "final_norm", "head_dropout", "head"):
+        setattr(twin, name, cast(getattr(model, name), dtype))
+    twin.wavelets = cast(_fixed_filters(model.wavelets), dtype)
+    if model.head.weight is model.embedding.weight:
+        twin.head.weight = twin.embedding.weight
+    hidden: dict[int, BatchedLinear | None] = {}  # by wavelet, which blocks may share
+    twin.blocks = nn.ModuleList()
+    for i, block in enumerate(model.blocks):
+        number = i % len(model.wavelets)
+        wavelet = model.wavelets[number]
+        reconstruction = None
+        if isinstance(wavelet, LiftingWavelet) and wavelet.is_static:
+            rotated = FoldedMixer.leaves_rotated(block)
+            transform = block.mixer.rotate if rotated else nn.Identity()
+            if number not in hidden:
+                first = first_matrices(wavelet, transform)
+                hidden[number] = None if first is None else cast(first, dtype)
+            reconstruction = FoldedReconstruction(
+                wavelet, block.projection, transform, hidden[number]
+            )
+        twin.blocks.append(PreparedBlock(block, reconstruction, dtype, adapt))
+    return twin
+
+
+class PreparedBlock(nn.Module):
+    """`Block.forward` with folded parts; the names of the steps are those of `Block`."""
+
+    def __init__(
+        self,
+        block: Block,
+        reconstruction: nn.Module | None,
+        dtype: torch.dtype,
+        adapt: bool,
+    ):
+        super().__init__()
+        self.pad = cast(block.pad, dtype)
+        self.embedding_gain = None
+        if block.embedding_gain is not None:
+            self.embedding_gain = nn.Parameter(block.embedding_gain.to(dtype))
+        self.norm1 = cast(block.norm1, dtype)
+        self.decomposed_norm = cast(block.decomposed_norm, dtype)
+        self.bypass = None if block.bypass is None else cast(block.bypass, dtype)
+        self.phase_gate = cast(block.phase_gate, dtype)
+        if FoldedMixer.folds(block.mixer):
+            mixer: nn.Module = FoldedMixer(block, stay_rotated=reconstruction is not None)
+        else:
+            mixer = nn.Sequential(block.mixer, block.mixed_norm, ScaleWeights(block.scale_weights))
+        self.mixer = cast(mixer, dtype)
+        self.reconstruction = None if reconstruction is None else cast(reconstruction, dtype)
+        self.projection = nn.Identity() if reconstruction else cast(block.projection, dtype)
+        self.spectral_gain = cast(block.spectral_gain, dtype)
+        self.feedforward_gain = cast(block.feedforward_gain, dtype)
+        self.feedforward = None
+        if block.feedforward is not None:
+            fold = cast if adapt else FoldedFeedForward
+            self.feedforward = cast(fold(block.feedforward, dtype), dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        embedding: Tensor,
+        mean_prev: Tensor | None,
+        wavelet: nn.Module,
+        state: BlockState | None = None,
+    ) -> tuple[Tensor, Tensor | None, BlockState]:
+        wavelet_state, mean_state, memory = (None, None, None) if state is None else state
+        mean = None
+        if self.bypass is not None:
+            mean, mean_state = self.bypass.average(x, mean_state)
+        if self.embedding_gain is not None:
+            x = torch.addcmul(x, self.embedding_gain, embedding)
+
+        bands, wavelet_state = wavelet.decompose(self.pad(self.norm1(x)), wavelet_state)
+        bands = self.decomposed_norm(torch.stack(bands))
+        if mean is not None:
+            bands = self.bypass(bands, mean, mean_prev)
+        mixed = self.mixer(self.phase_gate(bands))
+        if self.reconstruction is not None:
+            signal = self.reconstruction(mixed)
+        else:
+            signal = self.projection(wavelet.reconstruct(list(mixed.unbind())))
+
+        x = self.spectral_gain(x) + signal
+        y = self.feedforward_gain(x)
+        if self.feedforward is not None:
+            update, memory = self.feedforward(x, memory)
+            y = y + update
+        return y, mean, BlockState(wavelet_state, mean_state, memory)
+
+
+class ScaleWeights(nn.Module):
+    """bands × ω_s."""
+
+    def __init__(self, weights: Tensor):
+        super().__init__()
+        self.weights = nn.Parameter(weights[:, None, None, None].detach().clone())
+
+    def forward(self, bands: Tensor) -> Tensor:
+        return bands * self.weights
+
+
+class BatchedLinear(nn.Module):
+    """n products at once: x [n, M, in] -> [n, M, out], with a weight [n, out, in]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return torch.bmm(x, self.weight.mT)
+        return torch.baddbmm(self.bias, x, self.weight.mT)
+
+
+class FoldedMixer(nn.Module):
+    """A `SpectralMixer` of one layer, with what follows up to the reconstruction.
+
+    Scales of one width are one `MixerGroup`. The result stays in the Hadamard domain where the
+    reconstruction's matrices were rotated for it (`leaves_rotated`).
+    """
+
+    def __init__(self, block: Block, stay_rotated: bool):
+        super().__init__()
+        mixer = block.mixer
+        self.routing = mixer.routing
+        has_norm = not isinstance(block.mixed_norm, nn.Identity)
+        stay_rotated = stay_rotated and self.leaves_rotated(block)
+        weights = torch.ones_like(block.scale_weights) if has_norm else block.scale_weights
+        self.rotate = nn.Identity() if stay_rotated else mixer.rotate
+        widths = [m.width for m in mixer.scales]
+        self.scales = [
+            [s for s, w in enumerate(widths) if w == width] for width in dict.fromkeys(widths)
+        ]
+        self.groups = nn.ModuleList(
+            MixerGroup([mixer.scales[s] for s in group], weights[group], mixer.rotate)
+            for group in self.scales
+        )
+        order = [s for group in self.scales for s in group]
+        self.order = None if order == sorted(order) else [order.index(s) for s in range(len(order))]
+        self.norm = nn.Sequential(block.mixed_norm, ScaleWeights(block.scale_weights))
+        if not has_norm:
+            self.norm = nn.Identity()
+
+    @staticmethod
+    def folds(mixer: SpectralMixer) -> bool:
+        """Whether the mixer's products read the transformed bands directly."""
+        return not mixer.reads_rotated
+
+    @staticmethod
+    def leaves_rotated(block: Block) -> bool:
+        """Whether the transform back can be left to what reads the mixed bands."""
+        return FoldedMixer.folds(block.mixer) and isinstance(block.mixed_norm, nn.Identity)
+
+    def forward(self, bands: Tensor) -> Tensor:
+        """Bands [S, B, T, Cp] -> mixed bands of the same shape, × ω_s."""
+        S, B, T, Cp = bands.shape
+        x = bands.view(S, B * T, Cp)
+        gates = x if self.routing is None else torch.tensordot(self.routing, x, dims=1)
+        mixed = [
+            mix(_take(x, scales), _take(gates, scales))
+            for mix, scales in zip(self.groups, self.scales, strict=True)
+        ]
+        y = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        if self.order is not None:
+            y = y[self.order]
+        return self.norm(self.rotate(y).view(S, B, T, Cp))
+
+
+class MixerGroup(nn.Module):
+    """The mixers of n scales of one width w: Y = (W X) ⊙ φ(G X̂) + U V X, then × ω."""
+
+    def __init__(self, mixers: list[GatedMixer | NarrowMixer], weights: Tensor, rotate: nn.Module):
+        super().__init__()
+        narrow = isinstance(mixers[0], NarrowMixer)
+        cores = [m.mixer for m in mixers] if narrow else mixers
+        # The transform acts on whatever reads the bands: A, or W, G and V themselves.
+        inner = nn.Identity() if narrow else rotate
+        first = cores[0]
+        self.activation, self.width = first.activation, first.width
+        out_weights = torch.ones_like(weights) if narrow else weights
+        V = [] if first.V is None else [inner(m.V.T) for m in cores]
+        W = [inner(m.matrix()) * w for m, w in zip(cores, out_weights, strict=True)]
+        self.value = BatchedLinear(
+            torch.stack([torch.cat((w, v)) for w, v in zip(W, V, strict=True)])
+            if V
+            else torch.stack(W)
+        )
+        self.gate = self.low_rank = self.down = self.up = None
+        if first.G is not None:
+            self.gate = BatchedLinear(torch.stack([inner(m.G) for m in cores]))
+        if V:
+            self.low_rank = BatchedLinear(
+                torch.stack([m.U * w for m, w in zip(cores, out_weights, strict=True)])
+            )
+        if narrow:
+            self.down = BatchedLinear(torch.stack([rotate(m.A) for m in mixers]))
+            self.up = BatchedLinear(
+                torch.stack([m.B * w for m, w in zip(mixers, weights, strict=True)])
+            )
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x and gate input [n, M, Cp] -> [n, M, Cp]."""
+        M = x.shape[1]
+        if self.down is not None and self.gate is not None:
+            x, gate = self.down(torch.cat((x, gate), 1)).split(M, dim=1)
+        elif self.down is not None:
+            x = self.down(x)
+        value = self.value(x)
+        y = value[..., : self.width]
+        if self.gate is not None:
+            y = y * self.activation(self.gate(gate))
+        if self.low_rank is not None:
+            y = y + self.low_rank(value[..., self.width :])
+        return y if self.up is None else self.up(y)
+
+
+class FoldedReconstruction(nn.Module):
+    """Reconstruction and projection: c_0 = √2^L a − Σ_k √2^k U_k(d_k), then W_o c_0 + b.
+
+    Args:
+        wavelet: whose update nets depend on nothing but their input.
+        projection: the block's linear, or an identity.
+        transform: H where the bands come in the Hadamard domain, else an identity.
+        hidden: `first_matrices(wavelet, transform)`.
+    """
+
+    def __init__(
+        self,
+        wavelet: LiftingWavelet,
+        projection: nn.Module,
+        transform: nn.Module,
+        hidden: BatchedLinear | None,
+    ):
+        super().__init__()
+        nets = reconstruction_nets(wavelet)
+        L = len(nets)
+        lasts = [net if hidden is None else net[-1] for net in nets]
+        factors = [-(2 ** (k / 2)) for k in reversed(range(L))]
+        turn = transform if hidden is None else nn.Identity()
+        weight = torch.cat([f * turn(m.weight) for f, m in zip(factors, lasts, strict=True)], 1)
+        bias = sum(f * m.bias for f, m in zip(factors, lasts, strict=True))
+        self.hidden, self.transform = hidden, transform
+        self.gain = 2 ** (L / 2)
+        self.has_projection = isinstance(projection, nn.Linear)
+        if self.has_projection:
+            W_o = projection.weight
+            weight = torch.cat((self.gain * transform(W_o), W_o @ weight), 1)
+            bias = W_o @ bias + projection.bias
+        self.last = _linear(weight, bias)
+
+    def forward(self, bands: Tensor) -> Tensor:
+        """Mixed bands [S, B, T, Cp] -> [B, T, C]."""
+        approximation, details = bands[0], bands[1:]
+        B, T = approximation.shape[:2]
+        details = details.flatten(1, 2)
+        if self.hidden is not None:
+            details = nn.functional.gelu(self.hidden(details))
+        x = details.transpose(0, 1).reshape(B, T, -1)
+        if self.has_projection:
+            return self.last(torch.cat((approximation, x), -1))
+        return torch.add(self.last(x), self.transform(approximation), alpha=self.gain)
+
+
+def reconstruction_nets(wavelet: LiftingWavelet) -> list[nn.Module]:
+    """The nets that the reconstruction runs on the details, in the order of the bands."""
+    return list(reversed(wavelet.update if wavelet.own_update is None else wavelet.own_update))
+
+
+def first_matrices(wavelet: LiftingWavelet, transform: nn.Module) -> BatchedLinear | None:
+    """The first matrices of the reconstruction's nets, as one product; None for linear nets."""
+    nets = reconstruction_nets(wavelet)
+    if isinstance(nets[0], nn.Linear):
+        return None
+    firsts = [net[0] for net in nets]
+    return BatchedLinear(
+        torch.stack([transform(m.weight) for m in firsts]), torch.stack([m.bias for m in firsts])
+    )
+
+
+class FoldedFeedForward(nn.Module):
+    """A `FeedForward` whose branches read the normalised input in one product.
+
+    The norm's gain and bias are in that product, and the branches' learned factors in their last
+    matrices or read weights.
+    """
+
+    def __init__(self, feedforward: FeedForward, dtype: torch.dtype):
+        super().__init__()
+        branches, gains = feedforward.branches, feedforward.gains
+        rows: list[tuple[Tensor, Tensor]] = []
+        self.mlp = None
+        if "mlp" in branches:
+            first, *middle, last = branches["mlp"].linears
+            rows.append((first.weight, first.bias))
+            last = _linear(gains["mlp"](last.weight), gains["mlp"](last.bias))
+            self.mlp = nn.ModuleList([*(cast(m, dtype) for m in middle), last])
+        self.memories = nn.ModuleList()
+        for name in ("pkm", "fwpkm"):
+            if name in branches:
+                memory = FoldedMemory(branches[name], gains[name], dtype)
+                weight = memory.input_weight(branches[name])
+                rows.append((weight, weight.new_zeros(len(weight))))
+                self.memories.append(memory)
+        self.sizes = [len(weight) for weight, _ in rows]
+        norm = feedforward.norm
+        weight = torch.cat([weight for weight, _ in rows])
+        bias = torch.cat([bias for _, bias in rows])
+        self.first = _linear(weight * norm.weight, bias + weight @ norm.bias)
+
+    def forward(self, x: Tensor, memory: None) -> tuple[Tensor, None]:
+        """[B, T, C] -> [B, T, C]; as `FeedForward` without fast weights."""
+        parts = iter(self.first(layer_norm(x, x.shape[-1:])).split(self.sizes, dim=-1))
+        total: Tensor | int = 0
+        if self.mlp is not None:
+            h = next(parts)
+            for matrix in self.mlp:
+                h = matrix(nn.functional.gelu(h))
+            total = h
+        for branch in self.memories:
+            total = total + branch(next(parts))
+        return total, memory
+
+
+class FoldedMemory(nn.Module):
+    """A `ProductKeyMemory` that is given its queries, or its scores where that takes less weights.
+
+    The scores' matrix is K_a Q and K_b Q with 2 · heads · √num_keys rows, in place of Q with C rows
+    and of the keys.
+    """
+
+    def __init__(self, memory: ProductKeyMemory, gain: Gain, dtype: torch.dtype):
+        super().__init__()
+        C = memory.query.weight.shape[0]
+        n_keys = memory.keys_a.numel() + memory.keys_b.numel()
+        self.gives_scores = 2 * memory.heads * memory.n_subkeys * C <= C * C + n_keys
+        self.gain = gain
+        self.memory = _shallow_copy(memory)
+        self.memory.query = None
+        self.memory._parameters = {"values": nn.Parameter(memory.values.to(dtype))}
+        if not self.gives_scores:
+            self.memory.keys_a = nn.Parameter(memory.keys_a.to(dtype))
+            self.memory.keys_b = nn.Parameter(memory.keys_b.to(dtype))
+
+    def input_weight(self, memory: ProductKeyMemory) -> Tensor:
+        """The matrix [rows, C] whose product `forward` takes."""
+        Q = memory.query.weight
+        if not self.gives_scores:
+            return Q
+        halves = Q.view(memory.heads, 2, -1, Q.shape[1])
+        keys = torch.stack((memory.keys_a, memory.keys_b), 1)  # [heads, 2, √num_keys, half]
+        return (keys @ halves).reshape(-1, Q.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores or queries [B, T, rows] -> [B, T, C]."""
+        memory = self.memory
+        if self.gives_scores:
+            a, b = x.view(*x.shape[:2], memory.heads, 2, memory.n_subkeys).unbind(3)
+        else:
+            a, b = memory.scores(x)
+        rows, weights = memory.plan(a, b)
+        return memory.read(rows, self.gain(weights))
+
+
+def weight_bytes_per_token(model: LanguageModel) -> int:
+    """Bytes of a prepared model's weights that one token of one text reads.
+
+    As often as they are read: blocks may share a wavelet, and a reconstruction that is not folded
+    reads the update nets again. Of tables the rows that are read count.
+    """
+    if isinstance(model, MultinodalLM):
+        gates = n_bytes(model.gates) * model.config.loop_iterations
+        return gates + sum(weight_bytes_per_token(cell) for cell in model.cells)
+    total = n_bytes(model.final_norm) + n_bytes(model.head)
+    total += model.embedding.weight[0].numel() * model.embedding.weight.element_size()
+    for i in range(len(model.order) * model.config.loop_iterations):
+        number = model.order[i % len(model.order)]
+        block, wavelet = model.blocks[number], model.wavelets[number % len(model.wavelets)]
+        total += n_bytes(block) + n_bytes(wavelet)
+        if i == 0 and block.bypass is not None:  # nothing comes before it
+            total -= n_bytes(block.bypass.cross_layer_mix)
+        for part in block.modules():
+            if isinstance(part, ProductKeyMemory):
+                values, n_rows = part.values, part.heads * part.top_k
+                total += (n_rows - len(values)) * values.shape[1] * values.element_size()
+        for part in wavelet.modules():
+            if isinstance(part, LiftingWavelet) and block.reconstruction is None:
+                total += n_bytes(part.update) if part.own_update is None else 0
+            elif isinstance(part, LiftingWavelet) and part.own_update is not None:
+                total -= n_bytes(part.own_update)
+    return total
+
+
+def n_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters, shared ones once."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module in another dtype; weights that have it already are shared.
+
+    Single learned factors stay as they are: a 0-d tensor does not raise the dtype of what it
+    multiplies.
+    """
+    twin = _shallow_copy(module)
+    for name, p in module._parameters.items():
+        if p is not None:
+            value = p.detach() if isinstance(module, Gain) else p.detach().to(dtype)
+            twin._parameters[name] = nn.Parameter(value, requires_grad=False)
+    twin._modules = {
+        name: None if child is None else cast(child, dtype)
+        for name, child in module._modules.items()
+    }
+    return twin
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """A module with the same parts, which can be replaced without changing the original."""
+    twin = copy.copy(module)
+    twin._modules, twin._parameters = dict(module._modules), dict(module._parameters)
+    twin._buffers = dict(module._buffers)
+    return twin
+
+
+def _fixed_filters(module: nn.Module) -> nn.Module:
+    """The module with every crawl as the filter that it has become."""
+    if isinstance(module, Crawl):
+        return Filter(module.taps().detach(), module.min_lag)
+    twin = _shallow_copy(module)
+    twin._modules = {name: _fixed_filters(child) for name, child in module._modules.items()}
+    return twin
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A linear layer of these weights."""
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return layer
+
+
+def _take(x: Tensor, scales: list[int]) -> Tensor:
+    """x[scales], as a view where they follow each other."""
+    if scales == list(range(scales[0], scales[0] + len(scales))):
+        return x[scales[0] : scales[0] + len(scales)]
+    return x[scales]
