@@ -3,26 +3,53 @@
 from __future__ import annotations
 
 import codecs
+from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from wavelet_lm.devices import reading
 from wavelet_lm.errors import UserError
-from wavelet_lm.inference.sampling import SamplingOptions, draw
+from wavelet_lm.inference.decoder import Decoder
+from wavelet_lm.inference.random_numbers import uniforms
+from wavelet_lm.inference.sampling import SamplingOptions, draw, entropy, log_probs_of
 
 if TYPE_CHECKING:
     from wavelet_lm.data.tokenizers import Tokenizer
 
-# Positions of the prompt that are read at once: what bounds the memory that a long prompt needs.
-PREFILL_POSITIONS = 4096
 MAX_SEED = 2**63 - 1
+# Random numbers that one token may take: plain sampling needs one, speculative sampling more.
+NUMBERS_PER_TOKEN = 4
 
 
 class NonFiniteOutput(UserError):
     """The model's logits are NaN or infinite, so that nothing can be drawn from them."""
+
+    def __init__(self, n: int):
+        super().__init__(
+            f"the model's output is not finite (NaN or infinite logits) at token {n};"
+            " its training diverged or its file is damaged: use another checkpoint"
+        )
+
+
+class Drawn(NamedTuple):
+    """A token with its log-probability and the entropy there, both of the raw distribution (nats).
+
+    Raw: the model's own, before penalties, temperature and cuts.
+    """
+
+    token: int
+    log_prob: float
+    entropy: float
+
+
+class TopPSource(Protocol):
+    """Where a top_p that changes on the way comes from, every `every` tokens, one per row."""
+
+    every: int
+
+    def top_p(self, texts: Sequence[Sequence[int]]) -> Tensor: ...
 
 
 def generate(
@@ -41,69 +68,155 @@ def generate(
     """Continue `prompt`; returns the new text only, without the prompt.
 
     It ends after `num_tokens` tokens, or where the model ends the text (end-of-text token) unless
-    `ignore_eot`. The same seed on the same device gives the same text. Raises `UserError` for
-    options out of range, a prompt that the tokenizer cannot encode, and output that is not finite.
+    `ignore_eot`. The same seed gives the same text. Raises `UserError` for options out of range, a
+    prompt that the tokenizer cannot encode, and output that is not finite.
     """
     options = SamplingOptions(temperature, top_k, top_p, repetition_penalty)
-    stop = None if ignore_eot else tokenizer.end_of_text
+    check_seed(seed)
     text = TextStream(tokenizer)
-    tokens = stream_tokens(model, encode_prompt(tokenizer, prompt), num_tokens, options, seed, stop)
-    return "".join(map(text.feed, tokens)) + text.finish()
+    pieces: list[str] = []
+    if num_tokens > 0:
+        decoder, prompt_ids = Decoder(model), encode_prompt(tokenizer, prompt)
+        logits, state = decoder.prefill([prompt_ids])
+        steps = sampled_tokens(decoder, logits, state, [prompt_ids], options, [seed])
+        for _, (drawn,) in zip(range(num_tokens), steps, strict=False):
+            if drawn.token == tokenizer.end_of_text and not ignore_eot:
+                break
+            pieces.append(text.feed(drawn.token))
+    return "".join(pieces) + text.finish()
 
 
-def stream_tokens(
-    model: nn.Module,
-    prompt_ids: Sequence[int],
-    num_tokens: int,
+def sampled_tokens(
+    decoder: Decoder,
+    logits: Tensor,
+    state: object,
+    texts: Sequence[Sequence[int]],
     options: SamplingOptions,
-    seed: int,
-    stop_token: int | None = None,
-) -> Iterator[int]:
-    """Yield up to `num_tokens` tokens that follow the prompt, each as soon as it is drawn.
+    seeds: Sequence[int],
+    top_p_source: TopPSource | None = None,
+) -> Iterator[list[Drawn]]:
+    """Continue B texts in step, for as long as the caller asks.
+
+    On a GPU the next step is already running when the tokens of one are handed out.
 
     Args:
-        model: `model(idx, state, last_only=True) -> logits [1, 1, V], state`.
-        prompt_ids: at least one token.
-        seed: of the generator that draws, which is this stream's own.
-        stop_token: ends the stream when drawn, and is not yielded.
+        logits, state: what `Decoder.prefill` returned for the texts.
+        texts: their tokens, which the repetition penalty counts as seen.
+        seeds: one per row; a row draws the same numbers in any batch.
+        top_p_source: looked at before tokens 0, `every`, 2 · `every`, …
+
+    Yields:
+        One `Drawn` per row.
+
+    Raises:
+        NonFiniteOutput: where a row's logits are.
     """
+    texts = [list(text) for text in texts]
+    sampler = Sampler(decoder, texts, options, seeds, top_p_source is not None)
+    session = decoder.start(state)
+    step = decoder.accelerate(
+        lambda: sampler.draw(session.decode(sampler.tokens)[:, -1]), (session, sampler)
+    )
+    run_ahead = decoder.device.type == "cuda"
+    every = 0 if top_p_source is None else top_p_source.every
+    unread: deque[Readout] = deque()
+    n = n_read = 0
+    while True:
+        look = every > 0 and n % every == 0
+        while len(unread) > (1 if run_ahead and not look else 0):
+            drawn = unread.popleft().wait()
+            n_read += 1
+            if any(d.token < 0 for d in drawn):
+                raise NonFiniteOutput(n_read)
+            for text, d in zip(texts, drawn, strict=True):
+                text.append(d.token)
+            yield drawn
+        if look:
+            sampler.set_top_p(top_p_source.top_p(texts))
+        if n == 0:
+            sampler.draw(logits)
+        else:
+            step()
+        unread.append(Readout(sampler.record))
+        n += 1
+
+
+class Sampler:
+    """Draws a token for each row of a batch, without leaving the device.
+
+    tokens: [B, 1] int64, the last ones drawn; record: [B, 3] float64, for each row the token
+    (−1 where the logits were not finite), its log-probability and the entropy.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        texts: Sequence[Sequence[int]],
+        options: SamplingOptions,
+        seeds: Sequence[int],
+        moving_top_p: bool,
+    ):
+        B, device = len(texts), decoder.device
+        self.options = options
+        self.seeds = torch.tensor([check_seed(seed) for seed in seeds], device=device)
+        self.count = torch.zeros(B, dtype=torch.int64, device=device)
+        self.seen = seen_tokens(texts, decoder.vocab_size, device)
+        self.top_p = torch.full((B,), options.top_p, device=device) if moving_top_p else None
+        self.tokens = torch.zeros(B, 1, dtype=torch.int64, device=device)
+        self.record = torch.zeros(B, 3, dtype=torch.float64, device=device)
+
+    def buffers(self) -> list[Tensor]:
+        """What `draw` changes in place."""
+        return [self.count, self.seen, self.tokens, self.record]
+
+    def set_top_p(self, top_p: Tensor) -> None:
+        self.top_p.copy_(top_p)
+
+    def draw(self, logits: Tensor) -> None:
+        """Draw from logits [B, V] and write `tokens` and `record`."""
+        numbers = uniforms(self.seeds, NUMBERS_PER_TOKEN * self.count)
+        tokens = draw(logits, self.seen, self.options, numbers, self.top_p)
+        finite = logits.isfinite().all(-1)
+        figures = (torch.where(finite, tokens, -1), log_probs_of(logits, tokens), entropy(logits))
+        self.record.copy_(torch.stack([figure.double() for figure in figures], dim=-1))
+        self.tokens.copy_(tokens[:, None])
+        self.seen.scatter_(1, self.tokens, True)
+        self.count.add_(1)
+
+
+class Readout:
+    """A record on its way to the host, behind the computation."""
+
+    def __init__(self, record: Tensor):
+        self._event = None
+        if record.device.type == "cuda":
+            self._host = torch.empty(record.shape, dtype=record.dtype, pin_memory=True)
+            self._host.copy_(record, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = record.clone()
+
+    def wait(self) -> list[Drawn]:
+        """One `Drawn` per row, once it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [Drawn(int(token), p, h) for token, p, h in self._host.tolist()]
+
+
+def seen_tokens(texts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
+    """[B, V] bool: which tokens each text holds."""
+    seen = torch.zeros(len(texts), vocab_size, dtype=torch.bool)
+    for row, text in zip(seen, texts, strict=True):
+        row[torch.tensor(list(text), dtype=torch.int64)] = True
+    return seen.to(device)
+
+
+def check_seed(seed: int) -> int:
+    """The seed, if it is one that every generator takes."""
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"seed is {seed}; it must be between 0 and {MAX_SEED}")
-    if num_tokens < 1:
-        return
-    idx = torch.tensor([list(prompt_ids)], device=next(model.parameters()).device)
-    generator = torch.Generator(idx.device).manual_seed(seed)
-    logits, state = prefill(model, idx)
-    state = model.adapting(state)
-    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, idx, True)
-    for n in range(num_tokens):
-        if n > 0:
-            logits, state = advance(model, idx, state)
-        if not logits.isfinite().all():
-            raise NonFiniteOutput(
-                f"the model's output is not finite (NaN or infinite logits) at token {n + 1};"
-                " its training diverged or its file is damaged: use another checkpoint"
-            )
-        idx = draw(logits, seen, options, generator)[:, None]
-        seen.scatter_(1, idx, True)
-        token = int(idx)
-        if token == stop_token:
-            return
-        yield token
-
-
-def prefill(model: nn.Module, idx: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-    """Read a text [B, T] in chunks of bounded size: next-token logits [B, V] and the state."""
-    for chunk in idx.split(PREFILL_POSITIONS, dim=1):
-        logits, state = advance(model, chunk, state)
-    return logits, state
-
-
-def advance(model: nn.Module, idx: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Read the next tokens [B, T]: next-token logits [B, V] and the state after them."""
-    with reading(model):
-        logits, state = model(idx, state, last_only=True)
-        return logits[:, -1], state
+    return seed
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

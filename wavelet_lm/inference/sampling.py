@@ -1,7 +1,8 @@
 """From logits to the next token.
 
-Functions on logits [B, V], one text per row. The order is: repetition penalty, temperature, top-k,
-top-p, draw.
+Functions on logits [B, V], one text per row; no row looks at another. They compute in float32 at
+least. The order is: repetition penalty, temperature, top-k, top-p, draw. Nothing here waits for the
+device, and all of it can be traced by `torch.compile` as one graph.
 """
 
 import math
@@ -26,12 +27,18 @@ class SamplingOptions:
         top_p: draw among the fewest tokens that together hold this probability.
         repetition_penalty: divides the positive logits of tokens seen before and multiplies their
             negative ones (Keskar et al. 2019, as `transformers` does it); 1 = none.
+        entropy_adaptive: choose the temperature anew for every token, in place of `temperature`:
+            the less certain the model is, the lower (see `adaptive_temperature`).
+        entropy_temp_min, entropy_temp_max: the range that it is chosen from.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    entropy_adaptive: bool = False
+    entropy_temp_min: float = 0.3
+    entropy_temp_max: float = 1.5
 
     def __post_init__(self) -> None:
         for name, allowed, words in (
@@ -39,35 +46,86 @@ class SamplingOptions:
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+            ("entropy_temp_min", 0 < self.entropy_temp_min < math.inf, "above 0"),
+            (
+                "entropy_temp_max",
+                self.entropy_temp_min <= self.entropy_temp_max < math.inf,
+                f"entropy_temp_min ({self.entropy_temp_min}) or more",
+            ),
         ):
             if not allowed:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be {words}")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, so that no random number is needed."""
+        return self.temperature == 0 and not self.entropy_adaptive
+
 
 def draw(
-    logits: Tensor, seen: Tensor, options: SamplingOptions, generator: torch.Generator
+    logits: Tensor,
+    seen: Tensor,
+    options: SamplingOptions,
+    uniforms: Tensor,
+    top_p: Tensor | None = None,
 ) -> Tensor:
-    """The next token of every row, [B] int64; arguments as for `probabilities`.
+    """The next token of every row, [B] int64.
 
-    `generator` must be on the device of the logits.
+    Args:
+        uniforms: [B] float64 in [0, 1), what decides each draw; greedy options ignore it.
+        logits, seen, options, top_p: as for `adjusted`. For logits that are not finite the token
+            means nothing, but it is one of the vocabulary.
     """
-    if options.temperature == 0:
-        return penalize(logits, seen, options.repetition_penalty).argmax(-1)
-    return torch.multinomial(probabilities(logits, seen, options), 1, generator=generator)[:, 0]
+    if options.greedy:
+        return penalize(widened(logits), seen, options.repetition_penalty).argmax(-1)
+    return draw_from(probabilities(logits, seen, options, top_p), uniforms)
 
 
-def probabilities(logits: Tensor, seen: Tensor, options: SamplingOptions) -> Tensor:
-    """The distribution that tokens are drawn from, [B, V] in float32 at least.
+def draw_from(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw from distributions [B, V] by inverting their cumulative sums: [B] int64.
+
+    A row takes its first token whose cumulative sum, in float64, exceeds its number of `uniforms`
+    [B] times the total; so rows need not sum to 1, and a token of probability 0 is never drawn.
+    """
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    # A parallel sum may step by its rounding even where it adds nothing.
+    cumulative = cumulative.masked_fill(probabilities == 0, 0)
+    threshold = uniforms[:, None] * cumulative.amax(-1, keepdim=True)
+    return (cumulative > threshold).byte().argmax(-1)
+
+
+def probabilities(
+    logits: Tensor, seen: Tensor, options: SamplingOptions, top_p: Tensor | None = None
+) -> Tensor:
+    """The distribution that tokens are drawn from, [B, V]; arguments as for `adjusted`."""
+    return adjusted(logits, seen, options, top_p).softmax(-1)
+
+
+def adjusted(
+    logits: Tensor, seen: Tensor, options: SamplingOptions, top_p: Tensor | None = None
+) -> Tensor:
+    """The logits [B, V] of the distribution that tokens are drawn from; −∞ for excluded ones.
+
+    A temperature of 0 leaves the logits' scale alone: what it is for, the argmax, is the same.
 
     Args:
         logits: [B, V], finite.
         seen: [B, V] bool, the tokens that are in the prompt or were generated.
-        options: with a temperature above 0.
+        options: how to adjust them.
+        top_p: [B], takes the place of `options.top_p` for each row.
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    wide = penalize(wide, seen, options.repetition_penalty)
-    wide = apply_temperature(wide, options.temperature)
-    return keep_top_p(keep_top_k(wide, options.top_k), options.top_p).softmax(-1)
+    raw = widened(logits)
+    scores = penalize(raw, seen, options.repetition_penalty)
+    if options.entropy_adaptive:
+        scores = apply_temperature(scores, adaptive_temperature(raw, options)[:, None])
+    elif not options.greedy:
+        scores = apply_temperature(scores, options.temperature)
+    return keep_likeliest(scores, options.top_k, options.top_p if top_p is None else top_p)
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Logits in float32, or in float64 where they are."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -77,26 +135,60 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """(logits − their largest) / temperature; the shift keeps small temperatures finite."""
-    shifted = logits - logits.amax(-1, keepdim=True)
-    return shifted * min(1 / temperature, MAX_SHARPENING)
+def adaptive_temperature(logits: Tensor, options: SamplingOptions) -> Tensor:
+    """The temperature of every row, [B]: max − (H / ln V)(max − min), H the entropy of `logits`.
+
+    A certain model is sampled at `entropy_temp_max`, one that knows nothing at `entropy_temp_min`.
+    """
+    low, high = options.entropy_temp_min, options.entropy_temp_max
+    largest = math.log(max(logits.shape[-1], 2))  # of a single token the entropy is 0 anyway
+    return high - (entropy(logits) / largest).clamp(0, 1) * (high - low)
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """−∞ for all but the k largest of each row; exactly k stay where logits tie."""
-    if k == 0 or k >= logits.shape[-1]:
+def apply_temperature(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """(logits − their largest) / temperature; the shift keeps small temperatures finite.
+
+    `temperature` is one for all rows or broadcasts with [B, V].
+    """
+    if isinstance(temperature, Tensor):
+        factor = (1 / temperature).clamp(max=MAX_SHARPENING)
+    elif temperature == 1:
         return logits
-    values, tokens = logits.topk(k)
-    return torch.full_like(logits, -math.inf).scatter(-1, tokens, values)
+    else:
+        factor = min(1 / temperature, MAX_SHARPENING)
+    return (logits - logits.amax(-1, keepdim=True)) * factor
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """−∞ for all but the fewest likeliest tokens whose probabilities sum to at least p."""
-    if p == 1:
+def keep_likeliest(logits: Tensor, k: int = 0, p: float | Tensor = 1.0) -> Tensor:
+    """−∞ for the tokens that top-k, then top-p exclude.
+
+    Args:
+        logits: [B, V].
+        k: this many likeliest tokens stay, exactly, whichever of those that tie; 0 = all.
+        p: of what k left, the fewest likeliest tokens stay whose probabilities sum to at least p.
+            One for all rows or [B]; 1 = all.
+    """
+    all_k, all_p = not 0 < k < logits.shape[-1], not isinstance(p, Tensor) and p == 1
+    if all_k and all_p:
         return logits
-    ordered, tokens = logits.sort(descending=True, stable=True)
-    probabilities = ordered.softmax(-1)
-    held_by_likelier = probabilities.cumsum(-1) - probabilities
-    ordered = ordered.masked_fill(held_by_likelier >= p, -math.inf)
-    return torch.empty_like(logits).scatter(-1, tokens, ordered)
+    likeliest, tokens = logits.sort(descending=True, stable=True) if all_k else logits.topk(k)
+    if not all_p:
+        probabilities = likeliest.softmax(-1)
+        held_by_likelier = probabilities.cumsum(-1) - probabilities
+        if isinstance(p, Tensor):
+            # No sum reaches the ∞; one that is rounded may well reach 1 before the last token.
+            p = p.to(logits.dtype).masked_fill(p >= 1, math.inf)[:, None]
+        likeliest = likeliest.masked_fill(held_by_likelier >= p, -math.inf)
+    return torch.full_like(logits, -math.inf).scatter(-1, tokens, likeliest)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """The entropy of every row's distribution, [B] in nats."""
+    terms = torch.special.entr(widened(logits).softmax(-1))
+    # In float64, since a device may cut the sum of one row into other parts than that of many.
+    return terms.sum(-1, dtype=torch.float64).to(terms.dtype)
+
+
+def log_probs_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The log-probability of each row's token: [B] in nats, `tokens` [B] int64."""
+    return widened(logits).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
