@@ -1,0 +1,162 @@
+"""A read text on disk: what a model remembers of it, so that it need not be read again.
+
+One safetensors file. Its tensors are the next-token logits, the tokens that were read, and the
+leaves of the state, each under its place in it (`state[0].mean.total`); its header names the format
+and has the fingerprint of the model, since a state means nothing to another one.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
+
+from wavelet_lm.config import ModelConfig
+from wavelet_lm.errors import UserError
+from wavelet_lm.models.checkpoint import write_tensors
+from wavelet_lm.models.memory import FastWeights
+
+FORMAT = "wavelet_lm.state.1"
+STATE = "state"
+# Values of every parameter that go into a model's fingerprint.
+N_SAMPLES = 4096
+# The one network option that is of how a text is read and not of the weights; it can change.
+READING = "fwpkm_inference_updates"
+
+
+def save_state(
+    path: str | Path, state: Any, logits: Tensor, tokens: list[int], model: nn.Module
+) -> None:
+    """Write the state of one text, atomically.
+
+    Args:
+        state: of a batch of 1, a pytree whose leaves are tensors or None.
+        logits: [1, V], of the token that comes next.
+        tokens: the text so far, one or more.
+        model: what read it, as its checkpoint gives it (not a decoder's prepared twin).
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; an older file is kept.
+    """
+    leaves, _ = tree_flatten_with_path(state)
+    tensors = {STATE + keystr(place): leaf for place, leaf in leaves if leaf is not None}
+    tensors |= {"logits": logits, "tokens": torch.tensor(tokens)}
+    # Cloned, since safetensors refuses tensors that share memory.
+    tensors = {
+        name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
+    }
+    write_tensors(path, tensors, {"format": FORMAT, "model": fingerprint(model)})
+
+
+def load_state(
+    path: str | Path, model: nn.Module, template: Any, device: str | torch.device
+) -> tuple[Tensor, Any, list[int]]:
+    """Read what `save_state` wrote.
+
+    Args:
+        model: the one that `save_state` was given.
+        template: what the state of one text looks like there, where it is to go on:
+            `decoder.start(decoder.prefill([[0]])[1]).state()`. It decides on context, precision and
+            whether fast weights are learned; where they are, the file need not have any yet.
+        device: where logits and state go.
+
+    Returns:
+        Logits [1, V], the state, and the tokens of the text.
+
+    Raises:
+        UserError: there is no such file, it is truncated or no state, or it belongs to another
+            model or another way of reading.
+    """
+    from safetensors import safe_open
+
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such state")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            # Copied, since what safetensors returns is a view of the mapped file.
+            tensors = {
+                name: file.get_tensor(name).clone()
+                for name in (file.keys() if header.get("format") == FORMAT else ())
+            }
+    except Exception as error:
+        raise UserError(
+            f"{path}: truncated or not a safetensors file ({error}); save the state again"
+        ) from None
+    if header.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: its format is {header.get('format')!r}, not that of a saved state, {FORMAT!r}"
+        )
+    if header.get("model") != fingerprint(model):
+        raise UserError(
+            f"{path}: belongs to another model; use the checkpoint that it was saved with"
+        )
+    tokens = tensors.pop("tokens").tolist()
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return tensors.pop("logits"), _restored(path, tensors, template), tokens
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of what a state depends on: the network's options, its vocabulary, its weights.
+
+    Of every parameter up to `N_SAMPLES` values count, evenly spread, so that a large model need not
+    be read whole; training moves all of them. Options at their defaults do not count, so that a
+    state outlives the day on which a new option comes up, and nor does the one of `READING`.
+    """
+    options = {
+        field.name: getattr(model.config, field.name)
+        for field in dataclasses.fields(ModelConfig)
+        if getattr(model.config, field.name) != field.default and field.name != READING
+    }
+    digest = hashlib.sha256()
+    digest.update(json.dumps([options, model.vocab_size], sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        step = max(1, -(-values.numel() // N_SAMPLES))
+        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
+        digest.update(values[::step].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _restored(path: str | Path, tensors: dict[str, Tensor], template: Any) -> Any:
+    """The tensors in the structure of `template`, which they must fit."""
+    left = dict(tensors)
+
+    def take(name: str, like: Tensor | None, learned: bool = False) -> Tensor | None:
+        """The tensor of this name; what was learned may be absent and is as long as it is."""
+        tensor = left.pop(name, None)
+        may_be_absent = learned and tensor is None
+        if not may_be_absent and _kind(tensor, learned) != _kind(like, learned):
+            raise UserError(
+                f"{path}: saved with another context, precision, or other fast weights than asked"
+                f" for now ({name} is {_kind(tensor)}, here {_kind(like)}); give the same options"
+            )
+        return tensor
+
+    def restore(name: str, node: Tensor | FastWeights | None) -> Tensor | FastWeights | None:
+        if not isinstance(node, FastWeights):
+            return take(name, node)
+        memory = FastWeights(*(take(f"{name}.{f}", getattr(node, f), True) for f in node._fields))
+        return None if memory.rows is None else memory
+
+    nodes, structure = tree_flatten_with_path(
+        template, is_leaf=lambda node: isinstance(node, FastWeights)
+    )
+    restored = [restore(STATE + keystr(place), node) for place, node in nodes]
+    for name in sorted(left):
+        take(name, None)
+    return tree_unflatten(restored, structure)
+
+
+def _kind(tensor: Tensor | None, growing: bool = False) -> str:
+    """What a leaf is, in words; with `growing`, whatever the length of its dimension 1."""
+    if tensor is None:
+        return "absent"
+    shape = [*tensor.shape]
+    if growing:
+        shape[1:2] = ["any"]
+    return f"{str(tensor.dtype).removeprefix('torch.')} {shape}"
