@@ -20,6 +20,7 @@ from wavelet_lm.config import (
     read_json_object,
 )
 from wavelet_lm.data.tokenizers import ByteTokenizer
+from wavelet_lm.inference.options import build_parser, parse_options
 from wavelet_lm.models.checkpoint import save_checkpoint
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.training.memory import GiB, estimate_bytes
@@ -47,7 +48,7 @@ def commands() -> list[list[str]]:
     """Every command of a shell block or an inline span, in words, without its environment."""
     shell = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
     inline = [span for span in SPANS if "python " in span]
-    words = [shlex.split(part) for line in shell + inline for part in line.split("&&")]
+    words = [shlex.split(part) for line in shell + inline for part in re.split("&&| [|] ", line)]
     return [list(itertools.dropwhile(lambda word: "=" in word, command)) for command in words]
 
 
@@ -98,7 +99,7 @@ def test_the_set_up_commands_are_the_ones_that_ci_types():
 
 
 def test_every_kind_of_command_is_found():
-    assert {c[0] for c in commands()} <= {"python", "mkdir", "cp", "ln"}
+    assert {c[0] for c in commands()} <= {"python", "mkdir", "cp", "ln", "cat"}
     assert set(PROGRAMS) == {
         "train.py",
         "generate.py",
@@ -116,6 +117,9 @@ def test_commands_parse(program, monkeypatch):
     for arguments in PROGRAMS[program]:
         if "--help" in arguments:
             continue
+        if program == "generate.py":
+            parse_options("", arguments)  # which also refuses contradictions
+            continue
         if program not in ("train.py", "benchmarks/training.py"):
             parser.parse_args(arguments)
             continue
@@ -129,6 +133,7 @@ def test_flags_and_keys_in_the_prose_exist():
     parser = argparse.ArgumentParser()
     add_config_flags(parser)
     known = set(parser._option_string_actions) | {"--config", "--resume", "--sweep"}
+    known |= set(build_parser("")._option_string_actions)  # those of generate.py
     flags = {flag for span in SPANS if "python" not in span for flag in re.findall(r"--\w+", span)}
     assert flags and flags <= known
     presets = {path.stem for path in (ROOT / "configs").glob("*.json")}

@@ -18,8 +18,12 @@ from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.evaluation.likelihood import evaluate_run
 from wavelet_lm.evaluation.report import table
+from wavelet_lm.inference.completion import Strategy, Writer
+from wavelet_lm.inference.decoder import Decoder
+from wavelet_lm.inference.generation import encode_prompt
+from wavelet_lm.inference.rows import Request
 from wavelet_lm.inference.sampling import SamplingOptions
-from wavelet_lm.inference.terminal import record_sample, write_sample
+from wavelet_lm.inference.terminal import RECORD, record
 from wavelet_lm.models.checkpoint import Checkpoint, find_checkpoint, load_model
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.training import memory
@@ -197,25 +201,20 @@ def _write_sample(trainer: Trainer) -> None:
     options = SamplingOptions(
         config.temperature, config.top_k, config.top_p, config.repetition_penalty
     )
-    prompt, seed = config.generation_prompt, config.seed
+    prompt, tokenizer = config.generation_prompt, trainer.data.tokenizer
+    model = load_model(run.best, trainer.device)
+    request = Request(config.seed, min(config.num_new_tokens, SAMPLE_TOKENS))
     try:
-        sample = write_sample(
-            load_model(run.best, trainer.device),
-            trainer.data.tokenizer,
-            prompt,
-            min(config.num_new_tokens, SAMPLE_TOKENS),
-            options,
-            seed,
-            ignore_eot=False,
-            write=lambda piece: None,
-        )
+        writer = Writer(Decoder(model), model, tokenizer, Strategy(options))
+        reading = writer.read([encode_prompt(tokenizer, prompt)])
+        (sample,) = writer.write(reading, [request])
     except UserError as error:  # such as a prompt that a char vocabulary cannot spell
         run.log(f"no sample: {error}")
         return
-    if sample.interrupted:
+    if sample.reason == "interrupted":
         raise KeyboardInterrupt
     run.log(f"a sample:\n{prompt}{sample.text}\n")
-    record_sample(run.path / "generations.txt", prompt, sample, options, seed=seed)
+    record(run.path / RECORD, command_line(), prompt, sample, options)
 
 
 def _row(trainer: Trainer, results: dict[str, Any]) -> dict[str, str]:

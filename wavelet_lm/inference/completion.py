@@ -1,0 +1,391 @@
+"""Requests in, completions out: every strategy of generation over the same engine.
+
+A `Writer` reads texts (`read` gives a `Reading`, which nothing ever changes) and continues them
+(`write` gives a `Completion` for every `Request`). Rows of a batch have their own length, seed and
+stop conditions. What text is shown as it comes, and where, is the caller's affair.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wavelet_lm.errors import UserError
+from wavelet_lm.inference.coherence import WaveletCoherence
+from wavelet_lm.inference.decoder import Decoder
+from wavelet_lm.inference.generation import Drawn, check_vocabulary, sampled_tokens
+from wavelet_lm.inference.lookahead import lookahead_tokens
+from wavelet_lm.inference.rows import Completion, Request, Row
+from wavelet_lm.inference.sampling import SamplingOptions
+from wavelet_lm.inference.speculative import Counts, speculative_tokens
+from wavelet_lm.inference.state_file import load_state, save_state
+from wavelet_lm.models.multinodal import MultinodalLM
+
+if TYPE_CHECKING:
+    from wavelet_lm.data.tokenizers import Tokenizer
+
+# As far back the line is looked for that a text goes on with.
+LINE_TOKENS = 256
+# Gets the row of a batch and the text that it has grown by.
+Show = Callable[[int, str], object]
+
+
+@dataclass(frozen=True)
+class CoherenceOptions:
+    """How far top_p falls as a text leaves its prompt's topic (`coherence.py`)."""
+
+    weight: float = 0.5
+    window: int = 64
+    levels: int = 3
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How texts are continued.
+
+    Attributes:
+        sampling: how a token is drawn.
+        lookahead_k: candidates that are rolled out for every token; 0 = no lookahead.
+        lookahead_depth: tokens that each of them is rolled out for.
+        best_of_n: texts that are written for each one that is kept.
+        coherence: lowers top_p; None = no.
+        draft_tokens: tokens that the draft model, where there is one, proposes at once.
+        clean_spacing: undo the spacing of tokenized corpora such as WikiText.
+        ignore_eot: go on after an end of text.
+    """
+
+    sampling: SamplingOptions = SamplingOptions()  # noqa: RUF009  (frozen)
+    lookahead_k: int = 0
+    lookahead_depth: int = 0
+    best_of_n: int = 1
+    coherence: CoherenceOptions | None = None
+    draft_tokens: int = 4
+    clean_spacing: bool = False
+    ignore_eot: bool = False
+
+
+class Reading(NamedTuple):
+    """B texts that have been read.
+
+    Attributes:
+        texts: their tokens.
+        logits: [B, V], of the tokens that come next.
+        state: the model's, as `Decoder.prefill` returns it.
+        draft: logits and state of the draft model, where there is one.
+        n_tokens, seconds: how many tokens the last reading took in, and how long that took.
+    """
+
+    texts: list[list[int]]
+    logits: Tensor
+    state: Any
+    draft: tuple[Tensor, Any] | None = None
+    n_tokens: int = 0
+    seconds: float = 0.0
+
+
+class Writer:
+    """A model, its tokenizer and a strategy, ready to read and to write.
+
+    Args:
+        decoder: of the model that writes.
+        model: that model, whose token embeddings tell topics apart.
+        tokenizer: the model's.
+        strategy: how texts are continued.
+        draft: a smaller model with the same tokenizer, for speculative decoding.
+        auto_compile: where compilation fails, go on without, and say so.
+        log: gets lines about what is going on.
+
+    Raises:
+        UserError: the tokenizer is not the model's.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        strategy: Strategy,
+        draft: Decoder | None = None,
+        *,
+        auto_compile: bool = False,
+        log: Callable[[str], object] = lambda line: None,
+    ):
+        check_vocabulary(model, tokenizer)
+        self.decoder, self.model, self.tokenizer = decoder, model, tokenizer
+        self.strategy, self.draft = strategy, draft
+        self._auto_compile, self._log = auto_compile, log
+        self._announced = False
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def read(self, texts: Sequence[Sequence[int]], before: Reading | None = None) -> Reading:
+        """Read one text per row (1 or more tokens), or go on with the rows of `before`."""
+        started = time.perf_counter()
+        old = [[]] * len(texts) if before is None else before.texts
+        whole = [[*a, *b] for a, b in zip(old, texts, strict=True)]
+        logits, state = self.decoder.prefill(texts, None if before is None else before.state)
+        draft = None
+        if self.draft is not None:
+            known = None if before is None else before.draft
+            draft = self.draft.prefill(texts, None if known is None else known[1])
+        self._synchronize()
+        n_tokens = sum(map(len, texts))
+        return Reading(whole, logits, state, draft, n_tokens, time.perf_counter() - started)
+
+    def read_written(self, before: Reading, tokens: Sequence[int]) -> Reading:
+        """A text of one row after it has been continued by `tokens` (1 or more).
+
+        Fast weights that adapt learn from them once more as they did when they were written.
+        """
+        if not self.decoder.adapts:
+            return self.read([tokens], before)
+        started = time.perf_counter()
+        session = self.decoder.start(before.state)
+        for token in tokens:
+            logits = session.decode(torch.tensor([[token]], device=self.decoder.device))
+        seconds = time.perf_counter() - started
+        text = [*before.texts[0], *tokens]
+        return Reading([text], logits[:, -1], session.state(), None, len(tokens), seconds)
+
+    def fork(self, reading: Reading, rows: Sequence[int]) -> Reading:
+        """These rows of a reading; a row may come more than once."""
+        draft = reading.draft
+        if draft is not None:
+            draft = draft[0][list(rows)], self.draft.rows(draft[1], rows)
+        return reading._replace(
+            texts=[reading.texts[row] for row in rows],
+            logits=reading.logits[list(rows)],
+            state=self.decoder.rows(reading.state, rows),
+            draft=draft,
+        )
+
+    def save(self, path: str | Path, reading: Reading) -> None:
+        """Keep the state of one text that was read."""
+        state = self._in_use(reading.state)
+        save_state(path, state, reading.logits, reading.texts[0], self.model)
+
+    def load(self, path: str | Path) -> Reading:
+        """A text that was read and saved by the same model.
+
+        Raises:
+            UserError: the file is no state, or one of another model or of other options.
+        """
+        template = self._in_use(self.decoder.prefill([[0]])[1])
+        logits, state, text = load_state(path, self.model, template, self.decoder.device)
+        draft = None if self.draft is None else self.draft.prefill([text])
+        return Reading([text], logits, state, draft)
+
+    def _in_use(self, state: Any) -> Any:
+        """The state with fast weights where they will learn, whether or not they have begun to."""
+        return self.decoder.model.adapting(state) if self.decoder.adapts else state
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def write(
+        self,
+        reading: Reading,
+        requests: Sequence[Request],
+        show: Show = lambda row, piece: None,
+    ) -> list[Completion]:
+        """Continue every text that was read, one request per row.
+
+        `show` gets each row's text as it comes (with `best_of_n`, when the best one is known).
+        Ctrl-C ends all texts where they are, instead of raising: their reason is `interrupted`, and
+        of rows that had not begun there is no completion.
+
+        Raises:
+            NonFiniteOutput: where the model's logits are.
+            UserError: the compiler failed.
+        """
+        with ctrl_c_as_flag() as pressed:
+            if self.strategy.best_of_n > 1:
+                return self._write_best(reading, requests, show, pressed)
+            return self._write_rows(reading, requests, show, pressed)
+
+    def _write_best(
+        self, reading: Reading, requests: Sequence[Request], show: Show, pressed: list[int]
+    ) -> list[Completion]:
+        n, best = self.strategy.best_of_n, []
+        for row, request in enumerate(requests):
+            if pressed:
+                break
+            tries = [Request(request.seed + i, request.num_tokens, request.stop) for i in range(n)]
+            forks = self.fork(reading, [row] * n)
+            found = self._write_rows(forks, tries, lambda row, piece: None, pressed)
+            if not found:
+                break
+            best.append(max(found, key=lambda completion: completion.mean_log_prob))
+            figures = ", ".join(f"{c.seed}: {c.mean_log_prob:.4f}" for c in found)
+            self._log(f"best of {n}: seed {best[-1].seed}; mean log-probabilities {figures}")
+            show(row, best[-1].text)
+        return best
+
+    def _write_rows(
+        self, reading: Reading, requests: Sequence[Request], show: Show, pressed: list[int]
+    ) -> list[Completion]:
+        if len(requests) == 1 or not (self.strategy.lookahead_k or self.draft):
+            return self._write_batch(reading, requests, show, pressed)
+        completions = []  # strategies that take one text at a time
+        for row, request in enumerate(requests):
+            if not pressed:
+                alone = self.fork(reading, [row])
+                shown = lambda _, piece, row=row: show(row, piece)  # noqa: E731
+                completions += self._write_batch(alone, [request], shown, pressed)
+        return completions
+
+    def _write_batch(
+        self, reading: Reading, requests: Sequence[Request], show: Show, pressed: list[int]
+    ) -> list[Completion]:
+        end_of_text = None if self.strategy.ignore_eot else self.tokenizer.end_of_text
+        clean_after = map(self._line_before, reading.texts)
+        rows = [
+            Row(request, self.tokenizer, end_of_text, before)
+            for request, before in zip(requests, clean_after, strict=True)
+        ]
+        coherence = self._coherence(reading)
+        counts = Counts() if self.draft is not None else None
+        if any(row.reason is None for row in rows):
+            for step in self._steps(reading, requests, coherence, counts):
+                for i, (row, drawn) in enumerate(zip(rows, step, strict=True)):
+                    if row.reason is None:
+                        show(i, row.take(drawn))
+                for i, row in enumerate(rows) if pressed else ():
+                    if row.reason is None:
+                        show(i, row.end("interrupted"))
+                if all(row.reason for row in rows):
+                    break
+        texts = [text + row.tokens for text, row in zip(reading.texts, rows, strict=True)]
+        drifts = coherence.drift(texts).tolist()
+        return [row.completion(drift, counts) for row, drift in zip(rows, drifts, strict=True)]
+
+    def _line_before(self, text: Sequence[int]) -> str | None:
+        """Where text is cleaned, the beginning of the line that it goes on with."""
+        if not self.strategy.clean_spacing:
+            return None
+        return self.tokenizer.decode(text[-LINE_TOKENS:]).rpartition("\n")[2]
+
+    def _coherence(self, reading: Reading) -> WaveletCoherence:
+        options = self.strategy.coherence or CoherenceOptions()
+        return WaveletCoherence(
+            token_embedding(self.model),
+            reading.texts,
+            self.strategy.sampling.top_p,
+            options.weight,
+            options.window,
+            options.levels,
+        )
+
+    def _steps(
+        self,
+        reading: Reading,
+        requests: Sequence[Request],
+        coherence: WaveletCoherence,
+        counts: Counts | None,
+    ) -> Iterator[list[Drawn]]:
+        """Like `_drawn`; a compiler that fails does so before anything is yielded."""
+        first: list[list[Drawn]] = []
+        steps = self._drawn(reading, requests, coherence, counts)
+        if self.decoder.compile:
+            if not self._announced:
+                self._log("compiling a step; the first one takes a minute or more")
+                self._announced = True
+            try:
+                first = list(islice(steps, 2))  # the second token is the first one of a step
+            except (UserError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                if not self._auto_compile:
+                    raise UserError(
+                        f"compile is true and torch.compile failed ({reason}); use --compile false"
+                    ) from error
+                self._log(f"going on without torch.compile, which failed: {reason}")
+                for decoder in filter(None, (self.decoder, self.draft)):
+                    decoder.compile = False
+                steps = self._drawn(reading, requests, coherence, counts)
+        yield from first
+        yield from steps
+
+    def _drawn(
+        self,
+        reading: Reading,
+        requests: Sequence[Request],
+        coherence: WaveletCoherence,
+        counts: Counts | None,
+    ) -> Iterator[list[Drawn]]:
+        strategy, decoder = self.strategy, self.decoder
+        text, seeds = reading.texts[0], [request.seed for request in requests]
+        if strategy.lookahead_k:
+            tokens = lookahead_tokens(
+                decoder,
+                reading.logits,
+                reading.state,
+                text,
+                strategy.sampling,
+                strategy.lookahead_k,
+                strategy.lookahead_depth,
+            )
+            return ([drawn] for drawn in tokens)
+        if self.draft is not None:
+            tokens = speculative_tokens(
+                decoder,
+                self.draft,
+                text,
+                (reading.logits, reading.state),
+                reading.draft,
+                strategy.sampling,
+                seeds[0],
+                strategy.draft_tokens,
+                counts,
+            )
+            return ([drawn] for drawn in tokens)
+        return sampled_tokens(
+            decoder,
+            reading.logits,
+            reading.state,
+            reading.texts,
+            strategy.sampling,
+            seeds,
+            coherence if strategy.coherence else None,
+        )
+
+    def _synchronize(self) -> None:
+        if self.decoder.device.type == "cuda":
+            torch.cuda.synchronize(self.decoder.device)
+
+
+def token_embedding(model: nn.Module) -> Tensor:
+    """The vectors of all tokens, [V, C]; those of a multinodal model's cells side by side."""
+    cells = model.cells if isinstance(model, MultinodalLM) else [model]
+    weights = [cell.embedding.weight.detach() for cell in cells]
+    return weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)
+
+
+@contextmanager
+def ctrl_c_as_flag() -> Iterator[list[int]]:
+    """A list that Ctrl-C makes non-empty, so that no token is cut in two; a second one raises."""
+    pressed: list[int] = []
+
+    def note(signum: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)

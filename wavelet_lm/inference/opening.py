@@ -1,0 +1,70 @@
+"""From options to a `Writer`: models and tokenizers, loaded and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from wavelet_lm.data.tokenizers import Tokenizer
+from wavelet_lm.errors import UserError
+from wavelet_lm.inference.completion import Writer
+from wavelet_lm.inference.decoder import Decoder
+from wavelet_lm.inference.generation import check_vocabulary
+from wavelet_lm.inference.options import GenerationOptions
+from wavelet_lm.interop.loading import load_model, load_tokenizer
+from wavelet_lm.models.checkpoint import find_checkpoint
+
+
+def open_writer(
+    options: GenerationOptions, device: torch.device, log: Callable[[str], object]
+) -> Writer:
+    """The checkpoint's model, and the draft's, ready to write as the options say.
+
+    Raises:
+        UserError: a checkpoint is missing, damaged, has no tokenizer or weights that are not
+            finite; the draft's tokenizer is another one; options that the model cannot follow.
+    """
+    model, tokenizer = _load(options.checkpoint, device, log)
+    strategy = options.strategy(model.config)
+    how = options.decoding(model.config, device)
+    decoder = Decoder(model, **how, adapt=options.adapts(model.config))
+    draft = None
+    if options.draft is not None:
+        draft_model, draft_tokenizer = _load(options.draft, device, log)
+        if draft_tokenizer.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"{options.draft}: its tokenizer ({draft_tokenizer.name}) is not that of"
+                f" {options.checkpoint} ({tokenizer.name}); a draft needs the very same one"
+            )
+        draft = Decoder(draft_model, **how, adapt=False)
+    auto = options.compile == "auto"
+    return Writer(decoder, model, tokenizer, strategy, draft, auto_compile=auto, log=log)
+
+
+def _load(
+    path: str, device: torch.device, log: Callable[[str], object]
+) -> tuple[nn.Module, Tokenizer]:
+    checkpoint = find_checkpoint(path)
+    model = load_model(checkpoint, device, log)
+    check_finite(model, checkpoint)
+    tokenizer = load_tokenizer(path)
+    try:
+        check_vocabulary(model, tokenizer)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return model, tokenizer
+
+
+def check_finite(model: nn.Module, checkpoint: Path) -> None:
+    """Raise `UserError` for weights that are NaN or infinite, with the name of the first ones."""
+    for name, parameter in model.named_parameters():
+        n_bad = int((~parameter.detach().isfinite()).sum())
+        if n_bad:
+            raise UserError(
+                f"{checkpoint}: {n_bad:,} of the {parameter.numel():,} values of {name} are not"
+                " finite (NaN or infinite); its training diverged or the file is damaged: use"
+                " another checkpoint"
+            )

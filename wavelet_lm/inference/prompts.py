@@ -1,0 +1,102 @@
+"""Prompts from files and from standard input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wavelet_lm.errors import UserError
+from wavelet_lm.inference.generation import MAX_SEED
+
+STANDARD_INPUT = "-"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue, and how, where it differs from the command's own options (None)."""
+
+    text: str
+    seed: int | None = None
+    num_tokens: int | None = None
+    stop: tuple[str, ...] | None = None
+
+
+def read_text(path: str) -> str:
+    """A whole file, or standard input for `-`, exactly as it is.
+
+    Raises:
+        UserError: it cannot be read or is not UTF-8; the line names the first byte that is not.
+    """
+    name = "standard input" if path == STANDARD_INPUT else path
+    try:
+        data = sys.stdin.buffer.read() if path == STANDARD_INPUT else Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x});"
+            " convert it to UTF-8"
+        ) from None
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """One prompt per line: the line itself, or for a `.jsonl` file the object in it.
+
+    An object has a `prompt` and, if you like, `seed`, `num_tokens` and `stop` (one text or a list).
+    Empty lines are empty prompts, and are skipped in a `.jsonl` file.
+
+    Raises:
+        UserError: as `read_text`, or a line that is no such object, or no line at all.
+    """
+    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
+    if lines[-1] == "":  # what follows the last line's end
+        lines.pop()
+    if path.endswith(".jsonl"):
+        numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+        prompts = [_prompt_of(line, f"{path}: line {i}") for i, line in numbered]
+    else:
+        prompts = [Prompt(line) for line in lines]
+    if not prompts:
+        raise UserError(f"{path}: holds no prompt; give one a line")
+    return prompts
+
+
+def _prompt_of(line: str, where: str) -> Prompt:
+    try:
+        given = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error})") from None
+    if not isinstance(given, dict) or "prompt" not in given:
+        raise UserError(f'{where} must be an object with a "prompt"')
+    for key, value in given.items():
+        if key not in ALLOWED:
+            raise UserError(f"{where} has an unknown key {key!r}; known are {', '.join(ALLOWED)}")
+        is_allowed, words = ALLOWED[key]
+        if not is_allowed(value):
+            raise UserError(f"{where}: {key} is {value!r}; it must be {words}")
+    stop = given.get("stop")
+    if stop is not None:
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    return Prompt(given["prompt"], given.get("seed"), given.get("num_tokens"), stop)
+
+
+def _is_number(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_stop(value: Any) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(item, str) and item != "" for item in items)
+
+
+ALLOWED = {
+    "prompt": (lambda value: isinstance(value, str), "a text"),
+    "seed": (lambda value: _is_number(value, 0, MAX_SEED), f"between 0 and {MAX_SEED}"),
+    "num_tokens": (lambda value: _is_number(value, 1, sys.maxsize), "1 or more"),
+    "stop": (_is_stop, "a text or a list of texts, none of them empty"),
+}
