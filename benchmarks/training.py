@@ -8,13 +8,12 @@ learns at once, so that a falling loss shows that training works, and prints wha
 Results go to `--json FILE`, by convention `benchmarks/results/training_<machine>.json`.
 """
 
-import json
 import sys
 import tempfile
-from datetime import datetime
 
 import numpy as np
 import torch
+from report import check_targets, write_results
 
 from wavelet_lm.config import (
     Config,
@@ -27,12 +26,11 @@ from wavelet_lm.data import TokenizedText, TokenSplit
 from wavelet_lm.data.tokenizers import named_tokenizer
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import run_command
-from wavelet_lm.files import write_text
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.memory import GiB, estimate_bytes, peak_bytes
-from wavelet_lm.training.run_folder import RunFolder, environment
+from wavelet_lm.training.run_folder import RunFolder
 
 
 class SyntheticTokenizer(type(named_tokenizer("bytes"))):
@@ -63,13 +61,12 @@ def main() -> None:
     values = {"eval_interval": steps, "save_interval": steps + 1, "eval_batches": 4}
     values |= {"max_steps": steps, "log_interval": 1}
     config = Config.from_dict({**read_json_object(file), **values, **flags}, source=file)
+    check_targets([target])
     row = measure(config, vocab_size)
     for key, value in row.items():
         print(f"{key:>24}  {value}")
     if target:
-        about = environment()
-        results = {"machine": about, "commit": about["commit"], "rows": [{"config": file, **row}]}
-        write_text(target, json.dumps(results, indent=1) + "\n")
+        write_results(target, [{"config": file, **row}])
 
 
 def measure(config: Config, vocab_size: int) -> dict[str, object]:
@@ -91,7 +88,6 @@ def measure(config: Config, vocab_size: int) -> dict[str, object]:
     step_seconds = np.diff([row["seconds"] for row in train])[len(train) // 5 :]
     per_step = config.micro_batch_size * config.grad_accum * config.block_size
     return {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "parameters": n_params(model),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(trainer.precision.dtype).removeprefix("torch."),
