@@ -15,7 +15,10 @@ A part with a switch that stands in the way of a fold (a norm or a selection bet
 product, packets, several bases, nets that depend on their input) runs as it was trained.
 """
 
+from __future__ import annotations
+
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,22 +65,19 @@ def _prepare_cell(model: WaveletLM, dtype: torch.dtype, adapt: bool) -> WaveletL
     twin.wavelets = cast(_fixed_filters(model.wavelets), dtype)
     if model.head.weight is model.embedding.weight:
         twin.head.weight = twin.embedding.weight
-    hidden: dict[int, BatchedLinear | None] = {}  # by wavelet, which blocks may share
-    twin.blocks = nn.ModuleList()
-    for i, block in enumerate(model.blocks):
-        number = i % len(model.wavelets)
-        wavelet = model.wavelets[number]
-        reconstruction = None
+    transform = model.blocks[0].mixer.rotate
+    if not FoldedMixer.leaves_rotated(model.blocks[0]):
+        transform = nn.Identity()
+    updates: list[UpdateNets | None] = []
+    for wavelet, twin_wavelet in zip(model.wavelets, twin.wavelets, strict=True):
+        updates.append(None)
         if isinstance(wavelet, LiftingWavelet) and wavelet.is_static:
-            rotated = FoldedMixer.leaves_rotated(block)
-            transform = block.mixer.rotate if rotated else nn.Identity()
-            if number not in hidden:
-                first = first_matrices(wavelet, transform)
-                hidden[number] = None if first is None else cast(first, dtype)
-            reconstruction = FoldedReconstruction(
-                wavelet, block.projection, transform, hidden[number]
-            )
-        twin.blocks.append(PreparedBlock(block, reconstruction, dtype, adapt))
+            updates[-1] = cast(UpdateNets(wavelet, transform), dtype)
+            updates[-1].share_weights(twin_wavelet)
+    twin.blocks = nn.ModuleList(
+        PreparedBlock(block, model.wavelets[n], updates[n], dtype, adapt)
+        for block, n in ((block, i % len(updates)) for i, block in enumerate(model.blocks))
+    )
     return twin
 
 
@@ -87,10 +87,12 @@ class PreparedBlock(nn.Module):
     def __init__(
         self,
         block: Block,
-        reconstruction: nn.Module | None,
+        wavelet: nn.Module,
+        updates: UpdateNets | None,
         dtype: torch.dtype,
         adapt: bool,
     ):
+        """wavelet: the block's, as trained; updates: for a reconstruction that can be folded."""
         super().__init__()
         self.pad = cast(block.pad, dtype)
         self.embedding_gain = None
@@ -101,12 +103,19 @@ class PreparedBlock(nn.Module):
         self.bypass = None if block.bypass is None else cast(block.bypass, dtype)
         self.phase_gate = cast(block.phase_gate, dtype)
         if FoldedMixer.folds(block.mixer):
-            mixer: nn.Module = FoldedMixer(block, stay_rotated=reconstruction is not None)
+            mixer: nn.Module = FoldedMixer(block, stay_rotated=updates is not None)
         else:
             mixer = nn.Sequential(block.mixer, block.mixed_norm, ScaleWeights(block.scale_weights))
         self.mixer = cast(mixer, dtype)
-        self.reconstruction = None if reconstruction is None else cast(reconstruction, dtype)
-        self.projection = nn.Identity() if reconstruction else cast(block.projection, dtype)
+        self.projection = nn.Identity()
+        if updates is None:
+            self.reconstruction = None
+            self.projection = cast(block.projection, dtype)
+        elif isinstance(block.projection, nn.Linear):
+            folded = ProjectedReconstruction(updates, wavelet, block.projection)
+            self.reconstruction = cast(folded, dtype)
+        else:
+            self.reconstruction = FoldedReconstruction(updates)
         self.spectral_gain = cast(block.spectral_gain, dtype)
         self.feedforward_gain = cast(block.feedforward_gain, dtype)
         self.feedforward = None
@@ -274,51 +283,83 @@ class MixerGroup(nn.Module):
         return y if self.up is None else self.up(y)
 
 
-class FoldedReconstruction(nn.Module):
-    """Reconstruction and projection: c_0 = √2^L a − Σ_k √2^k U_k(d_k), then W_o c_0 + b.
+class UpdateNets(nn.Module):
+    """The nets that a reconstruction runs on the details, all at once: −√2^k U_k(d_k) summed.
 
     Args:
-        wavelet: whose update nets depend on nothing but their input.
-        projection: the block's linear, or an identity.
-        transform: H where the bands come in the Hadamard domain, else an identity.
-        hidden: `first_matrices(wavelet, transform)`.
+        wavelet: whose nets depend on nothing but their input.
+        transform: H where the details come in the Hadamard domain, else an identity.
     """
 
-    def __init__(
-        self,
-        wavelet: LiftingWavelet,
-        projection: nn.Module,
-        transform: nn.Module,
-        hidden: BatchedLinear | None,
-    ):
+    def __init__(self, wavelet: LiftingWavelet, transform: nn.Module):
         super().__init__()
         nets = reconstruction_nets(wavelet)
-        L = len(nets)
-        lasts = [net if hidden is None else net[-1] for net in nets]
-        factors = [-(2 ** (k / 2)) for k in reversed(range(L))]
-        turn = transform if hidden is None else nn.Identity()
-        weight = torch.cat([f * turn(m.weight) for f, m in zip(factors, lasts, strict=True)], 1)
-        bias = sum(f * m.bias for f, m in zip(factors, lasts, strict=True))
-        self.hidden, self.transform = hidden, transform
-        self.gain = 2 ** (L / 2)
-        self.has_projection = isinstance(projection, nn.Linear)
-        if self.has_projection:
-            W_o = projection.weight
-            weight = torch.cat((self.gain * transform(W_o), W_o @ weight), 1)
-            bias = W_o @ bias + projection.bias
-        self.last = _linear(weight, bias)
+        self.transform = transform
+        firsts, lasts = first_and_last(nets)
+        self.hidden, turn = None, transform
+        if firsts:
+            weight = torch.stack([transform(m.weight) for m in firsts])
+            self.hidden = BatchedLinear(weight, torch.stack([m.bias for m in firsts]))
+            turn = nn.Identity()
+        weight = torch.cat([turn(m.weight) for m in lasts], 1)
+        factors = update_factors(len(nets)).to(weight)
+        self.factors = nn.Parameter(factors[:, None, None])
+        self.last = _linear(weight, sum(f * m.bias for f, m in zip(factors, lasts, strict=True)))
+
+    def share_weights(self, wavelet: LiftingWavelet) -> None:
+        """Let the twin's wavelet read its update nets from here, where the same matrices are.
+
+        It saves memory, and what one of them reads the cache may still hold for the other.
+        """
+        firsts, lasts = first_and_last(reconstruction_nets(wavelet))
+        rotated = not isinstance(self.transform, nn.Identity)
+        if firsts and not rotated:
+            _view(firsts, self.hidden.weight.unbind())
+        if firsts or not rotated:
+            _view(lasts, self.last.weight.chunk(len(lasts), 1))
+
+    def activations(self, details: Tensor) -> Tensor:
+        """Details [L, B, T, Cp] -> what the last matrices read, [B, T, L · hidden]."""
+        _, B, T, _ = details.shape
+        x = details.flatten(1, 2)
+        if self.hidden is not None:
+            x = nn.functional.gelu(self.hidden(x))
+        return (x * self.factors).transpose(0, 1).reshape(B, T, -1)
+
+
+class FoldedReconstruction(nn.Module):
+    """c_0 = √2^L a − Σ_k √2^k U_k(d_k), for a block that adds c_0 itself (`skip_proj_out`)."""
+
+    def __init__(self, updates: UpdateNets):
+        super().__init__()
+        self.updates, self.gain = updates, 2 ** (len(updates.factors) / 2)
 
     def forward(self, bands: Tensor) -> Tensor:
         """Mixed bands [S, B, T, Cp] -> [B, T, C]."""
-        approximation, details = bands[0], bands[1:]
-        B, T = approximation.shape[:2]
-        details = details.flatten(1, 2)
-        if self.hidden is not None:
-            details = nn.functional.gelu(self.hidden(details))
-        x = details.transpose(0, 1).reshape(B, T, -1)
-        if self.has_projection:
-            return self.last(torch.cat((approximation, x), -1))
-        return torch.add(self.last(x), self.transform(approximation), alpha=self.gain)
+        sums = self.updates.last(self.updates.activations(bands[1:]))
+        return torch.add(sums, self.updates.transform(bands[0]), alpha=self.gain)
+
+
+class ProjectedReconstruction(nn.Module):
+    """W_o c_0 + b as one product: with W_o in the update nets' last matrices."""
+
+    def __init__(self, updates: UpdateNets, wavelet: LiftingWavelet, projection: nn.Linear):
+        """wavelet: as it was trained, so that the matrices are multiplied in its precision."""
+        super().__init__()
+        nets = reconstruction_nets(wavelet)
+        firsts, lasts = first_and_last(nets)
+        turn = nn.Identity() if firsts else updates.transform
+        W_o, gain = projection.weight, 2 ** (len(nets) / 2)
+        parts = [gain * updates.transform(W_o), *(W_o @ turn(m.weight) for m in lasts)]
+        factors = update_factors(len(nets)).to(W_o)
+        bias = sum(f * m.bias for f, m in zip(factors, lasts, strict=True))
+        self.last = _linear(torch.cat(parts, 1), W_o @ bias + projection.bias)
+        self.updates = _shallow_copy(updates)
+        self.updates.last = None  # it is part of the one here
+
+    def forward(self, bands: Tensor) -> Tensor:
+        """Mixed bands [S, B, T, Cp] -> [B, T, C]."""
+        return self.last(torch.cat((bands[0], self.updates.activations(bands[1:])), -1))
 
 
 def reconstruction_nets(wavelet: LiftingWavelet) -> list[nn.Module]:
@@ -326,15 +367,16 @@ def reconstruction_nets(wavelet: LiftingWavelet) -> list[nn.Module]:
     return list(reversed(wavelet.update if wavelet.own_update is None else wavelet.own_update))
 
 
-def first_matrices(wavelet: LiftingWavelet, transform: nn.Module) -> BatchedLinear | None:
-    """The first matrices of the reconstruction's nets, as one product; None for linear nets."""
-    nets = reconstruction_nets(wavelet)
+def first_and_last(nets: Sequence[nn.Module]) -> tuple[list[nn.Linear], list[nn.Linear]]:
+    """The first and last matrices of two-layer nets; no first ones for nets of one matrix."""
     if isinstance(nets[0], nn.Linear):
-        return None
-    firsts = [net[0] for net in nets]
-    return BatchedLinear(
-        torch.stack([transform(m.weight) for m in firsts]), torch.stack([m.bias for m in firsts])
-    )
+        return [], list(nets)
+    return [net[0] for net in nets], [net[-1] for net in nets]
+
+
+def update_factors(L: int) -> Tensor:
+    """[L]: −√2^k, in the order of the bands."""
+    return torch.tensor([-(2 ** (k / 2)) for k in reversed(range(L))], dtype=torch.float64)
 
 
 class FoldedFeedForward(nn.Module):
@@ -496,6 +538,12 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
         layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
     return layer
+
+
+def _view(layers: list[nn.Linear], weights: Sequence[Tensor]) -> None:
+    """Let the layers read these weights, which are equal to their own."""
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def _take(x: Tensor, scales: list[int]) -> Tensor:
