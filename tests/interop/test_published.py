@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from tests.interop.published_model import (
     write,
 )
 from wavelet_lm import UserError
+from wavelet_lm.config import ModelConfig
 from wavelet_lm.data.tokenizers import CharTokenizer
 from wavelet_lm.interop.published import convert
+from wavelet_lm.interop.published_config import ABSENT, EXTENSIONS, NEEDED
 from wavelet_lm.models.registry import n_params
 
 ROOT = Path(__file__).parents[2]
@@ -275,6 +278,31 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, change, said):
 def test_the_switches_are_checked_against_the_tensors(tmp_path, change, said):
     path = write(tmp_path, {**HEADLINE, **change}, random_checkpoint(HEADLINE))
     assert said in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "off", "on", "shown"),
+    [
+        ("wavelet_packets", False, True, "true"),
+        ("phase_gating", False, True, "true"),
+        ("lifting_data_dependent", 0, 2, "2"),
+        ("hadamard_top_k", 0, 5, "5"),
+    ],
+)
+def test_no_published_checkpoint_has_an_extension(tmp_path, key, off, on, shown):
+    tensors = random_checkpoint(HEADLINE)
+    wavelet_lm.load_model(write(tmp_path, {**HEADLINE, key: off}, tensors))
+    assert refusal(write(tmp_path, {**HEADLINE, key: on}, tensors)) == (
+        f"{tmp_path / 'config.json'}: {key} is {shown}, an extension of this project that no"
+        " published checkpoint has; put the config.json of its training beside it"
+    )
+
+
+def test_every_key_of_the_model_is_published_or_an_extension():
+    needed = {key for keys in NEEDED.values() for key in keys}
+    parts = [{"model"}, set(ABSENT), needed, EXTENSIONS]
+    assert set().union(*parts) == {spec.name for spec in fields(ModelConfig)}
+    assert sum(map(len, parts)) == len(fields(ModelConfig))
 
 
 @pytest.mark.parametrize("key", ["C", "layers", "levels", "pkm_top_k", "wavelet_crawl_k"])

@@ -2,7 +2,7 @@
 
 Its keys are ours, but an absent key means what it meant when the file was written, which is not
 always our default. Of the keys that this project does not have, those of training are ignored, and
-switches of experiments are refused unless they are off.
+switches of experiments are refused unless they are off, as are this project's own extensions.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from wavelet_lm.config import (
 )
 from wavelet_lm.errors import UserError
 
-# What an absent key of the model means. Those of ModelConfig that stand in neither table are no
-# part of the published family.
+# What an absent key of the model means.
 ABSENT: dict[str, Any] = {
     "wavelet_mode": "lifting",
     "lifting_hidden_mult": 1,
@@ -104,6 +103,9 @@ NEEDED = {
     "multinodal_enabled": ("multinodal_num_cells", "multinodal_cell_dim"),
 }
 
+# Keys of ModelConfig that are no part of the published family, beside the network's name.
+EXTENSIONS = {"lifting_data_dependent", "wavelet_packets", "hadamard_top_k", "phase_gating"}
+
 # Keys of the published program that change nothing of a trained model.
 TRAINING_ONLY = {
     "checkpoint_interval_steps",
@@ -142,7 +144,7 @@ def read_published_config(path: Path, names: Collection[str]) -> tuple[Config, l
 
     Raises:
         UserError: the file is missing or no JSON, a key is unknown, contradictory or lacking, or
-            a switch has no published layout.
+            a switch has no published layout or is an extension of this project.
     """
     if not path.is_file():
         raise UserError(f"{path}: missing; a published checkpoint needs its config.json beside it")
@@ -158,7 +160,14 @@ def read_published_config(path: Path, names: Collection[str]) -> tuple[Config, l
             values[key] = value
         elif key in training or key.startswith("quantize_"):
             ignored.append(key)
-        elif not _is_off(key, value, given):
+        elif _is_off(key, value, given):
+            continue
+        elif key in EXTENSIONS:
+            raise UserError(
+                f"{path}: {key} is {show(value)}, an extension of this project that no published"
+                " checkpoint has; put the config.json of its training beside it"
+            )
+        else:
             raise UserError(
                 f"{path}: {key} is {show(value)}, which this project does not know; only published"
                 " models without it can be imported"
