@@ -1,6 +1,7 @@
 """Published checkpoints: the same logits after import, and one line for all that does not fit."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -18,6 +19,7 @@ from tests.interop.published_model import (
     reference_logits,
     write,
 )
+from tests.training.runs import error_line
 from wavelet_lm import UserError
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.data.tokenizers import CharTokenizer
@@ -397,6 +399,34 @@ def test_from_a_file_to_a_generated_text(tmp_path, letters):
     direct = run("generate.py", "--checkpoint", path, "--num_tokens", 9, "--device", "cpu")
     assert direct.returncode == 0, direct.stderr
     assert direct.stdout == text.stdout
+
+
+def test_training_starts_from_the_run_that_its_message_makes(tmp_path, letters):
+    """Whether the config is that of the run to start from, or another."""
+    path = write(tmp_path / "a file", HEADLINE, rounded_checkpoint(HEADLINE), {"max_steps": 9})
+    out, text = tmp_path / "imported", tmp_path / "text.txt"
+    text.write_text("bad cab fed a big hag\n" * 40, encoding="utf-8")
+    flags = ("--dataset", text, "--cache_dir", tmp_path / "cache", "--out_dir", tmp_path / "logs")
+    flags += ("--runs_file", "", "--device", "cpu", "--max_steps", 2, "--block_size", 16)
+    (tmp_path / "other.json").write_text(json.dumps({"dropout_mlp": 0.2}), encoding="utf-8")
+    for config in ((), ("--config", tmp_path / "other.json")):
+        line = error_line(*config, "--init_from", path, *flags)
+        assert f"{path}: a published checkpoint; " in line
+    assert not (tmp_path / "logs").exists()
+    assert not (tmp_path / "cache").exists()
+
+    command = shlex.split(line.split("makes of it: ")[1].replace("RUN", shlex.quote(str(out))))
+    assert run(*command[1:], "--tokenizer", letters).returncode == 0
+    done = run("train.py", "--init_from", out, *flags)
+    assert (done.returncode, done.stderr) == (0, "")
+    (trained,) = (tmp_path / "logs").iterdir()
+    assert json.loads((trained / "config.json").read_text())["init_from"] == str(out)
+
+
+def test_a_published_file_that_is_not_there_is_no_published_one(tmp_path):
+    assert "nothing.pt: there is no such checkpoint" in error_line(
+        "--init_from", tmp_path / "nothing.pt"
+    )
 
 
 def test_a_published_file_without_a_tokenizer_is_one_line(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from wavelet_lm.data import tokenizers
 from wavelet_lm.data.tokenizers import Tokenizer
+from wavelet_lm.errors import UserError
 from wavelet_lm.models import checkpoint
 
 
@@ -52,3 +54,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return tokenizers.load_tokenizer(path)
     vocab_size = published_vocab_size(file, read_tensors(file))
     return tokenizers.named_tokenizer(published_tokenizer(file, vocab_size).name)
+
+
+def find_own_checkpoint(path: str | Path) -> Path:
+    """As `find_checkpoint`, for training, which starts from checkpoints of this project alone.
+
+    Raises:
+        UserError: there is none, or it is a published one; the line says how to convert that.
+    """
+    from wavelet_lm.interop.published import is_published
+
+    file = checkpoint.find_checkpoint(path)
+    if is_published(file) and file.is_file():
+        raise UserError(
+            f"{path}: a published checkpoint; start from the run folder that this makes of it:"
+            f" python -m wavelet_lm.interop.published {shlex.quote(str(path))} --out RUN"
+        )
+    return file

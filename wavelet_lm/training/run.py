@@ -24,7 +24,8 @@ from wavelet_lm.inference.generation import encode_prompt
 from wavelet_lm.inference.rows import Request
 from wavelet_lm.inference.sampling import SamplingOptions
 from wavelet_lm.inference.terminal import RECORD, record
-from wavelet_lm.models.checkpoint import Checkpoint, find_checkpoint, load_model
+from wavelet_lm.interop.loading import find_own_checkpoint
+from wavelet_lm.models.checkpoint import Checkpoint, load_model
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.training import memory
 from wavelet_lm.training.compilation import compiled
@@ -45,6 +46,7 @@ def train(config: Config) -> RunFolder:
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
     device = resolve_device(config.device)
+    source = find_own_checkpoint(config.init_from) if config.init_from else None
     with torch.device("meta"):  # before any data is fetched: could this machine train it at all?
         vocab_size = GPT2_VOCAB if config.tokenizer in ("auto", "gpt2") else 1
         memory.refuse_large_model_on_cpu(config, n_params(build_model(config, vocab_size)), device)
@@ -57,8 +59,8 @@ def train(config: Config) -> RunFolder:
     data = prepare_data(config, tokenizer=_initial_tokenizer(config), log=log)
     torch.manual_seed(config.seed)
     model = _build(config, data, device)
-    if config.init_from:
-        Checkpoint(find_checkpoint(config.init_from)).load_into(model)
+    if source is not None:
+        Checkpoint(source).load_into(model)
     run = RunFolder.create(config, data.name)
     try:
         for message in messages:
