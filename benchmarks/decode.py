@@ -139,6 +139,7 @@ class Settings:
     device: torch.device
     dtype: torch.dtype
     compile: bool
+    context: str
     positions: tuple[int, ...]
     batches: tuple[int, ...]
     recompute: int
@@ -161,7 +162,9 @@ class Benchmark:
             for p in self.model.parameters():
                 if not p.any():  # a matrix that starts at zero would be spared the arithmetic
                     p.normal_(std=0.02)
-        self.decoder = Decoder(self.model, dtype=settings.dtype, compile=settings.compile)
+        self.decoder = Decoder(
+            self.model, context=settings.context, dtype=settings.dtype, compile=settings.compile
+        )
         cost = breakdown(config, vocab_size).total
         size = settings.dtype.itemsize
         self.weight_bytes = {
@@ -466,6 +469,7 @@ def about(benchmark: Benchmark) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(settings.device) if cuda else "cpu",
         "dtype": str(settings.dtype).removeprefix("torch."),
         "compile": settings.compile,
+        "context": settings.context,
         "vocab_size": benchmark.vocab_size,
         "n_params": n_params(benchmark.model),
         "weight_bytes_per_token": benchmark.weight_bytes,
@@ -542,6 +546,7 @@ def parser() -> OneLineParser:
     add("--vocab", type=positive, default=50257, metavar="N", help="size of the vocabulary [50257]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and products [float32]")
+    add("--context", default="auto", help="as for generate.py [auto]")
     add("--compile", default=False, **truth, help="torch.compile the decoder's step [false]")
     positions = (64, 1024, 4096, 16384, 65536)
     shown = ",".join(map(str, positions))

@@ -203,8 +203,19 @@ def test_recomputing_reads_the_last_tokens_alone(N):
 
 @pytest.mark.parametrize("context", ["window", "window:0", "window:-3", "recompute:x", "all", ""])
 def test_a_context_that_is_none_is_one_line(context):
-    with pytest.raises(UserError, match=r"^context is .*stream, window:N or recompute:N$"):
+    with pytest.raises(UserError, match=r"^context is .*auto, stream, window:N or recompute:N$"):
         Decoder(random_model(), context=context)
+
+
+def test_auto_is_a_window_of_block_size_where_there_is_a_running_mean():
+    for switches, same in (
+        ({}, "window:8"),
+        ({"decompose_bypass": False}, "stream"),
+        ({"decompose_bypass_ema": True}, "stream"),
+    ):
+        model = random_model(tiny_config(block_size=8, **switches))
+        auto, expected = (Decoder(model, context=c).prefill([TEXT])[0] for c in ("auto", same))
+        assert torch.equal(auto, expected)
 
 
 def test_a_window_of_no_mean_is_refused():

@@ -36,7 +36,7 @@ def test_unset_options_come_from_the_run():
     assert options.strategy(CONFIG) == Strategy(SamplingOptions(0.6, 9, 0.7, 1.05))
     assert options.requests(CONFIG) == [Request(1, 33)]
     assert options.read_prompts() == []
-    assert options.decoding(CONFIG, CPU) == {"context": "stream", "dtype": None, "compile": False}
+    assert options.decoding(CONFIG, CPU) == {"context": "auto", "dtype": None, "compile": False}
 
 
 def test_given_options_win():

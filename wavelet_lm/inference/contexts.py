@@ -4,8 +4,10 @@
 - `window:N`: the running mean is that of the last N positions, exactly, by a ring buffer.
 - `recompute:N`: the model reads the last N tokens anew for every token, as it did in training; as
   slow as it sounds, and the reference for the other two.
+- `auto`: `window:block_size` for a model with a running mean, else `stream`.
 
-In training the running mean never was one of more than block_size positions.
+In training the running mean never was one of more than block_size positions, and a window of as
+many reads long texts slightly better: `plans/context_past_block_size.md`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from wavelet_lm.transforms.windowed_mean import WindowedMean
 
 
 class Context(NamedTuple):
-    """kind: stream, window or recompute; N: positions, 0 for stream."""
+    """kind: auto, stream, window or recompute; N: positions, 0 for the first two."""
 
     kind: str
     N: int
@@ -33,13 +35,13 @@ def parse_context(text: str) -> Context:
     """A context as it is typed.
 
     Raises:
-        UserError: it is none of the three.
+        UserError: it is none of the four.
     """
-    if text == "stream":
-        return Context("stream", 0)
+    if text in ("auto", "stream"):
+        return Context(text, 0)
     match = re.fullmatch(r"(window|recompute):([1-9]\d{0,8})", text)
     if match is None:
-        raise UserError(f"context is {text!r}; it must be stream, window:N or recompute:N")
+        raise UserError(f"context is {text!r}; it must be auto, stream, window:N or recompute:N")
     return Context(match[1], int(match[2]))
 
 
@@ -52,9 +54,12 @@ def apply_context(model: LanguageModel, context: str) -> nn.Module:
     kind, N = parse_context(context)
     if kind == "recompute":
         return Recomputed(model, N)
+    config = model.config
+    has_running_mean = config.decompose_bypass and not config.decompose_bypass_ema
+    if kind == "auto" and has_running_mean:
+        kind, N = "window", config.block_size
     if kind == "window":
-        config = model.config
-        if not config.decompose_bypass or config.decompose_bypass_ema:
+        if not has_running_mean:
             raise UserError(
                 f"context {context} limits the running mean and this model has none; use stream"
             )

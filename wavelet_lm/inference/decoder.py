@@ -34,8 +34,8 @@ class Decoder:
 
     Args:
         model: left as it is.
-        context: what a token sees of the text: `stream`, `window:N` or `recompute:N`
-            (`contexts.py`).
+        context: what a token sees of the text: `stream` (as the model itself reads), `window:N`,
+            `recompute:N` or `auto` (`contexts.py`).
         dtype: of the weights and the computation; None keeps the model's.
         compile: compile whole steps with torch.compile.
         adapt: the fast weights learn while decoding; None asks the model's config.

@@ -76,7 +76,8 @@ def generate(
     text = TextStream(tokenizer)
     pieces: list[str] = []
     if num_tokens > 0:
-        decoder, prompt_ids = Decoder(model), encode_prompt(tokenizer, prompt)
+        decoder = Decoder(model, context="auto")
+        prompt_ids = encode_prompt(tokenizer, prompt)
         logits, state = decoder.prefill([prompt_ids])
         steps = sampled_tokens(decoder, logits, state, [prompt_ids], options, [seed])
         for _, (drawn,) in zip(range(num_tokens), steps, strict=False):

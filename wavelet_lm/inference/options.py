@@ -81,7 +81,7 @@ class GenerationOptions:
 
     draft: str | None = None
     draft_tokens: int | None = None
-    context: str = "stream"
+    context: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
     compile: str = "auto"
@@ -443,9 +443,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument(
         "--context",
         metavar="WHAT",
-        default="stream",
+        default="auto",
         help="what a token sees of the past: stream, all; window:N, with a running mean of the last"
-        " N positions; recompute:N, the last N tokens read anew each time (slow) [stream]",
+        " N positions; recompute:N, the last N tokens read anew each time (slow); auto, a window of"
+        " the run's block_size [auto]",
     )
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     flags.add_argument(

@@ -207,7 +207,7 @@ def _write_sample(trainer: Trainer) -> None:
     model = load_model(run.best, trainer.device)
     request = Request(config.seed, min(config.num_new_tokens, SAMPLE_TOKENS))
     try:
-        writer = Writer(Decoder(model), model, tokenizer, Strategy(options))
+        writer = Writer(Decoder(model, context="auto"), model, tokenizer, Strategy(options))
         reading = writer.read([encode_prompt(tokenizer, prompt)])
         (sample,) = writer.write(reading, [request])
     except UserError as error:  # such as a prompt that a char vocabulary cannot spell
