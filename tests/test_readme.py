@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import re
 import shlex
+import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -46,7 +47,12 @@ def block(kind: str, containing: str = "") -> str:
 
 def commands() -> list[list[str]]:
     """Every command of a shell block or an inline span, in words, without its environment."""
-    shell = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+    shell = [
+        line
+        for kind, text in BLOCKS
+        if kind == "bash"
+        for line in text.replace("\\\n", " ").splitlines()
+    ]
     inline = [span for span in SPANS if "python " in span]
     words = [shlex.split(part) for line in shell + inline for part in re.split("&&| [|] ", line)]
     return [list(itertools.dropwhile(lambda word: "=" in word, command)) for command in words]
@@ -60,6 +66,7 @@ def parser_of(program: str, monkeypatch) -> argparse.ArgumentParser:
     path = ROOT / program
     spec = importlib.util.spec_from_file_location(f"readme_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for their module
     spec.loader.exec_module(module)
 
     def capture(parser, *_):
@@ -104,6 +111,7 @@ def test_every_kind_of_command_is_found():
         "train.py",
         "generate.py",
         "benchmarks/training.py",
+        "benchmarks/decode.py",
         "wavelet_lm/evaluation/__main__.py",
         "wavelet_lm/models/__main__.py",
         "pip/__main__.py",

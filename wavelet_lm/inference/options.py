@@ -431,8 +431,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument(
         "--draft",
         metavar="CHECKPOINT",
-        help="a smaller model with the same tokenizer that proposes tokens: faster, and the"
-        " distribution of the text is the same",
+        help="a much smaller model with the same tokenizer that proposes tokens, several of which"
+        " the model then reads at once; the distribution of the text is the same",
     )
     flags.add_argument(
         "--draft_tokens",
