@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from tests.conftest import perturb, tiny_config
 from tests.models.test_properties import T, V, configs
 from wavelet_lm import Config, build_model
+from wavelet_lm.inference import prepared
 from wavelet_lm.inference.prepared import n_bytes, prepare, weight_bytes_per_token
 from wavelet_lm.models.breakdown import breakdown
 
@@ -98,3 +99,16 @@ def test_what_needs_no_change_is_shared():
     assert twin.embedding.weight.data_ptr() == model.embedding.weight.data_ptr()
     values = [m.feedforward.branches["pkm"].values for m in model.blocks]
     assert {p.data_ptr() for p in values} < {p.data_ptr() for p in twin.parameters()}
+
+
+def test_a_bias_apart_is_the_same_sum(monkeypatch):
+    """As it is compiled for one text on a GPU."""
+    model = sharpened(tiny_config())
+    twin, idx = prepare(model), torch.randint(V, (1, T))
+    with torch.no_grad():
+        expected, _ = twin(idx)
+        asked = []
+        monkeypatch.setattr(prepared, "bias_apart", lambda x: asked.append(x) or True)
+        apart, _ = twin(idx)
+    assert len(asked) > 10
+    torch.testing.assert_close(apart, expected, rtol=1e-9, atol=1e-9)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import perturb, tiny_config
-from wavelet_lm.inference.generation import generate, prefill
+from wavelet_lm.inference.generation import generate
 from wavelet_lm.models.memory import FastWeightMemory
 from wavelet_lm.models.registry import build_model
 
@@ -85,7 +85,7 @@ def test_chunks_of_a_generated_text_give_the_same_logits(overrides):
     """Updates happen between tokens, wherever the calls are cut; the passed state is kept."""
     model = make_model(**overrides)
     prompt, text = torch.randint(23, (2, 6)), torch.randint(23, (2, 19))
-    start = model.adapting(prefill(model, prompt)[1])
+    start = model.adapting(model(prompt)[1])
     whole, _ = model(text, start)
     for lengths in ([1] * 19, [3, 5, 11]):
         state, parts = start, []
@@ -93,7 +93,7 @@ def test_chunks_of_a_generated_text_give_the_same_logits(overrides):
             logits, state = model(chunk, state)
             parts.append(logits)
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-10)
-    plain, _ = model(text, prefill(model, prompt)[1])
+    plain, _ = model(text, model(prompt)[1])
     torch.testing.assert_close(plain[:, :4], whole[:, :4], rtol=0, atol=1e-10)
     assert (plain[:, 4:] - whole[:, 4:]).abs().max() > 1e-6
 

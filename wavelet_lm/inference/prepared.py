@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, linear
 
 from wavelet_lm.models.block import Block, BlockState, FeedForward
 from wavelet_lm.models.language_model import LanguageModel
@@ -167,6 +167,24 @@ class ScaleWeights(nn.Module):
         return bands * self.weights
 
 
+def bias_apart(x: Tensor) -> bool:
+    """Whether a product leaves its bias to a sum of its own.
+
+    For one text on a GPU the compiler turns a product into a reduction, a kernel of its own that
+    also does what stands around it, but not a product with a bias inside.
+    """
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
+class PreparedLinear(nn.Linear):
+    """`nn.Linear` for reading."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None and bias_apart(x):
+            return linear(x, self.weight) + self.bias
+        return linear(x, self.weight, self.bias)
+
+
 class BatchedLinear(nn.Module):
     """n products at once: x [n, M, in] -> [n, M, out], with a weight [n, out, in]."""
 
@@ -178,6 +196,8 @@ class BatchedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
             return torch.bmm(x, self.weight.mT)
+        if bias_apart(x):
+            return torch.bmm(x, self.weight.mT) + self.bias
         return torch.baddbmm(self.bias, x, self.weight.mT)
 
 
@@ -503,6 +523,9 @@ def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     Single learned factors stay as they are: a 0-d tensor does not raise the dtype of what it
     multiplies.
     """
+    if type(module) is nn.Linear:
+        bias = None if module.bias is None else module.bias.detach().to(dtype)
+        return _linear(module.weight.detach().to(dtype), bias)
     twin = _shallow_copy(module)
     for name, p in module._parameters.items():
         if p is not None:
@@ -532,11 +555,13 @@ def _fixed_filters(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None) -> PreparedLinear:
     """A linear layer of these weights."""
     with torch.device("meta"):
-        layer = nn.Linear(weight.shape[1], weight.shape[0])
-    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+        layer = PreparedLinear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer
 
 
