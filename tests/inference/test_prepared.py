@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from tests.conftest import perturb, tiny_config
 from tests.models.test_properties import T, V, configs
 from wavelet_lm import Config, build_model
-from wavelet_lm.inference import prepared
+from wavelet_lm.inference import folds
 from wavelet_lm.inference.prepared import n_bytes, prepare, weight_bytes_per_token
 from wavelet_lm.models.breakdown import breakdown
 
@@ -108,7 +108,7 @@ def test_a_bias_apart_is_the_same_sum(monkeypatch):
     with torch.no_grad():
         expected, _ = twin(idx)
         asked = []
-        monkeypatch.setattr(prepared, "bias_apart", lambda x: asked.append(x) or True)
+        monkeypatch.setattr(folds, "bias_apart", lambda x: asked.append(x) or True)
         apart, _ = twin(idx)
     assert len(asked) > 10
     torch.testing.assert_close(apart, expected, rtol=1e-9, atol=1e-9)
