@@ -293,10 +293,12 @@ def test_ctrl_c_ends_the_text_and_still_prints_the_speed(run):
     )
     head = process.stdout.read(6)  # the prompt and three characters: it is generating
     process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate()
-    assert process.returncode == 130
+    # Not `communicate`, which forgets what `read` has buffered.
+    rest, errors = process.stdout.read(), process.stderr.read()
+    assert process.wait() == 130
     assert "tokens/s" in errors
     assert errors.splitlines()[-1] == "generate.py: interrupted"
     assert rest.endswith("\n")
     record = (run / "generations.txt").read_text(encoding="utf-8")
-    assert record.endswith("--- text\n" + (head + rest).removeprefix("bad"))
+    text = (head + rest).removeprefix("bad").rstrip("\n")
+    assert record.endswith(f"--- text\n{text}\n")

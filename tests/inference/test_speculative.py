@@ -84,8 +84,8 @@ def test_greedy_text_is_the_target_s_whatever_the_draft_is(draft, penalty, gamma
 @pytest.mark.parametrize("draft", [0.0, 0.02, 1.0])
 def test_the_real_model_goes_back_to_what_was_accepted(draft, gamma):
     target, counts = real_model(), Counts()
-    drawn = islice(continued(target, real_model(draft), [1, 2, 3], GREEDY, 1, gamma, counts), 50)
-    assert_same(list(drawn), plain(target, [1, 2, 3], 50))
+    drawn = islice(continued(target, real_model(draft), [7, 2, 5], GREEDY, 1, gamma, counts), 50)
+    assert_same(list(drawn), plain(target, [7, 2, 5], 50))
     assert counts.accepted == counts.proposed if draft == 0 else counts.accepted < counts.proposed
     assert draft == 1 or counts.accepted > 0
 

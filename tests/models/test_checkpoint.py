@@ -140,7 +140,7 @@ def test_safetensors_of_somebody_else(tmp_path, metadata):
         ({"C": 32}, r"is \[.*\], the model's is \["),
         (
             {"pkm_enabled": False},
-            r"no blocks\.0\.feedforward\.branches\.pkm\.keys_a;.*and \d+ more",
+            r"no blocks\.0\.feedforward\.branches\.pkm\.keys_a\.weight;.*and \d+ more",
         ),
         ({"layers": 3}, r"unknown blocks\.2\."),
         ({"tie_embedding_to_lm_head": True}, r"no head\.weight$"),

@@ -22,14 +22,14 @@ def slow_update(memory, deltas, chunk):
     """One gradient step on a dense table of deltas [rows, C] for one text, by autograd."""
     deltas = deltas.clone().requires_grad_()
     rows, weights = memory.read_plan(chunk[None])
-    table = memory.values.detach() + deltas
+    table = memory.values.weight.detach() + deltas
     y = (weights.detach()[0, ..., None] * table[rows[0]]).sum((1, 2))
     ((y[:-1] - chunk[1:].detach()) ** 2).mean().backward()
     return (deltas - LR * deltas.grad).detach()
 
 
 def dense(memory, state, b):
-    table = torch.zeros(len(memory.values) + 1, C, dtype=torch.float64)
+    table = torch.zeros(memory.n_rows + 1, C, dtype=torch.float64)
     table[state.rows[b]] = state.deltas[b]
     return table[:-1]
 
@@ -38,13 +38,13 @@ def dense(memory, state, b):
 def test_closed_form_equals_autograd_over_several_chunks():
     memory = make_memory()
     state = memory.fresh_state(2)
-    expected = torch.zeros(2, len(memory.values), C, dtype=torch.float64)
+    expected = torch.zeros(2, memory.n_rows, C, dtype=torch.float64)
     for _ in range(4):
         x = torch.randn(2, CHUNK, C, dtype=torch.float64)
         y, state = memory.adapt(x, state)
         for b in range(2):
             rows, weights = memory.read_plan(x[b : b + 1])
-            table = memory.values + expected[b]
+            table = memory.values.weight + expected[b]
             torch.testing.assert_close(y[b], (weights[0, ..., None] * table[rows[0]]).sum((1, 2)))
             with torch.enable_grad():
                 expected[b] = slow_update(memory, expected[b], x[b])

@@ -21,11 +21,11 @@ def brute_force(memory: ProductKeyMemory, x: torch.Tensor, top_k: int) -> torch.
     queries = memory.query(x).view(*x.shape[:2], memory.heads, 2, -1)
     for h in range(memory.heads):
         keys = torch.stack(
-            [torch.cat([a, b]) for a in memory.keys_a[h] for b in memory.keys_b[h]]
+            [torch.cat([a, b]) for a in memory.keys_a.weight[h] for b in memory.keys_b.weight[h]]
         )  # [n², C / heads]
         scores = queries[:, :, h].flatten(-2) @ keys.T
         best, index = scores.topk(min(top_k, n * n, min(top_k, n) ** 2))
-        rows = memory.values[h * n * n + index]
+        rows = memory.values.weight[h * n * n + index]
         y += (best.softmax(-1)[..., None] * rows).sum(-2)
     return y
 
@@ -58,5 +58,5 @@ def test_only_rows_that_were_read_get_a_gradient():
     x = torch.randn(1, 2, 8, dtype=torch.float64)
     rows, _ = memory.read_plan(x)
     memory(x).sum().backward()
-    touched = memory.values.grad.abs().sum(-1).nonzero().flatten()
+    touched = memory.values.weight.grad.abs().sum(-1).nonzero().flatten()
     assert set(touched.tolist()) == set(rows.flatten().tolist())

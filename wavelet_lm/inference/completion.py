@@ -205,12 +205,21 @@ class Writer:
 
         Raises:
             NonFiniteOutput: where the model's logits are.
-            UserError: the compiler failed.
+            UserError: the compiler failed, or a text would be longer than the model can read.
         """
+        self.check_lengths(reading.texts, requests)
         with ctrl_c_as_flag() as pressed:
             if self.strategy.best_of_n > 1:
                 return self._write_best(reading, requests, show, pressed)
             return self._write_rows(reading, requests, show, pressed)
+
+    def check_lengths(self, texts: Sequence[Sequence[int]], requests: Sequence[Request]) -> None:
+        """Raise `UserError` where a text and what is asked for is more than the models can read."""
+        for text, request in zip(texts, requests, strict=True):
+            # The last token is not read any more; looking ahead reads on after it.
+            n_read = len(text) + request.num_tokens - 1 + self.strategy.lookahead_depth
+            for decoder in filter(None, (self.decoder, self.draft)):
+                decoder.check_length(n_read)
 
     def _write_best(
         self, reading: Reading, requests: Sequence[Request], show: Show, pressed: list[int]
@@ -367,7 +376,9 @@ class Writer:
 def token_embedding(model: nn.Module) -> Tensor:
     """The vectors of all tokens, [V, C]; those of a multinodal model's cells side by side."""
     cells = model.cells if isinstance(model, MultinodalLM) else [model]
-    weights = [cell.embedding.weight.detach() for cell in cells]
+    every = torch.arange(model.vocab_size, device=next(model.parameters()).device)
+    with torch.no_grad():
+        weights = [cell.embedding(every) for cell in cells]
     return weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)
 
 

@@ -18,7 +18,10 @@ from wavelet_lm.devices import reading
 from wavelet_lm.errors import UserError
 from wavelet_lm.inference.contexts import apply_context
 from wavelet_lm.inference.prepared import prepare, weight_bytes_per_token
+from wavelet_lm.inference.products import computing_dtype
+from wavelet_lm.inference.quantization.weights import use_cpu_layout
 from wavelet_lm.inference.static_state import StaticState, is_block_state
+from wavelet_lm.models.gpt import check_length
 from wavelet_lm.models.language_model import LanguageModel
 
 # Positions of a prompt that are read at once: what bounds the memory that a long prompt needs.
@@ -58,7 +61,10 @@ class Decoder:
         if isinstance(model, LanguageModel):
             if adapt is None:
                 adapt = model.config.fwpkm_inference_updates
-            model = apply_context(prepare(model, dtype, adapt=adapt), context)
+            model = prepare(model, dtype, adapt=adapt)
+            if next(model.parameters()).is_cpu and computing_dtype(model) != torch.float64:
+                use_cpu_layout(model)
+            model = apply_context(model, context)
         self.model = model
         self.adapts = bool(adapt)
         self.compile = compile
@@ -146,6 +152,16 @@ class Decoder:
             return CapturedStep(step, [buffer for part in buffers for buffer in part])
         return step
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text that can be read; None = any number."""
+        return getattr(self.model, "longest", None)
+
+    def check_length(self, n: int) -> None:
+        """Raise `UserError` where a text of n tokens is more than can be read."""
+        if self.longest is not None:
+            check_length(n, self.longest)
+
     def weight_bytes_per_token(self) -> int:
         """Bytes of weights that one token of one text reads, as often as they are read again."""
         return weight_bytes_per_token(self.model)
@@ -179,7 +195,7 @@ class Session:
 
 
 class StaticSession(Session):
-    """A session of a model whose state is one `BlockState` per block."""
+    """A session of a model with a state of fixed size for each block."""
 
     def __init__(self, decoder: Decoder, state: Any, max_step: int):
         self.decoder, self.max_step = decoder, max_step
@@ -187,6 +203,7 @@ class StaticSession(Session):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
+        self._check_length()
         logits, self._state.blocks = self.decoder.model(tokens, self._state.blocks)
         self._state.clock.advance(tokens.shape[1])
         return _wide(logits)
@@ -202,6 +219,18 @@ class StaticSession(Session):
     @torch.no_grad()
     def load(self, state: Any, rows: Sequence[int]) -> None:
         self._state.load(self.decoder.rows(state, rows))
+
+    def _check_length(self) -> None:
+        """Refuse a step past the context, as far as that can be seen without waiting for a GPU.
+
+        Texts of a batch that have ended run on there, and so does what is read ahead and taken
+        back: nobody looks at what comes of it.
+        """
+        if self.decoder.longest is None or torch.compiler.is_compiling():
+            return
+        if self.decoder.device.type == "cpu":
+            ahead = self.max_step if self.max_step > 1 else 0
+            self.decoder.check_length(int(self._state.clock.position.min()) + 1 - ahead)
 
     def buffers(self) -> list[Tensor] | None:
         return None if self.decoder.adapts else self._state.buffers()

@@ -2,85 +2,145 @@
 
 - The Hadamard transform on the way into the mixers moves onto their weights, and the one on the way
   out onto the weights that read its result.
-- The mixers of one width become one batched product, and so do the first matrices of the
-  reconstruction's update nets, which do not wait for one another, since their inputs are all known.
-- The reconstruction is linear in what these nets give, c_0 = √2^L a − Σ_k √2^k U_k(d_k), so their
-  last matrices and the projection become one matrix.
+- The mixers of one width become one batched product, and so do the reconstruction's update nets,
+  which do not wait for one another, since their inputs are all known: the reconstruction is
+  linear in what they give, c_0 = √2^L a − Σ_k √2^k U_k(d_k).
 - The second norm's gain and bias, the learned factors and the scale weights move into the matrices
   beside them; a memory's query and sub-keys become one matrix where that is smaller.
 
 Every part is built from trained modules, which it leaves as they are, and computes in their
-precision; `cast` then changes it.
+precision. Every matrix of a part is a module of `products.py`.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import layer_norm
 
+from wavelet_lm.inference.products import (
+    BatchedLinear,
+    OneOfBatch,
+    PreparedLinear,
+    as_parameter,
+    shallow_copy,
+)
 from wavelet_lm.models.block import Block, FeedForward
 from wavelet_lm.models.layers import Gain
 from wavelet_lm.models.memory import ProductKeyMemory
-from wavelet_lm.models.mixer import GatedMixer, NarrowMixer, SpectralMixer
+from wavelet_lm.models.mixer import GatedMixer, NarrowMixer, StackedMixer
 from wavelet_lm.transforms.lifting import LiftingWavelet
+
+MIXER_BANDS = ("mixer_coarse", "mixer_mid", "mixer_fine")
+
+
+def mixer_band(scale: int) -> str:
+    """The component of a scale's mixer: scales 0–2 are coarse, 3–5 mid, the others fine."""
+    return MIXER_BANDS[min(scale // 3, 2)]
 
 
 class FoldedMixer(nn.Module):
-    """A `SpectralMixer` of one layer, with what follows up to the reconstruction.
+    """A `SpectralMixer` with what follows up to the reconstruction.
 
-    Scales of one width are one `MixerGroup`. The result stays in the Hadamard domain where the
-    reconstruction's matrices were rotated for it (`leaves_rotated`).
+    The result stays in the Hadamard domain where that is asked for and no norm stands in the way
+    (`leaves_rotated`).
+
+    Args:
+        stay_rotated: what reads the result is prepared for it.
+        precision: of the mixers' weights by scale; those of several are not put together.
     """
 
-    def __init__(self, block: Block, stay_rotated: bool):
+    def __init__(self, block: Block, stay_rotated: bool, precision: Sequence[object]):
         super().__init__()
         mixer = block.mixer
+        fold_in = not mixer.reads_rotated
         self.routing = mixer.routing
-        has_norm = not isinstance(block.mixed_norm, nn.Identity)
-        stay_rotated = stay_rotated and self.leaves_rotated(block)
-        weights = torch.ones_like(block.scale_weights) if has_norm else block.scale_weights
-        self.rotate = nn.Identity() if stay_rotated else mixer.rotate
-        widths = [m.width for m in mixer.scales]
-        self.scales = [
-            [s for s, w in enumerate(widths) if w == width] for width in dict.fromkeys(widths)
-        ]
-        self.groups = nn.ModuleList(
-            MixerGroup([mixer.scales[s] for s in group], weights[group], mixer.rotate)
-            for group in self.scales
-        )
-        order = [s for group in self.scales for s in group]
-        self.order = None if order == sorted(order) else [order.index(s) for s in range(len(order))]
-        self.norm = nn.Sequential(block.mixed_norm, ScaleWeights(block.scale_weights))
-        if not has_norm:
-            self.norm = nn.Identity()
-
-    @staticmethod
-    def folds(mixer: SpectralMixer) -> bool:
-        """Whether the mixer's products read the transformed bands directly."""
-        return not mixer.reads_rotated
+        self.rotate_in = nn.Identity() if fold_in else mixer.rotate
+        self.select = mixer.select
+        self.stacked = nn.ModuleList(FoldedStackedMixer(m, precision) for m in mixer.stacked)
+        fold_weights = isinstance(block.mixed_norm, nn.Identity) and not mixer.residual
+        weights = block.scale_weights if fold_weights else torch.ones_like(block.scale_weights)
+        rotate = mixer.rotate if fold_in else nn.Identity()
+        self.scales = MixerGroups(list(mixer.scales), weights, rotate, precision)
+        self.residual = mixer.residual
+        self.rotate_out = mixer.rotate
+        if stay_rotated and self.leaves_rotated(block):
+            self.rotate_out = nn.Identity()
+        self.norm = nn.Identity()
+        if not fold_weights:
+            self.norm = nn.Sequential(block.mixed_norm, ScaleWeights(block.scale_weights))
 
     @staticmethod
     def leaves_rotated(block: Block) -> bool:
         """Whether the transform back can be left to what reads the mixed bands."""
-        return FoldedMixer.folds(block.mixer) and isinstance(block.mixed_norm, nn.Identity)
+        return isinstance(block.mixed_norm, nn.Identity)
 
     def forward(self, bands: Tensor) -> Tensor:
         """Bands [S, B, T, Cp] -> mixed bands of the same shape, × ω_s."""
+        bands = self.select(self.rotate_in(bands))
+        for stacked in self.stacked:
+            bands = stacked(bands, self.routing)
+        mixed = self.scales(bands, self.routing)
+        return self.norm(self.rotate_out(bands + mixed if self.residual else mixed))
+
+
+class FoldedStackedMixer(nn.Module):
+    """A `StackedMixer` of grouped mixers."""
+
+    def __init__(self, mixer: StackedMixer, precision: Sequence[object]):
+        super().__init__()
+        self.norm, self.input_gain = mixer.norm, mixer.input_gain
+        ones = torch.ones(len(mixer.scales), dtype=mixer.bias.dtype, device=mixer.bias.device)
+        self.scales = MixerGroups(list(mixer.scales), ones, nn.Identity(), precision)
+        self.bias, self.output_gain, self.residual = mixer.bias, mixer.output_gain, mixer.residual
+
+    def forward(self, bands: Tensor, routing: Tensor | None) -> Tensor:
+        mixed = self.scales(self.input_gain(self.norm(bands)), routing) + self.bias[:, None, None]
+        mixed = self.output_gain(mixed)
+        return bands + mixed if self.residual else mixed
+
+
+class MixerGroups(nn.Module):
+    """The mixers of all scales, those of one width and precision as one `MixerGroup`.
+
+    Args:
+        weights: ω [S], which go into the mixers' last matrices.
+        rotate: H where the mixers read bands that are not transformed, else an identity.
+    """
+
+    def __init__(
+        self,
+        mixers: list[GatedMixer | NarrowMixer],
+        weights: Tensor,
+        rotate: nn.Module,
+        precision: Sequence[object],
+    ):
+        super().__init__()
+        kinds = [(mixer.width, p) for mixer, p in zip(mixers, precision, strict=True)]
+        self.scales = [
+            [s for s, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)
+        ]
+        self.groups = nn.ModuleList(
+            MixerGroup([mixers[s] for s in group], weights[group], rotate) for group in self.scales
+        )
+        for group, scales in zip(self.groups, self.scales, strict=True):
+            group.component = mixer_band(scales[0])
+        order = [s for group in self.scales for s in group]
+        self.order = None if order == sorted(order) else [order.index(s) for s in range(len(order))]
+
+    def forward(self, bands: Tensor, routing: Tensor | None) -> Tensor:
+        """Bands [S, B, T, Cp] -> mixed bands; gates are routed as in `mix_scales`."""
         S, B, T, Cp = bands.shape
-        x = bands.view(S, B * T, Cp)
-        gates = x if self.routing is None else torch.tensordot(self.routing, x, dims=1)
+        x = bands.reshape(S, B * T, Cp)
+        gates = x if routing is None else torch.tensordot(routing, x, dims=1)
         mixed = [
             mix(_take(x, scales), _take(gates, scales))
             for mix, scales in zip(self.groups, self.scales, strict=True)
         ]
         y = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-        if self.order is not None:
-            y = y[self.order]
-        return self.norm(self.rotate(y).view(S, B, T, Cp))
+        return (y if self.order is None else y[self.order]).view(S, B, T, Cp)
 
 
 class MixerGroup(nn.Module):
@@ -143,7 +203,7 @@ class ScaleWeights(nn.Module):
 
 
 class UpdateNets(nn.Module):
-    """The nets that a reconstruction runs on the details, all at once: −√2^k U_k(d_k) summed.
+    """The nets that a reconstruction runs on the details, all at once: −Σ_k √2^k U_k(d_k).
 
     Args:
         wavelet: whose nets depend on nothing but their input.
@@ -152,90 +212,71 @@ class UpdateNets(nn.Module):
 
     def __init__(self, wavelet: LiftingWavelet, transform: nn.Module):
         super().__init__()
-        nets = reconstruction_nets(wavelet)
+        nets = list(reversed(wavelet.update if wavelet.own_update is None else wavelet.own_update))
         self.transform = transform
-        firsts, lasts = first_and_last(nets)
         self.hidden, turn = None, transform
-        if firsts:
-            weight = torch.stack([transform(m.weight) for m in firsts])
-            self.hidden = BatchedLinear(weight, torch.stack([m.bias for m in firsts]))
+        lasts = nets
+        if not isinstance(nets[0], nn.Linear):
+            firsts, lasts = [net[0] for net in nets], [net[-1] for net in nets]
+            self.hidden = _batch([transform(m.weight) for m in firsts], firsts)
             turn = nn.Identity()
-        weight = torch.cat([turn(m.weight) for m in lasts], 1)
-        factors = update_factors(len(nets)).to(weight)
-        self.factors = nn.Parameter(factors[:, None, None])
-        self.last = _linear(weight, sum(f * m.bias for f, m in zip(factors, lasts, strict=True)))
+        self.last = _batch([turn(m.weight) for m in lasts], lasts)
+        factors = [-(2 ** (k / 2)) for k in reversed(range(len(nets)))]
+        self.factors = as_parameter(self.last.weight.new_tensor(factors)[:, None, None])
 
-    def share_weights(self, wavelet: LiftingWavelet) -> None:
-        """Let the twin's wavelet read its update nets from here, where the same matrices are.
+    def decomposing(self, update: nn.ModuleList) -> nn.ModuleList:
+        """The update nets of the decomposition, which read from here what is the same here.
 
         It saves memory, and what one of them reads the cache may still hold for the other.
         """
-        firsts, lasts = first_and_last(reconstruction_nets(wavelet))
         rotated = not isinstance(self.transform, nn.Identity)
-        if firsts and not rotated:
-            _view(firsts, self.hidden.weight.unbind())
-        if firsts or not rotated:
-            _view(lasts, self.last.weight.chunk(len(lasts), 1))
+        nets: list[nn.Module] = []
+        for i, net in enumerate(reversed(update)):
+            last = OneOfBatch(self.last, i)
+            if self.hidden is None:
+                nets.append(net if rotated else last)
+            else:
+                first = net[0] if rotated else OneOfBatch(self.hidden, i)
+                nets.append(nn.Sequential(first, nn.GELU(), last))
+        return nn.ModuleList(reversed(nets))
 
-    def activations(self, details: Tensor) -> Tensor:
-        """Details [L, B, T, Cp] -> what the last matrices read, [B, T, L · hidden]."""
-        _, B, T, _ = details.shape
-        x = details.flatten(1, 2)
+    def forward(self, details: Tensor) -> Tensor:
+        """Details [L, B, T, Cp] -> [B, T, Cp], not in the Hadamard domain."""
+        _, B, T, Cp = details.shape
+        x = details.reshape(-1, B * T, Cp)
         if self.hidden is not None:
             x = nn.functional.gelu(self.hidden(x))
-        return (x * self.factors).transpose(0, 1).reshape(B, T, -1)
+        return (self.last(x) * self.factors).sum(0).view(B, T, -1)
 
 
 class FoldedReconstruction(nn.Module):
-    """c_0 = √2^L a − Σ_k √2^k U_k(d_k), for a block that adds c_0 itself (`skip_proj_out`)."""
+    """c_0 = √2^L a − Σ_k √2^k U_k(d_k), then the projection W_o c_0 + b where there is one.
 
-    def __init__(self, updates: UpdateNets):
+    In the Hadamard domain the projection is [√2^L W_o H | W_o] of a and the sum side by side.
+    """
+
+    def __init__(self, updates: UpdateNets, projection: nn.Module):
         super().__init__()
         self.updates, self.gain = updates, 2 ** (len(updates.factors) / 2)
+        self.transform, self.projection = updates.transform, projection
+        self.side_by_side = isinstance(projection, nn.Linear) and not isinstance(
+            updates.transform, nn.Identity
+        )
+        if self.side_by_side:
+            W_o = projection.weight
+            both = torch.cat((self.gain * updates.transform(W_o), W_o), 1)
+            self.projection = PreparedLinear.of(both, projection.bias)
 
     def forward(self, bands: Tensor) -> Tensor:
         """Mixed bands [S, B, T, Cp] -> [B, T, C]."""
-        sums = self.updates.last(self.updates.activations(bands[1:]))
-        return torch.add(sums, self.updates.transform(bands[0]), alpha=self.gain)
+        a, sums = bands[0], self.updates(bands[1:])
+        if self.side_by_side:
+            return self.projection(torch.cat((a, sums), -1))
+        return self.projection(torch.add(sums, self.transform(a), alpha=self.gain))
 
 
-class ProjectedReconstruction(nn.Module):
-    """W_o c_0 + b as one product: with W_o in the update nets' last matrices."""
-
-    def __init__(self, updates: UpdateNets, wavelet: LiftingWavelet, projection: nn.Linear):
-        """wavelet: as it was trained, so that the matrices are multiplied in its precision."""
-        super().__init__()
-        nets = reconstruction_nets(wavelet)
-        firsts, lasts = first_and_last(nets)
-        turn = nn.Identity() if firsts else updates.transform
-        W_o, gain = projection.weight, 2 ** (len(nets) / 2)
-        parts = [gain * updates.transform(W_o), *(W_o @ turn(m.weight) for m in lasts)]
-        factors = update_factors(len(nets)).to(W_o)
-        bias = sum(f * m.bias for f, m in zip(factors, lasts, strict=True))
-        self.last = _linear(torch.cat(parts, 1), W_o @ bias + projection.bias)
-        self.updates = shallow_copy(updates)
-        self.updates.last = None  # it is part of the one here
-
-    def forward(self, bands: Tensor) -> Tensor:
-        """Mixed bands [S, B, T, Cp] -> [B, T, C]."""
-        return self.last(torch.cat((bands[0], self.updates.activations(bands[1:])), -1))
-
-
-def reconstruction_nets(wavelet: LiftingWavelet) -> list[nn.Module]:
-    """The nets that the reconstruction runs on the details, in the order of the bands."""
-    return list(reversed(wavelet.update if wavelet.own_update is None else wavelet.own_update))
-
-
-def first_and_last(nets: Sequence[nn.Module]) -> tuple[list[nn.Linear], list[nn.Linear]]:
-    """The first and last matrices of two-layer nets; no first ones for nets of one matrix."""
-    if isinstance(nets[0], nn.Linear):
-        return [], list(nets)
-    return [net[0] for net in nets], [net[-1] for net in nets]
-
-
-def update_factors(L: int) -> Tensor:
-    """[L]: −√2^k, in the order of the bands."""
-    return torch.tensor([-(2 ** (k / 2)) for k in reversed(range(L))], dtype=torch.float64)
+def _batch(weights: list[Tensor], layers: list[nn.Linear]) -> BatchedLinear:
+    return BatchedLinear(torch.stack(weights), torch.stack([m.bias for m in layers]))
 
 
 class FoldedFeedForward(nn.Module):
@@ -243,9 +284,13 @@ class FoldedFeedForward(nn.Module):
 
     The norm's gain and bias are in that product, and the branches' learned factors in their last
     matrices or read weights.
+
+    Args:
+        apart: the MLP and the memories have products of their own, for weights of several
+            precisions.
     """
 
-    def __init__(self, feedforward: FeedForward):
+    def __init__(self, feedforward: FeedForward, apart: bool):
         super().__init__()
         branches, gains = feedforward.branches, feedforward.gains
         rows: list[tuple[Tensor, Tensor]] = []
@@ -253,7 +298,7 @@ class FoldedFeedForward(nn.Module):
         if "mlp" in branches:
             first, *middle, last = branches["mlp"].linears
             rows.append((first.weight, first.bias))
-            last = _linear(gains["mlp"](last.weight), gains["mlp"](last.bias))
+            last = PreparedLinear.of(gains["mlp"](last.weight), gains["mlp"](last.bias))
             self.mlp = nn.ModuleList([*middle, last])
         self.memories = nn.ModuleList()
         for name in ("pkm", "fwpkm"):
@@ -262,15 +307,23 @@ class FoldedFeedForward(nn.Module):
                 weight = memory.input_weight(branches[name])
                 rows.append((weight, weight.new_zeros(len(weight))))
                 self.memories.append(memory)
-        self.sizes = [len(weight) for weight, _ in rows]
+        n = 1 if apart and self.mlp is not None else len(rows)
         norm = feedforward.norm
-        weight = torch.cat([weight for weight, _ in rows])
-        bias = torch.cat([bias for _, bias in rows])
-        self.first = _linear(weight * norm.weight, bias + weight @ norm.bias)
+        self.first, self.sizes = nn.ModuleList(), []
+        for group in filter(None, (rows[:n], rows[n:])):
+            weight = torch.cat([weight for weight, _ in group])
+            bias = torch.cat([bias for _, bias in group])
+            self.first.append(PreparedLinear.of(weight * norm.weight, bias + weight @ norm.bias))
+            self.sizes.append([len(weight) for weight, _ in group])
 
     def forward(self, x: Tensor, memory: None) -> tuple[Tensor, None]:
         """[B, T, C] -> [B, T, C]; as `FeedForward` without fast weights."""
-        parts = iter(self.first(layer_norm(x, x.shape[-1:])).split(self.sizes, dim=-1))
+        h = layer_norm(x, x.shape[-1:])
+        parts = iter(
+            part
+            for product, sizes in zip(self.first, self.sizes, strict=True)
+            for part in product(h).split(sizes, dim=-1)
+        )
         total: Tensor | int = 0
         if self.mlp is not None:
             h = next(parts)
@@ -292,7 +345,7 @@ class FoldedMemory(nn.Module):
     def __init__(self, memory: ProductKeyMemory, gain: Gain):
         super().__init__()
         C = memory.query.weight.shape[0]
-        n_keys = memory.keys_a.numel() + memory.keys_b.numel()
+        n_keys = memory.keys_a.weight.numel() + memory.keys_b.weight.numel()
         self.gives_scores = 2 * memory.heads * memory.n_subkeys * C <= C * C + n_keys
         self.gain = gain
         self.memory = shallow_copy(memory)
@@ -306,7 +359,9 @@ class FoldedMemory(nn.Module):
         if not self.gives_scores:
             return Q
         halves = Q.view(memory.heads, 2, -1, Q.shape[1])
-        keys = torch.stack((memory.keys_a, memory.keys_b), 1)  # [heads, 2, √num_keys, half]
+        keys = torch.stack(
+            (memory.keys_a.weight, memory.keys_b.weight), 1
+        )  # [heads, 2, √num_keys, half]
         return (keys @ halves).reshape(-1, Q.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -318,85 +373,6 @@ class FoldedMemory(nn.Module):
             a, b = memory.scores(x)
         rows, weights = memory.plan(a, b)
         return memory.read(rows, self.gain(weights))
-
-
-class PreparedLinear(nn.Linear):
-    """`nn.Linear` for reading."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.bias is not None and bias_apart(x):
-            return linear(x, self.weight) + self.bias
-        return linear(x, self.weight, self.bias)
-
-
-class BatchedLinear(nn.Module):
-    """n products at once: x [n, M, in] -> [n, M, out], with a weight [n, out, in]."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias[:, None])
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return torch.bmm(x, self.weight.mT)
-        if bias_apart(x):
-            return torch.bmm(x, self.weight.mT) + self.bias
-        return torch.baddbmm(self.bias, x, self.weight.mT)
-
-
-def bias_apart(x: Tensor) -> bool:
-    """Whether a product leaves its bias to a sum of its own.
-
-    For one text on a GPU the compiler turns a product into a reduction, a kernel of its own that
-    also does what stands around it, but not a product with a bias inside.
-    """
-    return x.is_cuda and torch.compiler.is_compiling()
-
-
-def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module in another dtype; weights that have it already are shared.
-
-    Single learned factors stay as they are: a 0-d tensor does not raise the dtype of what it
-    multiplies.
-    """
-    if type(module) is nn.Linear:
-        bias = None if module.bias is None else module.bias.detach().to(dtype)
-        return _linear(module.weight.detach().to(dtype), bias)
-    twin = shallow_copy(module)
-    for name, p in module._parameters.items():
-        if p is not None:
-            value = p.detach() if isinstance(module, Gain) else p.detach().to(dtype)
-            twin._parameters[name] = nn.Parameter(value, requires_grad=False)
-    twin._modules = {
-        name: None if child is None else cast(child, dtype)
-        for name, child in module._modules.items()
-    }
-    return twin
-
-
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """A module with the same parts, which can be replaced without changing the original."""
-    twin = copy.copy(module)
-    twin._modules, twin._parameters = dict(module._modules), dict(module._parameters)
-    twin._buffers = dict(module._buffers)
-    return twin
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> PreparedLinear:
-    """A linear layer of these weights."""
-    with torch.device("meta"):
-        layer = PreparedLinear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias, requires_grad=False)
-    return layer
-
-
-def _view(layers: list[nn.Linear], weights: Sequence[Tensor]) -> None:
-    """Let the layers read these weights, which are equal to their own."""
-    for layer, weight in zip(layers, weights, strict=True):
-        layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def _take(x: Tensor, scales: list[int]) -> Tensor:

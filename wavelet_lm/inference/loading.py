@@ -12,6 +12,7 @@ from torch import nn
 from wavelet_lm.data import tokenizers
 from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.errors import UserError
+from wavelet_lm.inference.quantization.checkpoint import load_quantized
 from wavelet_lm.models import checkpoint
 
 
@@ -22,7 +23,8 @@ def load_model(
 ) -> nn.Module:
     """The model of a run folder, a checkpoint file or a published `.pt`, in eval mode on `device`.
 
-    A published checkpoint needs its `config.json` beside it; `log` gets what of it was ignored.
+    Of a quantized checkpoint it is the prepared twin, which reads and does not train. A published
+    checkpoint needs its `config.json` beside it; `log` gets what of it was ignored.
 
     Raises:
         UserError: there is none, it is truncated, or it does not fit its config.
@@ -32,6 +34,9 @@ def load_model(
 
     if is_published(path):
         return load_published(path, device, log)
+    opened = checkpoint.Checkpoint(checkpoint.find_checkpoint(path))
+    if opened.quantization is not None:
+        return load_quantized(opened, device)
     return checkpoint.load_model(path, device)
 
 

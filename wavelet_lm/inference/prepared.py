@@ -1,26 +1,28 @@
 """A model's weights put together for reading: the same function in fewer and larger products.
 
 `prepare` leaves the model alone and returns a twin of folded parts (`folds.py`), which shares the
-weights that need no change. A part with a switch that stands in the way of a fold (a norm or a
-selection between transform and product, packets, several bases, nets that depend on their input)
-runs as it was trained.
+weights that need no change. A part with a switch that stands in the way of a fold (a norm between
+transform and product, packets, several bases, nets that depend on their input) runs as it was
+trained.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from wavelet_lm.errors import UserError
 from wavelet_lm.inference.folds import (
+    MIXER_BANDS,
     FoldedFeedForward,
     FoldedMixer,
     FoldedReconstruction,
-    ProjectedReconstruction,
-    ScaleWeights,
     UpdateNets,
-    cast,
-    shallow_copy,
+    mixer_band,
 )
+from wavelet_lm.inference.products import cast, computing_dtype, rebuilt, shallow_copy
 from wavelet_lm.models.block import Block, BlockState
 from wavelet_lm.models.language_model import LanguageModel
 from wavelet_lm.models.memory import ProductKeyMemory
@@ -29,94 +31,106 @@ from wavelet_lm.models.wavelet_lm import WaveletLM
 from wavelet_lm.transforms.crawl import Crawl, Filter
 from wavelet_lm.transforms.lifting import LiftingWavelet
 
+# What the weights of a component are kept in, by its name (`COMPONENTS`): weights of one kind can
+# be put together in one product.
+Precision = Callable[[str], object]
+COMPONENTS = (*MIXER_BANDS, "mlp", "lifting", "embedding", "rest")
+
 
 @torch.no_grad()
 def prepare(
-    model: LanguageModel, dtype: torch.dtype | None = None, *, adapt: bool = False
+    model: LanguageModel,
+    dtype: torch.dtype | None = None,
+    *,
+    adapt: bool = False,
+    precision: Precision = lambda component: None,
 ) -> LanguageModel:
     """A twin of `model` for inference, in eval mode.
 
     Args:
+        model: one that is prepared already (a quantized one) keeps its folds.
         dtype: of its weights; None keeps the model's. Folds are computed in the model's own.
         adapt: the fast weights will learn, and the second memories are kept as they are.
+        precision: parts of the model that differ in it are not put together.
+
+    Raises:
+        UserError: the model was prepared with another `adapt`.
     """
-    dtype = dtype or next(model.parameters()).dtype
-    if isinstance(model, MultinodalLM):
-        twin = shallow_copy(model)
-        twin.cells = nn.ModuleList(prepare(cell, dtype, adapt=adapt) for cell in model.cells)
-        twin.gates = cast(model.gates, dtype)
-    elif isinstance(model, WaveletLM):
-        twin = _prepare_cell(model, dtype, adapt)
-    else:
-        twin = cast(model, dtype)
-    twin.config = model.config.replace(fwpkm_inference_updates=adapt)
-    return twin.requires_grad_(False).eval()
+    if model.is_prepared:
+        if adapt != model.config.fwpkm_inference_updates:
+            given = "--fwpkm_inference_updates" if adapt else "--no_fwpkm_inference_updates"
+            raise UserError(
+                f"this model was quantized for {'fixed' if adapt else 'learning'} fast weights;"
+                f" quantize it again with {given}"
+            )
+        return cast(model, dtype or computing_dtype(model))
+    twin = _folded(model, adapt, precision)
+    twin = cast(twin, dtype or next(model.parameters()).dtype)
+    twin.is_prepared = True
+    return twin.eval()
 
 
-def _prepare_cell(model: WaveletLM, dtype: torch.dtype, adapt: bool) -> WaveletLM:
+def _folded(model: LanguageModel, adapt: bool, precision: Precision) -> LanguageModel:
     twin = shallow_copy(model)
-    for name in ("embedding", "bag", "embedding_dropout", "final_norm", "head_dropout", "head"):
-        setattr(twin, name, cast(getattr(model, name), dtype))
-    twin.wavelets = cast(_fixed_filters(model.wavelets), dtype)
-    if model.head.weight is model.embedding.weight:
-        twin.head.weight = twin.embedding.weight
-    transform = model.blocks[0].mixer.rotate
-    if not FoldedMixer.leaves_rotated(model.blocks[0]):
+    twin.config = model.config.replace(fwpkm_inference_updates=adapt)
+    if isinstance(model, MultinodalLM):
+        twin.cells = nn.ModuleList(_folded(cell, adapt, precision) for cell in model.cells)
+    elif isinstance(model, WaveletLM):
+        _fold_cell(twin, adapt, precision)
+    return twin
+
+
+def _fold_cell(twin: WaveletLM, adapt: bool, precision: Precision) -> None:
+    """Fold the blocks and wavelets of a model's shallow copy."""
+    blocks = twin.blocks
+    transform = blocks[0].mixer.rotate
+    if not FoldedMixer.leaves_rotated(blocks[0]):
         transform = nn.Identity()
     updates: list[UpdateNets | None] = []
-    for wavelet, twin_wavelet in zip(model.wavelets, twin.wavelets, strict=True):
+    wavelets = []
+    for wavelet in twin.wavelets:
         updates.append(None)
+        folded = rebuilt(wavelet, _fixed_filter)
         if isinstance(wavelet, LiftingWavelet) and wavelet.is_static:
-            updates[-1] = cast(UpdateNets(wavelet, transform), dtype)
-            updates[-1].share_weights(twin_wavelet)
+            updates[-1] = UpdateNets(wavelet, transform)
+            if wavelet.own_update is None:
+                folded.update = updates[-1].decomposing(folded.update)
+            folded.own_update = None
+        wavelets.append(folded)
+    twin.wavelets = nn.ModuleList(wavelets)
     twin.blocks = nn.ModuleList(
-        PreparedBlock(block, model.wavelets[n], updates[n], dtype, adapt)
-        for block, n in ((block, i % len(updates)) for i, block in enumerate(model.blocks))
+        PreparedBlock(block, updates[i % len(updates)], adapt, precision)
+        for i, block in enumerate(blocks)
     )
-    return twin
+
+
+def _fixed_filter(module: nn.Module, _: str) -> nn.Module | None:
+    """A crawl as the filter that it has become."""
+    return Filter(module.taps().detach(), module.min_lag) if isinstance(module, Crawl) else None
 
 
 class PreparedBlock(nn.Module):
     """`Block.forward` with folded parts; the names of the steps are those of `Block`."""
 
-    def __init__(
-        self,
-        block: Block,
-        wavelet: nn.Module,
-        updates: UpdateNets | None,
-        dtype: torch.dtype,
-        adapt: bool,
-    ):
-        """wavelet: the block's, as trained; updates: for a reconstruction that can be folded."""
+    def __init__(self, block: Block, updates: UpdateNets | None, adapt: bool, precision: Precision):
+        """updates: for a reconstruction that can be folded."""
         super().__init__()
-        self.pad = cast(block.pad, dtype)
-        self.embedding_gain = None
-        if block.embedding_gain is not None:
-            self.embedding_gain = nn.Parameter(block.embedding_gain.to(dtype))
-        self.norm1 = cast(block.norm1, dtype)
-        self.decomposed_norm = cast(block.decomposed_norm, dtype)
-        self.bypass = None if block.bypass is None else cast(block.bypass, dtype)
-        self.phase_gate = cast(block.phase_gate, dtype)
-        if FoldedMixer.folds(block.mixer):
-            mixer: nn.Module = FoldedMixer(block, stay_rotated=updates is not None)
-        else:
-            mixer = nn.Sequential(block.mixer, block.mixed_norm, ScaleWeights(block.scale_weights))
-        self.mixer = cast(mixer, dtype)
-        self.projection = nn.Identity()
+        self.pad, self.norm1 = block.pad, block.norm1
+        self.embedding_gain = block.embedding_gain
+        self.decomposed_norm, self.bypass = block.decomposed_norm, block.bypass
+        self.phase_gate = block.phase_gate
+        by_scale = [precision(mixer_band(s)) for s in range(len(block.scale_weights))]
+        self.mixer = FoldedMixer(block, updates is not None, by_scale)
+        self.reconstruction, self.projection = None, None
         if updates is None:
-            self.reconstruction = None
-            self.projection = cast(block.projection, dtype)
-        elif isinstance(block.projection, nn.Linear):
-            folded = ProjectedReconstruction(updates, wavelet, block.projection)
-            self.reconstruction = cast(folded, dtype)
+            self.projection = block.projection
         else:
-            self.reconstruction = FoldedReconstruction(updates)
-        self.spectral_gain = cast(block.spectral_gain, dtype)
-        self.feedforward_gain = cast(block.feedforward_gain, dtype)
-        self.feedforward = None
-        if block.feedforward is not None:
-            parts = block.feedforward if adapt else FoldedFeedForward(block.feedforward)
-            self.feedforward = cast(parts, dtype)
+            self.reconstruction = FoldedReconstruction(updates, block.projection)
+        self.spectral_gain, self.feedforward_gain = block.spectral_gain, block.feedforward_gain
+        self.feedforward = block.feedforward
+        if block.feedforward is not None and not adapt:
+            apart = precision("mlp") != precision("rest")
+            self.feedforward = FoldedFeedForward(block.feedforward, apart)
 
     def forward(
         self,
@@ -151,15 +165,6 @@ class PreparedBlock(nn.Module):
         return y, mean, BlockState(wavelet_state, mean_state, memory)
 
 
-def _fixed_filters(module: nn.Module) -> nn.Module:
-    """The module with every crawl as the filter that it has become."""
-    if isinstance(module, Crawl):
-        return Filter(module.taps().detach(), module.min_lag)
-    twin = shallow_copy(module)
-    twin._modules = {name: _fixed_filters(child) for name, child in module._modules.items()}
-    return twin
-
-
 def weight_bytes_per_token(model: LanguageModel) -> int:
     """Bytes of a prepared model's weights that one token of one text reads.
 
@@ -169,8 +174,12 @@ def weight_bytes_per_token(model: LanguageModel) -> int:
     if isinstance(model, MultinodalLM):
         gates = n_bytes(model.gates) * model.config.loop_iterations
         return gates + sum(weight_bytes_per_token(cell) for cell in model.cells)
+    if not isinstance(model, WaveletLM):
+        parts = (model.blocks, model.final_norm, model.dense, model.head)
+        rows = n_bytes(model.embedding) // model.vocab_size
+        return sum(map(n_bytes, parts)) + rows + n_bytes(model.position_embedding) // model.longest
     total = n_bytes(model.final_norm) + n_bytes(model.head)
-    total += model.embedding.weight[0].numel() * model.embedding.weight.element_size()
+    total += n_bytes(model.embedding) // model.vocab_size
     for i in range(len(model.order) * model.config.loop_iterations):
         number = model.order[i % len(model.order)]
         block, wavelet = model.blocks[number], model.wavelets[number % len(model.wavelets)]
@@ -179,13 +188,11 @@ def weight_bytes_per_token(model: LanguageModel) -> int:
             total -= n_bytes(block.bypass.cross_layer_mix)
         for part in block.modules():
             if isinstance(part, ProductKeyMemory):
-                values, n_rows = part.values, part.heads * part.top_k
-                total += (n_rows - len(values)) * values.shape[1] * values.element_size()
+                unread = part.n_rows - part.heads * part.top_k
+                total -= n_bytes(part.values) // part.n_rows * unread
         for part in wavelet.modules():
             if isinstance(part, LiftingWavelet) and block.reconstruction is None:
                 total += n_bytes(part.update) if part.own_update is None else 0
-            elif isinstance(part, LiftingWavelet) and part.own_update is not None:
-                total -= n_bytes(part.own_update)
     return total
 
 

@@ -104,7 +104,18 @@ NEEDED = {
 }
 
 # Keys of ModelConfig that are no part of the published family, beside the network's name.
-EXTENSIONS = {"lifting_data_dependent", "wavelet_packets", "hadamard_top_k", "phase_gating"}
+EXTENSIONS = {
+    "lifting_data_dependent",
+    "wavelet_packets",
+    "hadamard_top_k",
+    "phase_gating",
+    "heads",
+    "gpt_mlp_expansion",
+    "head_hidden",
+    "wavelet_module",
+    "wavelet_fraction",
+    "wavelet_shared_kernels",
+}
 
 # Keys of the published program that change nothing of a trained model.
 TRAINING_ONLY = {

@@ -165,9 +165,9 @@ def _feedforward(layout: Layout, ours: str, theirs: str, config: Config) -> None
             branches.append(memory)
             branch = f"{ours}branches.{memory}."
             layout.one(f"{branch}query.weight", f"{theirs}{memory}.query_proj.weight")
-            layout.one(f"{branch}keys_a", f"{theirs}{memory}.keys_a")
-            layout.one(f"{branch}keys_b", f"{theirs}{memory}.keys_b")
-            layout.one(f"{branch}values", f"{theirs}{memory}.values.weight")
+            layout.one(f"{branch}keys_a.weight", f"{theirs}{memory}.keys_a")
+            layout.one(f"{branch}keys_b.weight", f"{theirs}{memory}.keys_b")
+            layout.one(f"{branch}values.weight", f"{theirs}{memory}.values.weight")
     for branch in branches:
         layout.one(f"{ours}gains.{branch}.gain", f"{theirs}alpha_{branch}")
     if branches:

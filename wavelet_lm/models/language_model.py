@@ -26,7 +26,12 @@ class LanguageModel(nn.Module):
         config: the `Config` it was built from.
         vocab_size: tokens that it knows.
         gradient_scale: factor of the loss's gradient, not of its value.
+        is_prepared: it is a twin for reading alone (`inference/prepared.py`).
+        longest: tokens of the longest text that it can read; None = any number.
     """
+
+    is_prepared = False
+    longest: int | None = None
 
     def __init__(self, config: Config, vocab_size: int):
         super().__init__()
@@ -98,7 +103,8 @@ class LanguageModel(nn.Module):
     def token_losses(self, idx: Tensor, targets: Tensor, state: Any = None) -> Tensor:
         """Cross-entropy of every target [B, T] in nats, float32, without gradients."""
         x, _ = self.hidden(idx, state)
-        losses = token_cross_entropy(x.flatten(0, 1), self.output_weight(), targets.flatten())
+        project, n_vocab = self.project, self.vocab_size
+        losses = token_cross_entropy(x.flatten(0, 1), project, n_vocab, targets.flatten())
         return losses.view_as(targets)
 
     def hidden(

@@ -29,18 +29,21 @@ class PhaseGate(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         Cp = config.padded_channels
-        self.weight = nn.Parameter(torch.zeros(Cp, Cp))
+        self.proj = nn.Linear(Cp, Cp, bias=False)
+        nn.init.zeros_(self.proj.weight)
         self.gains = nn.Parameter(torch.ones(config.n_scales - 1, Cp))
 
     def forward(self, bands: Tensor) -> Tensor:
         """Bands [S, B, T, Cp], the approximation first -> the same, which is not gated itself."""
         approximation, details = bands[:1], bands[1:]
-        phase = self.gains[:, None, None] * nn.functional.linear(approximation, self.weight)
+        phase = self.gains[:, None, None] * self.proj(approximation)
         return torch.cat((approximation, details * (2 * phase.sigmoid())))
 
 
 class Gain(nn.Module):
     """One learned factor."""
+
+    keeps_dtype = True
 
     def __init__(self, value: float = 1.0):
         super().__init__()

@@ -4,6 +4,8 @@ The logits of all positions never stand in memory: each chunk is projected, redu
 training, differentiated at once, which costs no recomputation.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,27 +14,33 @@ from torch import Tensor, nn
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
 
 
-def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """−log softmax(h Wᵀ)[target] for every position, without gradients.
+def token_cross_entropy(
+    hidden: Tensor, project: Callable[[Tensor], Tensor], n_vocab: int, targets: Tensor
+) -> Tensor:
+    """−log softmax(project(h))[target] for every position, without gradients.
 
     Args:
-        hidden: [N, C]; weight: [V, C]; targets: [N] int64.
+        hidden: [N, C]; project: [n, C] -> logits [n, n_vocab]; targets: [N] int64.
 
     Returns:
         [N] nats, float32 (float64 for float64 input).
     """
     losses = [
-        nn.functional.cross_entropy(_wide(h @ weight.T), t, reduction="none")
-        for h, t in _chunks(hidden, weight, targets)
+        nn.functional.cross_entropy(_wide(project(h)), t, reduction="none")
+        for h, t in _chunks(hidden, n_vocab, targets)
     ]
     return torch.cat(losses)
 
 
 def mean_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean of `token_cross_entropy` as a 0-d tensor, with gradients for `hidden` and `weight`."""
+    """Mean cross-entropy of the logits h Wᵀ, a 0-d tensor, with gradients for h and W.
+
+    Args:
+        hidden: [N, C]; weight: W [V, C]; targets: [N] int64.
+    """
     if torch.is_grad_enabled():
         return _MeanCrossEntropy.apply(hidden, weight, targets)
-    return token_cross_entropy(hidden, weight, targets).mean()
+    return token_cross_entropy(hidden, lambda h: h @ weight.T, len(weight), targets).mean()
 
 
 class _MeanCrossEntropy(torch.autograd.Function):
@@ -54,7 +62,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight)
         start = 0
         with torch.autocast(device, enabled=False):
-            for h, t in _chunks(hidden.to(dtype), weight, targets):
+            for h, t in _chunks(hidden.to(dtype), len(weight), targets):
                 logits = _wide(h @ w.T)
                 log_norm = logits.logsumexp(-1, keepdim=True)
                 total += (log_norm - logits.gather(-1, t[:, None])).sum()
@@ -78,8 +86,8 @@ class _MeanCrossEntropy(torch.autograd.Function):
         return grad_hidden * scale, grad_weight * scale, None
 
 
-def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor):
-    n = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 2**23) // weight.shape[0])
+def _chunks(hidden: Tensor, n_vocab: int, targets: Tensor):
+    n = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 2**23) // n_vocab)
     return zip(hidden.split(n), targets.split(n), strict=True)
 
 

@@ -26,15 +26,16 @@ class ProductKeyMemory(nn.Module):
 
     def __init__(self, C: int, num_keys: int, top_k: int, heads: int):
         super().__init__()
-        self.heads, self.num_keys = heads, num_keys
+        self.C, self.heads, self.num_keys = C, heads, num_keys
+        self.n_rows = heads * num_keys
         self.n_subkeys = math.isqrt(num_keys)
         self.n_best = min(top_k, self.n_subkeys)
         self.top_k = min(top_k, self.n_best**2)
         half = C // (2 * heads)
         self.query = nn.Linear(C, C, bias=False)
-        self.keys_a = nn.Parameter(torch.randn(heads, self.n_subkeys, half) * KEY_NOISE)
-        self.keys_b = nn.Parameter(torch.randn(heads, self.n_subkeys, half) * KEY_NOISE)
-        self.values = nn.Parameter(torch.randn(heads * num_keys, C) * KEY_NOISE)
+        self.keys_a = SubKeys(heads, self.n_subkeys, half)
+        self.keys_b = SubKeys(heads, self.n_subkeys, half)
+        self.values = ValueTable(self.n_rows, C)
         # With both halves sorted, the pair at ranks (i, j) is beaten or matched by all pairs at
         # ranks (≤ i, ≤ j): only pairs with (i + 1)(j + 1) ≤ top_k can be among the best top_k.
         pairs = [
@@ -53,14 +54,7 @@ class ProductKeyMemory(nn.Module):
     def read(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Weighted sums of value rows, [B, T, C], for a plan [B, T, heads, top_k]."""
         B, T = rows.shape[:2]
-        weights = weights.to(self.values.dtype)
-        y = nn.functional.embedding_bag(
-            rows.reshape(B * T, -1),
-            self.values,
-            mode="sum",
-            per_sample_weights=weights.reshape(B * T, -1),
-        )
-        return y.view(B, T, -1)
+        return self.values(rows.reshape(B * T, -1), weights.reshape(B * T, -1)).view(B, T, -1)
 
     def read_plan(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Which value rows each position reads, and with which weights.
@@ -74,10 +68,7 @@ class ProductKeyMemory(nn.Module):
     def scores(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of all sub-keys for queries [B, T, C]: two tensors [B, T, heads, √num_keys]."""
         a, b = q.view(*q.shape[:2], self.heads, 2, -1).unbind(3)
-        return (
-            torch.einsum("bthd,hnd->bthn", a, self.keys_a),
-            torch.einsum("bthd,hnd->bthn", b, self.keys_b),
-        )
+        return self.keys_a(a), self.keys_b(b)
 
     def plan(self, scores_a: Tensor, scores_b: Tensor) -> tuple[Tensor, Tensor]:
         """`read_plan` from the scores of the sub-keys."""
@@ -91,6 +82,37 @@ class ProductKeyMemory(nn.Module):
         head_offset = torch.arange(self.heads, device=rows.device)[:, None] * self.num_keys
         wide = scores if scores.dtype == torch.float64 else scores.float()
         return rows + head_offset, wide.softmax(-1)
+
+
+class SubKeys(nn.Module):
+    """The n sub-keys of one half of the channels, per head: `weight` [heads, n, half]."""
+
+    def __init__(self, heads: int, n: int, half: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(heads, n, half) * KEY_NOISE)
+
+    def forward(self, q: Tensor) -> Tensor:
+        """Halves of queries [B, T, heads, half] -> scores [B, T, heads, n]."""
+        return torch.einsum("bthd,hnd->bthn", q, self.weight)
+
+
+class ValueTable(nn.Module):
+    """What a memory can answer: `weight` [n_rows, C]."""
+
+    def __init__(self, n_rows: int, C: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_rows, C) * KEY_NOISE)
+
+    def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Σ_j weights_ij · weight[rows_ij], for rows and weights [N, k] -> [N, C]."""
+        weights = weights.to(self.weight.dtype)
+        return nn.functional.embedding_bag(
+            rows, self.weight, mode="sum", per_sample_weights=weights
+        )
+
+    def empty(self, *shape: int) -> Tensor:
+        """An empty tensor [*shape, C] like the rows that are read."""
+        return self.weight.new_empty(*shape, self.weight.shape[1])
 
 
 class FastWeights(NamedTuple):
@@ -126,8 +148,8 @@ class FastWeightMemory(ProductKeyMemory):
 
     def fresh_state(self, B: int) -> FastWeights:
         """No deltas yet, for B texts."""
-        rows = torch.empty(B, 0, dtype=torch.int64, device=self.values.device)
-        nothing = self.values.new_empty(B, 0, self.values.shape[1])
+        nothing = self.values.empty(B, 0)
+        rows = torch.empty(B, 0, dtype=torch.int64, device=nothing.device)
         return FastWeights(rows, nothing, nothing)
 
     def adapt(self, x: Tensor, state: FastWeights) -> tuple[Tensor, FastWeights]:
@@ -179,7 +201,7 @@ class FastWeightMemory(ProductKeyMemory):
             for old_rows, old, r, c in zip(state.rows, state.deltas, rows, changes, strict=True)
         ]
         return FastWeights(
-            pad_sequence([r for r, _ in new], True, padding_value=len(self.values)),
+            pad_sequence([r for r, _ in new], True, padding_value=self.n_rows),
             pad_sequence([deltas for _, deltas in new], True),
             state.recent[:, :0],
         )

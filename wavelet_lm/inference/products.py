@@ -1,0 +1,145 @@
+"""The products of a model that is prepared for reading, and how its modules are rebuilt."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+class PreparedLinear(nn.Linear):
+    """`nn.Linear` for reading."""
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> PreparedLinear:
+        """The layer of these weights, [out, in] and [out]."""
+        with torch.device("meta"):
+            layer = cls(weight.shape[1], weight.shape[0], bias=bias is not None)
+        layer.weight, layer.bias = as_parameter(weight), as_parameter(bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None and bias_apart(x):
+            return linear(x, self.weight) + self.bias
+        return linear(x, self.weight, self.bias)
+
+
+class BatchedLinear(nn.Module):
+    """n products at once: x [n, M, in] -> [n, M, out], with a weight [n, out, in]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.weight, self.bias = as_parameter(weight), as_parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return torch.bmm(x, self.weight.mT)
+        bias = self.bias[:, None]
+        if bias_apart(x):
+            return torch.bmm(x, self.weight.mT) + bias
+        return torch.baddbmm(bias, x, self.weight.mT)
+
+    def one(self, i: int, x: Tensor) -> Tensor:
+        """The i-th product alone: [..., in] -> [..., out]."""
+        bias = None if self.bias is None else self.bias[i]
+        if bias is not None and bias_apart(x):
+            return linear(x, self.weight[i]) + bias
+        return linear(x, self.weight[i], bias)
+
+
+class OneOfBatch(nn.Module):
+    """One product of a `BatchedLinear`, whose weights it shares."""
+
+    def __init__(self, batch: nn.Module, i: int):
+        super().__init__()
+        self.batch, self.i = batch, i
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.batch.one(self.i, x)
+
+
+def as_parameter(x: Tensor | None) -> nn.Parameter | None:
+    """The tensor as a parameter, which it may be already: then a shared one stays shared."""
+    if x is None or isinstance(x, nn.Parameter):
+        return x
+    return nn.Parameter(x, requires_grad=False)
+
+
+def bias_apart(x: Tensor) -> bool:
+    """Whether a product leaves its bias to a sum of its own.
+
+    For one text on a GPU the compiler turns a product into a reduction, a kernel of its own that
+    also does what stands around it, but not a product with a bias inside.
+    """
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
+Leaf = Callable[[nn.Module, str], nn.Module | None]
+
+
+def rebuilt(
+    module: nn.Module, leaf: Leaf, name: str = "", memo: dict[int, nn.Module] | None = None
+) -> nn.Module:
+    """A new tree of modules, in which `leaf(module, name)` takes the place of what it accepts.
+
+    What stands in several places stays one module; parameters and buffers are shared.
+    """
+    memo = {} if memo is None else memo
+    if id(module) in memo:
+        return memo[id(module)]
+    new = leaf(module, name)
+    if new is None:
+        new = shallow_copy(module)
+        for part, child in module._modules.items():
+            if child is not None:
+                path = f"{name}.{part}" if name else part
+                new._modules[part] = rebuilt(child, leaf, path, memo)
+    memo[id(module)] = new
+    return new
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in another dtype, its linear layers as `PreparedLinear`; shared weights stay so.
+
+    Modules with `keeps_dtype` do: single learned factors (a 0-d tensor does not raise the dtype of
+    what it multiplies) and quantized weights, whose tables are told which dtype to answer in
+    (`output_dtype`).
+    """
+    new: dict[int, nn.Parameter] = {}
+
+    def leaf(module: nn.Module, _: str) -> nn.Module | None:
+        return PreparedLinear.of(module.weight, module.bias) if type(module) is nn.Linear else None
+
+    twin = rebuilt(model, leaf)
+    for module in twin.modules():
+        if hasattr(module, "output_dtype"):
+            module.output_dtype = dtype
+        kept = getattr(module, "keeps_dtype", False)
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in new:
+                value = p.detach() if kept else p.detach().to(dtype)
+                new[id(p)] = nn.Parameter(value, requires_grad=False)
+            if p is not None:
+                module._parameters[name] = new[id(p)]
+    return twin
+
+
+def computing_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's vectors, which is that of its products."""
+    return next(
+        p.dtype
+        for module in model.modules()
+        if not getattr(module, "keeps_dtype", False)
+        for p in module.parameters(recurse=False)
+    )
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A module with the same parts, which can be replaced without changing the original."""
+    twin = copy.copy(module)
+    twin._modules, twin._parameters = dict(module._modules), dict(module._parameters)
+    twin._buffers = dict(module._buffers)
+    return twin
