@@ -9,6 +9,11 @@ from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.evaluation.likelihood import evaluate_run
 from wavelet_lm.evaluation.report import table
 from wavelet_lm.files import write_text
+from wavelet_lm.inference.quantization.options import (
+    QuantizationOptions,
+    add_quantization_flags,
+    quantization_options,
+)
 
 
 def main() -> None:
@@ -23,12 +28,18 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help="windows at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    add_quantization_flags(parser)
     args = parser.parse_args()
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"batch_size is {args.batch_size}; it must be 1 or more")
 
     results = evaluate_and_print(
-        args.run, args.split, dataset=args.dataset, batch_size=args.batch_size, device=args.device
+        args.run,
+        args.split,
+        dataset=args.dataset,
+        batch_size=args.batch_size,
+        device=args.device,
+        quantization=quantization_options(vars(args)),
     )
     if args.json:
         write_text(args.json, json.dumps(results, indent=1) + "\n")
@@ -41,6 +52,7 @@ def evaluate_and_print(
     dataset: str | None = None,
     batch_size: int | None = None,
     device: str = "auto",
+    quantization: QuantizationOptions | None = None,
 ) -> dict[str, Any]:
     """`evaluate_run` with a progress bar and the table on standard output; returns the results."""
     from tqdm import tqdm
@@ -52,6 +64,7 @@ def evaluate_and_print(
             dataset=dataset,
             batch_size=batch_size,
             device=device,
+            quantization=quantization,
             progress=bar.update,
             log=lambda message: print(message, file=sys.stderr),
         )

@@ -28,6 +28,7 @@ from wavelet_lm.errors import UserError
 if TYPE_CHECKING:
     from wavelet_lm.data import TokenSplit
     from wavelet_lm.data.tokenizers import Tokenizer
+    from wavelet_lm.inference.quantization.options import QuantizationOptions
 
 # Positions of a batch of windows where no batch size is given.
 BATCH_POSITIONS = 4096
@@ -107,7 +108,8 @@ def evaluate(
 
     Returns for each: `nll` (nats per token), `perplexity` (per token), `bits_per_byte` of the text
     after the first token, `word_perplexity` (over the data set's canonical number of words; None
-    where there is none), `tokens` and `bytes` scored, `block_size`, `stride`, `seconds`.
+    where there is none), `tokens` and `bytes` scored, `block_size`, `stride`, `seconds`. What is no
+    text has no bytes: None.
 
     Raises:
         UserError: for fewer than two tokens, and for losses that are not finite.
@@ -138,7 +140,7 @@ def evaluate(
             "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
             "word_perplexity": _exp(nats / split.n_words) if split.n_words else None,
             "tokens": n_tokens,
-            "bytes": n_bytes,
+            "bytes": n_bytes if split.n_bytes else None,
             "block_size": block_size,
             "stride": stride,
             "seconds": time.perf_counter() - started,
@@ -158,6 +160,7 @@ def evaluate_run(
     dataset: str | None = None,
     batch_size: int | None = None,
     device: str = "auto",
+    quantization: QuantizationOptions | None = None,
     progress: Callable[[int], object] | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -166,13 +169,17 @@ def evaluate_run(
     Args:
         split: `train`, `valid` or `test`; None is test, or valid where there is no test split.
         batch_size: windows at once; None suits the size of the run's windows.
+        quantization: how to quantize the model and evaluate that as well; None asks its config.
 
     Returns:
-        What `evaluate` does, and `run`, `dataset`, `split`, `tokenizer`, `n_params`.
+        What `evaluate` does, and `run`, `dataset`, `split`, `tokenizer`, `n_params`; what
+        `evaluate` says of the quantized model under `quantized`, with its `scheme` in words.
     """
     from wavelet_lm.data import prepare_data
     from wavelet_lm.inference.generation import check_vocabulary
-    from wavelet_lm.interop.loading import load_model, load_tokenizer
+    from wavelet_lm.inference.loading import load_model, load_tokenizer
+    from wavelet_lm.inference.quantization.options import QuantizationOptions
+    from wavelet_lm.inference.quantization.quantize import quantize
     from wavelet_lm.models.registry import n_params
 
     where = resolve_device(device)
@@ -187,17 +194,27 @@ def evaluate_run(
     chosen: TokenSplit | None = getattr(data, split)
     if chosen is None:
         raise UserError(f"{data.name} has no {split} split; use --split valid")
+    quantization = quantization or QuantizationOptions()
+    scheme = quantization.scheme(model, str(run))
+    calibration = None if scheme is None else quantization.calibration(config, tokenizer)
     precision = torch.float32 if where.type == "cpu" else amp_dtype(config, where)
-    results = evaluate(
-        model,
-        chosen,
-        tokenizer,
-        block_size=config.block_size,
-        batch_size=batch_size,
-        device=where,
-        amp=autocast(where, precision),
-        progress=progress,
-    )
+
+    def evaluated(model: nn.Module) -> dict[str, Any]:
+        return evaluate(
+            model,
+            chosen,
+            tokenizer,
+            block_size=config.block_size,
+            batch_size=batch_size,
+            device=where,
+            amp=autocast(where, precision),
+            progress=progress,
+        )
+
+    results = evaluated(model)
+    if scheme is not None:
+        twin = quantize(model, scheme, calibration=calibration)
+        results["quantized"] = {"scheme": scheme.describe(), **evaluated(twin)}
     about = {
         "run": str(run),
         "dataset": data.name,

@@ -13,8 +13,10 @@ from wavelet_lm.errors import UserError
 from wavelet_lm.inference.completion import Writer
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import check_vocabulary
+from wavelet_lm.inference.loading import load_model, load_tokenizer
 from wavelet_lm.inference.options import GenerationOptions
-from wavelet_lm.interop.loading import load_model, load_tokenizer
+from wavelet_lm.inference.prepared import n_bytes
+from wavelet_lm.inference.quantization.quantize import quantize
 from wavelet_lm.models.checkpoint import find_checkpoint
 
 
@@ -30,7 +32,19 @@ def open_writer(
     model, tokenizer = _load(options.checkpoint, device, log)
     strategy = options.strategy(model.config)
     how = options.decoding(model.config, device)
-    decoder = Decoder(model, **how, adapt=options.adapts(model.config))
+    adapts = options.adapts(model.config)
+    scheme = options.quantization.scheme(model, options.checkpoint)
+    if scheme is not None:
+        model = quantize(
+            model,
+            scheme,
+            dtype=how["dtype"],
+            adapt=adapts,
+            calibration=options.quantization.calibration(model.config, tokenizer),
+            progress=lambda stage: log(f"calibrating {stage}"),
+        )
+        log(f"{scheme.describe()}: {n_bytes(model) / 1e6:,.2f} MB")
+    decoder = Decoder(model, **how, adapt=adapts)
     draft = None
     if options.draft is not None:
         draft_model, draft_tokenizer = _load(options.draft, device, log)

@@ -20,6 +20,7 @@ from wavelet_lm.files import atomic_path
 from wavelet_lm.models.registry import build_model
 
 FORMAT = "wavelet_lm.1"
+QUANTIZED_FORMAT = "wavelet_lm.quantized.1"
 EXTRA = "training/"
 
 
@@ -71,6 +72,8 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str
 class Checkpoint:
     """A checkpoint file, opened: `config`, `vocab_size` and `metadata` are read, tensors on demand.
 
+    `quantization` is the scheme of a quantized one (`inference/quantization`), else None.
+
     Raises:
         UserError: the file is missing, truncated, or not a checkpoint of this project.
     """
@@ -88,10 +91,12 @@ class Checkpoint:
             raise UserError(
                 f"{path}: truncated or not a safetensors file ({error}); use another checkpoint"
             ) from None
-        if header.get("format") != FORMAT:
+        if header.get("format") not in (FORMAT, QUANTIZED_FORMAT):
             raise UserError(
                 f"{path}: its format is {header.get('format')!r}, this version reads {FORMAT!r}"
+                f" and {QUANTIZED_FORMAT!r}"
             )
+        self.quantization: str | None = header.get("quantization")
         self.config = Config.from_dict(json.loads(header["config"]), source=str(path))
         self.vocab_size = int(header["vocab_size"])
         self.metadata: dict[str, Any] = json.loads(header["metadata"])
@@ -110,8 +115,14 @@ class Checkpoint:
         """Copy the weights into a model of the same shape.
 
         Raises:
-            UserError: names or shapes differ; the line lists the first ones.
+            UserError: the weights are quantized, or names or shapes differ; the line lists the
+                first ones.
         """
+        if self.quantization is not None:
+            raise UserError(
+                f"{self.path}: its weights are quantized, for generation and evaluation alone; use"
+                " the checkpoint that it was made from"
+            )
         parameters = dict(model.named_parameters())
         names = {name for name in self.names if not name.startswith(EXTRA)}
         problems = [f"no {name}" for name in sorted(parameters.keys() - names)]

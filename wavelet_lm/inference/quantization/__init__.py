@@ -1,0 +1,1 @@
+"""Post-training quantization: weights in few bits, read as they are."""
