@@ -41,7 +41,7 @@ from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.inference.contexts import parse_context
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import check_vocabulary
-from wavelet_lm.interop.loading import load_model, load_tokenizer
+from wavelet_lm.inference.loading import load_model, load_tokenizer
 from wavelet_lm.models.registry import n_params
 
 # Logits that are held at once, and positions that are read at once.

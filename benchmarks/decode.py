@@ -10,9 +10,10 @@ stays on the device. Beside it, in the same run and in turns with it:
 
 - `recompute:N`: the plain model reads the last N tokens again for every token, as the published
   code does; only the last position's logits are computed;
-- `gpt`: a GPT-2 of equal parameters (± 5%, not counting its table of positions) with a key-value
-  cache; `--no_gpt` leaves it out. It and the plot need
-  `python -m pip install -c constraints.txt -e ".[bench]"`.
+- `gpt`: the project's GPT at equal parameters (± 5%, not counting its table of positions), with
+  the context that the measurement needs; `--no_gpt` leaves it out.
+
+The plot needs `python -m pip install -c constraints.txt -e ".[bench]"`.
 
 Latency is the median over all timed steps, the mean beside it would show a step that is dear now
 and then. Bytes of weights per token come in three counts: those of the weights prepared for
@@ -33,7 +34,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from cached_gpt import CachedGPT, CachedText, check_transformers
+from equal_gpt import EqualGPT
 from report import (
     alternate,
     bandwidth,
@@ -55,7 +56,7 @@ from wavelet_lm.config import Config, OneLineParser, read_json_object
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.files import atomic_path
-from wavelet_lm.inference.decoder import CapturedStep, Decoder
+from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.models.breakdown import breakdown
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.training.memory import (
@@ -176,8 +177,10 @@ class Benchmark:
             vocab_size, (settings.positions[-1] + 1,), device=self.device
         ).tolist()
         self.batch_position = settings.recompute or config.block_size
+        if self.decoder.longest is not None:  # a GPT must have room for what it writes
+            self.batch_position = max(1, min(self.batch_position, config.block_size - self._room))
         self.rows: list[dict[str, Any]] = []
-        self.gpt: CachedGPT | None = None
+        self.gpt: EqualGPT | None = None
 
     def run(self, note: Callable[[str], None]) -> None:
         note("reading texts up to the positions")
@@ -258,7 +261,7 @@ class Benchmark:
             self.plain = plain
         if settings.gpt:
             longest = max(settings.positions[-1], self.batch_position)
-            self.gpt = CachedGPT(
+            self.gpt = EqualGPT(
                 n_params(self.model),
                 self.vocab_size,
                 longest + self._room,
@@ -340,7 +343,7 @@ class Benchmark:
             return
         text = self.gpt.start(batch, position, self._room)
         place = {"position": position, "batch": batch}[part]
-        measurements["gpt", place] = self._steps(_accelerated(text, self.device), text.rewind)
+        measurements["gpt", place] = self._steps(text.step, text.rewind)
 
     def _fractions(self, n_bytes: dict[str, int], milliseconds: float) -> dict[str, Any]:
         """Bytes per token by each count, and their rate over the measured ones of memory."""
@@ -350,11 +353,6 @@ class Benchmark:
             row[f"{count}_bytes"] = size
             row |= {f"{count}_of_{kind}": rate / speed for kind, speed in self.bandwidth.items()}
         return row
-
-
-def _accelerated(text: CachedText, device: torch.device) -> Callable[[], None]:
-    """The GPT's step, in a CUDA graph on a GPU: else it would wait for launches."""
-    return CapturedStep(text.step, text.buffers()) if device.type == "cuda" else text.step
 
 
 def _speeds(seconds: Sequence[float], batch: int) -> dict[str, float | int]:
@@ -589,8 +587,6 @@ def main() -> None:
     )
     config = Config.from_dict(read_json_object(file), source=file)
     check_targets((json_file, plot_file))
-    if flags["gpt"]:
-        check_transformers()
     if plot_file:
         check_matplotlib(plot_file)
     requested = flags["device"]

@@ -83,7 +83,7 @@ def test_every_key_has_a_meaning_and_an_allowed_default():
         ({"C": 30, "pkm_heads": 4}, ["pkm_heads", "divisible"]),
         ({"min_lr": 1}, ["min_lr", "lr"]),
         ({"benchmark_only": True}, ["benchmark_only", "benchmark_run_dir"]),
-        ({"quantize_enabled": True}, ["quantize_enabled", "false"]),
+        ({"quantize_mlp_bits": 3}, ["quantize_mlp_bits", "2 | 4 | 8 | 16"]),
         ({"mixer_depth_residuals": True}, ["mixer_depth_residuals", "mixer_depth"]),
         ({"multi_basis_lifting": True}, ["multi_basis_lifting", "shared_lifting_weights"]),
         ({"multinodal_cross_cell_gating": True}, ["gating", "multinodal_enabled"]),
@@ -232,6 +232,11 @@ MODEL_KEYS = [spec.name for spec in dataclasses.fields(GROUPS["model"])]
 COSTS = {key: spec.metadata["option"].cost for key, spec in FIELDS.items()}
 # Costs in words: these keys change how often everything else is there.
 IN_WORDS = {
+    "model",
+    "gpt_mlp_expansion",
+    "head_hidden",
+    "wavelet_module",
+    "wavelet_shared_kernels",
     "C",
     "layers",
     "levels",

@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,21 @@ def option(default: Any, meaning: str, **limits: Any) -> Any:
     return field(default=default, metadata={"option": Option(meaning, **limits)})
 
 
-def not_yet(default: Any, meaning: str) -> Any:
-    """A key of the model family whose other values this version refuses by name."""
-    return option(default, f"{meaning} (fixed in this version)", choices=(default,))
+BITS = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The network. The keys and their meaning are described in the README, "How it works"."""
 
-    model: str = option("wavelet_lm", "network to build", choices=("wavelet_lm",))
+    model: str = option(
+        "wavelet_lm",
+        "network to build: the wavelet model, or a baseline with attention, which reads C, layers,"
+        " block_size, dropout_*, tie_embedding_to_lm_head, gradient_checkpointing and the keys that"
+        " name it",
+        choices=("wavelet_lm", "gpt", "wavelet_gpt"),
+        cost="another network",
+    )
     C: int = option(2048, "channels of the residual stream", minimum=1, cost="every width")
     layers: int = option(2, "number of blocks", minimum=1, cost="a block each")
     levels: int = option(
@@ -281,6 +286,34 @@ class ModelConfig:
         1, "blocks between gates", minimum=1, cost="with gating ⌊layers / interval⌋·C²"
     )
 
+    heads: int = option(8, "attention heads of a GPT", minimum=1)
+    gpt_mlp_expansion: int = option(
+        4,
+        "hidden width of a GPT's MLP, times C",
+        minimum=1,
+        cost="of a GPT N·gpt_mlp_expansion·(2·C² + C)",
+    )
+    head_hidden: int = option(
+        2048,
+        "units of the dense layer before the vocabulary of a GPT, 0 = none",
+        minimum=0,
+        cost="of a GPT (C + 1)·head_hidden + (head_hidden − C)·V",
+    )
+    wavelet_module: str = option(
+        "haar",
+        "moving averages of wavelet_gpt: haar, learnable, ema, or a discrete wavelet of PyWavelets"
+        " such as db2",
+        cost="learnable: every window of every averaged channel, N − 1 times",
+    )
+    wavelet_fraction: float = option(
+        0.5, "share of the channels of wavelet_gpt that they average", above=0, maximum=1
+    )
+    wavelet_shared_kernels: bool = option(
+        False,
+        "one learnable kernel per level in place of one per channel",
+        cost="learnable: every level's window, N − 1 times",
+    )
+
     def stabilized(self, name: str) -> bool:
         """Whether the switch `stab_<name>` is on, itself or through stable_parametrization."""
         return self.stable_parametrization or getattr(self, f"stab_{name}")
@@ -308,10 +341,14 @@ class DataConfig:
     dataset: str = option(
         "wikitext-103",
         "built-in name (python-stdlib, wikitext-103, wikitext-2, pg19, text8, enwik8, tinystories,"
-        " openwebtext), a file or folder of text, or a hub data set NAME[:CONFIG]",
+        " openwebtext), a file or folder of text (of what the tokenizer reads), or a hub data set"
+        " NAME[:CONFIG]",
     )
     tokenizer: str = option(
-        "auto", "gpt2, sentencepiece:VOCAB, bytes, char, or auto: what suits the data set"
+        "auto",
+        "gpt2, sentencepiece:VOCAB, bytes, char, or auto: what suits the data set; for files of"
+        " audio mulaw or pcm8, of music midi, of EnCodec's codes encodec[:CODEBOOK], of images"
+        " pixels or pixels_rgb",
     )
     split: tuple[float, ...] = option(
         (0.9, 0.05, 0.05),
@@ -380,7 +417,6 @@ class TrainingConfig:
     runs_file: str | None = option("runs.md", "table to which a finished run adds its row")
     benchmark_only: bool = option(False, "evaluate benchmark_run_dir and do not train")
     benchmark_run_dir: str = option("", "run folder for benchmark_only")
-    quantize_enabled: bool = not_yet(False, "8-bit post-training quantization")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,7 +436,37 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelConfig, DataConfig, TrainingConfig, GenerationConfig):
+class QuantizationConfig:
+    """How generate.py and evaluation quantize the weights of the run, unless told otherwise."""
+
+    quantize_enabled: bool = option(False, "read the run with quantized weights (--ptq8)")
+    quantize_backend: str = option(
+        "native",
+        "whose products read them; bitsandbytes has 8 and 4 bits (LLM.int8, NF4), torchao 8",
+        choices=("native", "torchao", "bitsandbytes"),
+    )
+    quantize_bits: int = option(8, "bits of a weight, 16 = not quantized", choices=BITS)
+    quantize_mixer_coarse_bits: int | None = option(
+        None, "those of the mixers of scales 0 to 2; none = quantize_bits", choices=BITS
+    )
+    quantize_mixer_mid_bits: int | None = option(
+        None, "of the mixers of scales 3 to 5", choices=BITS
+    )
+    quantize_mixer_fine_bits: int | None = option(
+        None, "of the mixers of the other scales", choices=BITS
+    )
+    quantize_mlp_bits: int | None = option(None, "of the MLPs", choices=BITS)
+    quantize_lifting_bits: int | None = option(None, "of the lifting nets", choices=BITS)
+    quantize_embedding_bits: int | None = option(
+        None, "of the embedding, and of a head that is tied to it", choices=BITS
+    )
+    quantize_group_size: int = option(
+        64, "weights of a row that share a scale, below 8 bits", choices=(32, 64, 128, 256)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, QuantizationConfig):
     """All options. Construction validates: `ConfigError` names the key at fault."""
 
     def __post_init__(self) -> None:
@@ -441,6 +507,7 @@ GROUPS = {
     "data": DataConfig,
     "training": TrainingConfig,
     "generation": GenerationConfig,
+    "quantization": QuantizationConfig,
 }
 
 
@@ -588,6 +655,7 @@ def _check_contradictions(c: Config) -> None:
         f"wavelet_packets doubles the scales with every level and levels is {c.levels};"
         f" use levels {MAX_PACKET_LEVELS} or less",
     )
+    _check_baseline(c, refuse)
     widths = c.per_scale_mixer_widths
     packets = " with wavelet_packets" if c.wavelet_packets else ""
     refuse(
@@ -648,7 +716,7 @@ def _check_contradictions(c: Config) -> None:
     )
     for memory in ("pkm", "fwpkm"):
         keys, heads = getattr(c, f"{memory}_num_keys"), getattr(c, f"{memory}_heads")
-        enabled = getattr(c, f"{memory}_enabled")
+        enabled = c.model == "wavelet_lm" and getattr(c, f"{memory}_enabled")
         refuse(
             enabled and math.isqrt(keys) ** 2 != keys,
             f"{memory}_num_keys is {keys}; it must be a square number such as"
@@ -687,6 +755,55 @@ def _check_contradictions(c: Config) -> None:
     refuse(
         c.benchmark_only and not c.benchmark_run_dir,
         "benchmark_only needs benchmark_run_dir, the run folder to evaluate",
+    )
+
+
+# Switches of the wavelet model that would change what a GPT is, and it has none of.
+WAVELET_LM_ALONE = (
+    "looped_blocks",
+    "loop_iterations",
+    "stochastic_depth_rate",
+    "stable_parametrization",
+    "fwpkm_inference_updates",
+    "multinodal_enabled",
+)
+WAVELET_GPT_ALONE = ("wavelet_module", "wavelet_fraction", "wavelet_shared_kernels")
+
+
+def _check_baseline(c: Config, refuse: Callable[[bool, str], None]) -> None:
+    """Keys at odds with model gpt or wavelet_gpt, and those that only wavelet_gpt reads."""
+
+    def is_set(key: str) -> bool:
+        return getattr(c, key) != FIELDS[key].default
+
+    if c.model != "wavelet_gpt":
+        for key in WAVELET_GPT_ALONE:
+            refuse(
+                is_set(key),
+                f"{key} is {show(getattr(c, key))} and model {c.model} has no moving averages;"
+                f" set it to {show(FIELDS[key].default)} or use model wavelet_gpt",
+            )
+    refuse(
+        c.wavelet_shared_kernels and c.wavelet_module != "learnable",
+        f"wavelet_shared_kernels is for learnable kernels and wavelet_module is {c.wavelet_module};"
+        " use wavelet_module learnable",
+    )
+    if c.model == "wavelet_lm":
+        return
+    for key in WAVELET_LM_ALONE:
+        refuse(
+            is_set(key),
+            f"{key} belongs to model wavelet_lm and model is {c.model}; set it to"
+            f" {show(FIELDS[key].default)}",
+        )
+    refuse(
+        c.C % c.heads != 0,
+        f"heads is {c.heads}; C ({c.C}) must be divisible by it",
+    )
+    refuse(
+        c.tie_embedding_to_lm_head and c.head_hidden not in (0, c.C),
+        f"tie_embedding_to_lm_head needs a head of C ({c.C}) inputs and head_hidden is"
+        f" {c.head_hidden}; set head_hidden to 0",
     )
 
 

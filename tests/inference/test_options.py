@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import shlex
 
 import pytest
@@ -10,6 +11,7 @@ from wavelet_lm.inference.completion import CoherenceOptions, Strategy
 from wavelet_lm.inference.generation import MAX_SEED
 from wavelet_lm.inference.options import GenerationOptions, build_parser, parse_options
 from wavelet_lm.inference.prompts import Prompt
+from wavelet_lm.inference.quantization.options import QuantizationOptions
 from wavelet_lm.inference.rows import Request
 from wavelet_lm.inference.sampling import SamplingOptions
 
@@ -202,7 +204,8 @@ def test_prompts_come_from_a_flag_or_a_file(tmp_path):
 
 def test_help_names_every_flag_with_its_meaning():
     parser = build_parser("")
-    fields = {field.name for field in dataclasses.fields(GenerationOptions)}
+    options = dataclasses.fields(GenerationOptions), dataclasses.fields(QuantizationOptions)
+    fields = {field.name for field in itertools.chain(*options)} - {"quantization"}
     actions = [action for action in parser._actions if action.dest != "help"]
     assert {action.dest for action in actions} == fields
     shown = {action.dest for action in actions if action.help and action.help != "==SUPPRESS=="}

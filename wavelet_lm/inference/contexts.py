@@ -6,6 +6,8 @@
   slow as it sounds, and the reference for the other two.
 - `auto`: `window:block_size` for a model with a running mean, else `stream`.
 
+A GPT, which has positions up to block_size, streams up to there and recomputes up to that many.
+
 In training the running mean never was one of more than block_size positions, and a window of as
 many reads long texts slightly better: `plans/context_past_block_size.md`.
 """
@@ -49,13 +51,21 @@ def apply_context(model: LanguageModel, context: str) -> nn.Module:
     """A prepared model that reads with this context; `model` is changed or wrapped.
 
     Raises:
-        UserError: the context is unknown, or a window of a running mean that the model lacks.
+        UserError: the context is unknown, a window of a running mean that the model lacks, or
+            longer than what the model can read.
     """
     kind, N = parse_context(context)
     if kind == "recompute":
+        if model.longest is not None and N > model.longest:
+            raise UserError(
+                f"context {context} is longer than the {model.longest} positions of this model"
+                f" (its block_size); use recompute:{model.longest} or less"
+            )
         return Recomputed(model, N)
     config = model.config
-    has_running_mean = config.decompose_bypass and not config.decompose_bypass_ema
+    has_running_mean = (
+        config.model == "wavelet_lm" and config.decompose_bypass and not config.decompose_bypass_ema
+    )
     if kind == "auto" and has_running_mean:
         kind, N = "window", config.block_size
     if kind == "window":

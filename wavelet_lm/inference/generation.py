@@ -78,6 +78,7 @@ def generate(
     if num_tokens > 0:
         decoder = Decoder(model, context="auto")
         prompt_ids = encode_prompt(tokenizer, prompt)
+        decoder.check_length(len(prompt_ids) + num_tokens - 1)
         logits, state = decoder.prefill([prompt_ids])
         steps = sampled_tokens(decoder, logits, state, [prompt_ids], options, [seed])
         for _, (drawn,) in zip(range(num_tokens), steps, strict=False):

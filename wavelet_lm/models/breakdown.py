@@ -13,11 +13,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from wavelet_lm.config import Config
+from wavelet_lm.models.gpt import GPT
 from wavelet_lm.models.memory import ProductKeyMemory
 from wavelet_lm.models.mixer import SpectralMixer
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.models.wavelet_lm import WaveletLM
 from wavelet_lm.transforms.lifting import MultiBasisWavelet
+from wavelet_lm.transforms.moving_averages import LearnedFilters
 from wavelet_lm.transforms.packets import WaveletPackets
 
 # The first pattern that a parameter's name matches says what it is a part of.
@@ -47,6 +49,15 @@ ORDER = (
     "gains",
     "head",
 )
+GPT_COMPONENTS = {
+    "embedding": r"^embedding\.",
+    "positions": r"^position_embedding\.",
+    "attention": r"\.attention\.",
+    "MLP": r"\.mlp\.",
+    "moving averages": r"\.average\.",
+    "norms": r"norm",
+    "head": r"^head\.|^dense\.",
+}
 BACKWARD = 3  # a product's backward takes two of its size, one for each factor
 
 
@@ -76,7 +87,7 @@ class Breakdown:
     components: by name, in the order of the computation; hadamard_flops: of one training token, for
     transforms done as products, at the config's micro-batch; state_elements, state_bytes: of one
     text in float32; block_reach, reach: positions back that the wavelets of one block and of the
-    stack see; sees_everything: whether a running mean reaches further still.
+    stack see, or a GPT's attention; sees_everything: whether a running mean reaches further still.
     """
 
     n_params: int
@@ -98,6 +109,8 @@ def breakdown(config: Config, vocab_size: int) -> Breakdown:
     with torch.device("meta"):
         model = build_model(config, vocab_size).eval()
         _, state = model(torch.zeros(1, 1, dtype=torch.int64))
+    if isinstance(model, GPT):
+        return _gpt_breakdown(model, state)
     cells = list(model.cells) if config.multinodal_enabled else [model]
     components = {name: Cost() for name in ORDER}
     for cell in cells:
@@ -110,16 +123,58 @@ def breakdown(config: Config, vocab_size: int) -> Breakdown:
             components["routing and bypass"] += Cost(0, size, flops, size, size * runs)
     applications = len(cells[0].order) * config.loop_iterations
     reach = _wavelet_reach(cells[0].wavelets[0])
-    leaves = [t for t in tree_leaves(state) if t is not None]
     return Breakdown(
         n_params=n_params(model),
         components={name: cost for name, cost in components.items() if cost != Cost()},
         hadamard_flops=sum(map(_hadamard_flops, cells)),
-        state_elements=sum(t.numel() for t in leaves),
-        state_bytes=sum(t.numel() * t.element_size() for t in leaves),
+        **_state_size(state),
         block_reach=reach,
         reach=reach * applications,
         sees_everything=config.decompose_bypass,
+    )
+
+
+def _state_size(state: Any) -> dict[str, int]:
+    leaves = [t for t in tree_leaves(state) if t is not None]
+    return {
+        "state_elements": sum(t.numel() for t in leaves),
+        "state_bytes": sum(t.numel() * t.element_size() for t in leaves),
+    }
+
+
+def _gpt_breakdown(model: GPT, state: Any) -> Breakdown:
+    """A GPT's figures; those of attention's own products are for a whole window of block_size.
+
+    Half of these products are masked; they count as they are computed in training.
+    """
+    config = model.config
+    components = {name: Cost() for name in GPT_COMPONENTS}
+    for name, p in model.named_parameters():  # a tied head goes by the embedding's name
+        size = p.numel()
+        cost = Cost(size * name.startswith("blocks.0."), size, 0, size, size)
+        if re.search(r"^(position_)?embedding\.", name):
+            cost.distinct = cost.read = config.C  # one row
+        elif p.ndim == 2:
+            cost.flops = BACKWARD * 2 * size
+        component = next(c for c, pattern in GPT_COMPONENTS.items() if re.search(pattern, name))
+        components[component] += cost
+    if config.tie_embedding_to_lm_head:
+        size = model.head.weight.numel()
+        components["head"] += Cost(flops=BACKWARD * 2 * size, distinct=size, read=size)
+    # Scores and their product with the values, for every layer and position of the window.
+    products = 2 * config.layers * config.block_size * config.C
+    components["attention"].flops += BACKWARD * 2 * products
+    for module in model.modules():
+        if isinstance(module, LearnedFilters):
+            components["moving averages"].flops += BACKWARD * 2 * module.n_taps
+    return Breakdown(
+        n_params=n_params(model),
+        components={name: cost for name, cost in components.items() if cost != Cost()},
+        hadamard_flops=0,
+        **_state_size(state),
+        block_reach=config.block_size - 1,
+        reach=config.block_size - 1,
+        sees_everything=False,
     )
 
 
@@ -133,8 +188,8 @@ def _count_cell(model: WaveletLM, components: dict[str, Cost]) -> None:
         cost.flops = BACKWARD * 2 * p.numel() * _products(model, name, p, uses)
         if name == "embedding.weight":
             cost.distinct = cost.read = model.config.C  # the row of the token
-        elif name.endswith(".values"):
-            memory = memories[name.removesuffix(".values")]
+        elif name.endswith(".values.weight"):
+            memory = memories[name.removesuffix(".values.weight")]
             cost.distinct = memory.heads * memory.top_k * model.config.C
             cost.read = cost.distinct * uses
         of_a_block = name.startswith("blocks.0.") or (
@@ -171,7 +226,7 @@ def _uses(model: WaveletLM, name: str) -> int:
 def _products(model: WaveletLM, name: str, p: nn.Parameter, uses: int) -> int:
     """How many vectors each token multiplies by a matrix; 0 where it is no factor of a product."""
     if p.ndim < 2 or re.search(
-        r"norm|embedding\.|\.values$|\.gains$|\.bias$|wavelets\.\d+\.weights", name
+        r"norm|embedding\.|\.values\.|\.gains$|\.bias$|wavelets\.\d+\.weights", name
     ):
         return 0
     if name == "head.weight":

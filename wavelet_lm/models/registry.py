@@ -3,11 +3,12 @@
 from torch import nn
 
 from wavelet_lm.config import Config
+from wavelet_lm.models.gpt import GPT
 from wavelet_lm.models.language_model import LanguageModel
 from wavelet_lm.models.multinodal import MultinodalLM
 from wavelet_lm.models.wavelet_lm import WaveletLM
 
-MODELS = {"wavelet_lm": WaveletLM}
+MODELS = {"wavelet_lm": WaveletLM, "gpt": GPT, "wavelet_gpt": GPT}
 
 
 def build_model(config: Config, vocab_size: int) -> LanguageModel:

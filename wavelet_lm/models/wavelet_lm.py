@@ -147,7 +147,8 @@ class WaveletLM(LanguageModel):
 def uses_carry(config: Config) -> bool:
     """Whether training hands the running mean of one window to the next one of the same text."""
     return (
-        config.decompose_bypass
+        config.model == "wavelet_lm"
+        and config.decompose_bypass
         and config.decompose_bypass_cross_window
         and config.data_order == "sequential"
     )

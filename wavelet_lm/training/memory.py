@@ -31,7 +31,8 @@ def estimate_bytes(config: Config, n_params: int, vocab_size: int) -> int:
 
     The activations count what each block keeps per position, in units of its channels: about 6
     vectors per split and lifting layer (inputs, hidden and outputs of the nets), 12 per scale
-    (bands, gates, products, transforms, dropout), the MLP's hidden layers, and 10 more.
+    (bands, gates, products, transforms, dropout), the MLP's hidden layers, and 10 more. A GPT's
+    block keeps 16 and its MLP's, and its head three times its units.
     """
     fixed = n_params * (8 + STATE_BYTES[config.optimizer])
     net_vectors = 1 if config.lifting_linear_only else 2 * config.lifting_hidden_mult
@@ -39,6 +40,9 @@ def estimate_bytes(config: Config, n_params: int, vocab_size: int) -> int:
         (config.n_scales - 1) * (4 + 3 * net_vectors) + 12 * config.n_scales
     ) + config.C * (10 + 2 * config.mlp_expansion * (config.mlp_layers - 1))
     positions = config.micro_batch_size * config.block_size
+    if config.model != "wavelet_lm":
+        per_block = config.C * (16 + 2 * config.gpt_mlp_expansion)
+        fixed += 4 * positions * 3 * config.head_hidden
     activations = positions * (config.layers * per_block + 4 * config.C) * 4
     logits = 3 * 4 * min(CHUNK_ELEMENTS["cuda"], positions * vocab_size)
     return fixed + activations + logits
