@@ -5,6 +5,7 @@ import sys
 
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import run_command
+from wavelet_lm.inference.files import continue_file, run_modality
 from wavelet_lm.inference.interactive import converse
 from wavelet_lm.inference.opening import open_writer
 from wavelet_lm.inference.options import parse_options
@@ -16,7 +17,8 @@ from wavelet_lm.training.run_folder import command_line
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?"
     options = parse_options(__doc__)
-    prompts = options.read_prompts()
+    modality = run_modality(options)
+    prompts = [] if modality else options.read_prompts()
     output = Output(
         write=lambda text: print(text, end="", flush=True),
         log=functools.partial(print, file=sys.stderr),
@@ -29,6 +31,9 @@ def main() -> None:
     config, size = writer.model.config, options.batch_size
     before = None if options.load_state is None else writer.load(options.load_state)
 
+    if modality:
+        continue_file(writer, modality, options, output, before)
+        return
     if options.prompts is not None:
         jobs = [(prompt, r) for prompt in prompts for r in options.requests(config, prompt)]
         write_batch(writer, jobs, output, batch_size=size, before=before)

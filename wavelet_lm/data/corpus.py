@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
+from wavelet_lm.data.modalities import names_for
 from wavelet_lm.errors import UserError
+from wavelet_lm.files import unreadable
 
 Document = Iterator[str]
 Documents = Callable[[], Iterator[Document]]
@@ -31,8 +33,22 @@ SPLIT_NAMES = {
     "valid": ("valid", "val", "validation", "dev"),
     "test": ("test",),
 }
+ALL = "all"  # the part of files that name no splits
 PIECE_BYTES = 1 << 20
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+class FileKind(Protocol):
+    """kind: the files in one word; suffixes: theirs, in small letters."""
+
+    kind: str
+    suffixes: tuple[str, ...]
+
+
+class TextFiles:
+    """The `FileKind` of text."""
+
+    kind, suffixes = "text", SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -63,54 +79,70 @@ def path_corpus(path: Path, split: tuple[float, ...], log: Callable[[str], None]
     A folder with `train` and `valid` files or subfolders uses those (and `test`); anything else is
     concatenated in sorted order and cut by position into the fractions `split`.
     """
-    name = _short_name(path)
-    if path.is_dir():
-        named = _named_splits(path)
-        if named:
-            used = {file for files in named.values() for file in files}
-            unused = [file for file in _text_files(path) if file not in used]
-            if unused:
-                log(f"{path}: uses its train/valid/test, not {_some(unused, path)}")
-            key = content_key({part: _digests(files) for part, files in named.items()})
-            return Corpus(name, {s: reader(f) for s, f in named.items()}, key, "gpt2")
-    files = _text_files(path)
-    key = content_key({"files": _digests(files), "split": list(split)})
-    return Corpus(name, cut_by_position(reader(files), fractions=split), key, "gpt2")
+    name = short_name(path)
+    files = files_by_split(path, TextFiles, log)
+    keys = {part: digests(found, TextFiles) for part, found in files.items()}
+    if ALL in files:
+        key = content_key({"files": keys[ALL], "split": list(split)})
+        splits = cut_by_position(reader(files[ALL]), fractions=split)
+    else:
+        key = content_key(keys)
+        splits = {part: reader(found) for part, found in files.items()}
+    return Corpus(name, splits, key, "gpt2")
 
 
-def _text_files(path: Path) -> list[Path]:
+def files_by_split(path: Path, kind: FileKind, log: Callable[[str], None]) -> dict[str, list[Path]]:
+    """The files of this kind at `path`, by the splits that it names; if none, all as `ALL`."""
+    named = _named_splits(path, kind) if path.is_dir() else {}
+    if not named:
+        return {ALL: _files(path, kind)}
+    used = {file for files in named.values() for file in files}
+    unused = [file for file in _files(path, kind) if file not in used]
+    if unused:
+        log(f"{path}: uses its train/valid/test, not {_some(unused, path)}")
+    return named
+
+
+def _files(path: Path, kind: FileKind) -> list[Path]:
     """The supported file `path`, or those in the folder, sorted by their relative path."""
-    formats = "/".join(SUFFIXES)
+    formats = "/".join(kind.suffixes)
     if not path.is_dir():
-        if not path.name.lower().endswith(SUFFIXES):
-            raise UserError(f"{path}: not a text file that is supported ({formats})")
+        if not path.name.lower().endswith(kind.suffixes):
+            advice = _other_kind([path], kind)
+            raise UserError(f"{path}: not a {kind.kind} file that is supported ({formats}){advice}")
         return [path]
     inside = sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix())
-    files = [
+    inside = [
         file
         for file in inside
-        if file.name.lower().endswith(SUFFIXES)
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
+    files = [file for file in inside if file.name.lower().endswith(kind.suffixes)]
     if not files:
-        raise UserError(f"{path}: the folder holds no text files ({formats})")
+        advice = _other_kind(inside, kind)
+        raise UserError(f"{path}: the folder holds no {kind.kind} files ({formats}){advice}")
     return files
 
 
-def _named_splits(folder: Path) -> dict[str, list[Path]]:
+def _other_kind(files: list[Path], kind: FileKind) -> str:
+    """What to do where files meant for other tokenizers are taken for text."""
+    found = names_for(files) if kind is TextFiles else None
+    return f"; for {found[0]} files use --tokenizer {' or '.join(found[1])}" if found else ""
+
+
+def _named_splits(folder: Path, kind: FileKind) -> dict[str, list[Path]]:
     """Files of the splits that the folder names; empty when it names no train split."""
     found: dict[str, list[Path]] = {}
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise unreadable(error, folder) from error
     for entry in entries:
-        is_text = entry.is_dir() or entry.name.lower().endswith(SUFFIXES)
+        is_one = entry.is_dir() or entry.name.lower().endswith(kind.suffixes)
         stem = entry.name.lower().split(".")[0]
         for split, names in SPLIT_NAMES.items():
-            if is_text and stem in names:
-                found.setdefault(split, []).extend(_text_files(entry))
+            if is_one and stem in names:
+                found.setdefault(split, []).extend(_files(entry, kind))
     missing = {"train", "valid"} - set(found)
     if len(missing) == 1:
         (have,) = {"train", "valid"} - missing
@@ -123,7 +155,7 @@ def _named_splits(folder: Path) -> dict[str, list[Path]]:
     return {split: found[split] for split in SPLIT_NAMES if split in found}
 
 
-def _short_name(path: Path) -> str:
+def short_name(path: Path) -> str:
     path = path.resolve()
     stem = path.name if path.is_dir() else path.name.split(".")[0]
     if not path.is_dir() and stem in ("input", "train", "text", "data"):
@@ -214,11 +246,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         what = {"gz": "gzip"}.get(kind, kind)
         raise UserError(f"{path}: broken {what} ({error}); get the file again") from error
     except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror or error})")
+        raise unreadable(error, path) from error
 
 
 # --- cutting by position -------------------------------------------------------------------------
@@ -297,7 +325,7 @@ def stdlib_corpus(split: tuple[float, ...], log: Callable[[str], None]) -> Corpu
     train, valid, _ = split
     files: dict[str, list[Path]] = {"train": [], "valid": [], "test": []}
     sizes = dict.fromkeys(files, 0)
-    digests: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    hashes: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
     for path in sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).as_posix()):
         relative = path.relative_to(root)
         if STDLIB_LEFT_OUT.intersection(relative.parts):
@@ -313,22 +341,22 @@ def stdlib_corpus(split: tuple[float, ...], log: Callable[[str], None]) -> Corpu
             part = "train" if place < train else "valid" if place < train + valid else "test"
             files[part].append(path)
             sizes[part] += len(source)
-            digests[part].append(hashlib.sha256(source).hexdigest())
+            hashes[part].append(hashlib.sha256(source).hexdigest())
     files = {part: paths for part, paths in files.items() if paths}
     if not files:
         raise UserError(f"python-stdlib: {root} holds no source files; use another dataset")
     counts = "; ".join(f"{part} {len(files[part])} files, {sizes[part]:,} bytes" for part in files)
     log(f"python-stdlib: {counts}")
     splits = {part: reader(paths) for part, paths in files.items()}
-    return Corpus("python-stdlib", splits, content_key(digests), "bytes")
+    return Corpus("python-stdlib", splits, content_key(hashes), "bytes")
 
 
 # --- keys ----------------------------------------------------------------------------------------
 
 
-def _digests(files: Iterable[Path]) -> list[str]:
+def digests(files: Iterable[Path], kind: FileKind) -> list[str]:
     """Content and format of each file; where it lies does not matter."""
-    digests = []
+    found = []
     for path in files:
         digest = hashlib.sha256()
         try:
@@ -336,10 +364,10 @@ def _digests(files: Iterable[Path]) -> list[str]:
                 while chunk := file.read(PIECE_BYTES):
                     digest.update(chunk)
         except OSError as error:
-            raise _unreadable(path, error) from error
-        kind = next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix))
-        digests.append(f"{kind} {digest.hexdigest()}")
-    return digests
+            raise unreadable(error, path) from error
+        format = next(suffix for suffix in kind.suffixes if path.name.lower().endswith(suffix))
+        found.append(f"{format} {digest.hexdigest()}")
+    return found
 
 
 def content_key(description: object) -> str:

@@ -12,9 +12,22 @@ from pathlib import Path
 import numpy as np
 
 from wavelet_lm.config import DataConfig
-from wavelet_lm.data.corpus import SUFFIXES, Corpus, path_corpus, stdlib_corpus
-from wavelet_lm.data.encoding import EmptySplitError, locked, sample_blocks, token_file
+from wavelet_lm.data.corpus import (
+    ALL,
+    SPLIT_NAMES,
+    SUFFIXES,
+    Corpus,
+    content_key,
+    digests,
+    files_by_split,
+    path_corpus,
+    short_name,
+    stdlib_corpus,
+)
+from wavelet_lm.data.encoding import EmptySplitError, kept, locked, sample_blocks, token_file
 from wavelet_lm.data.hub import KNOWN, hub_corpus
+from wavelet_lm.data.modalities import Modality, find_modality
+from wavelet_lm.data.tasks.tables import read_table
 from wavelet_lm.data.tokenizers import (
     CharTokenizer,
     Tokenizer,
@@ -38,7 +51,8 @@ class TokenSplit:
     """One split as tokens.
 
     tokens: 1-D read-only memory map, uint8, uint16 or uint32; n_bytes: UTF-8 bytes of the text they
-    encode (end-of-text tokens have none); n_words: the canonical word count where one exists.
+    encode (end-of-text tokens have none), 0 where they are no text; n_words: the canonical word
+    count where one exists.
     """
 
     tokens: np.ndarray
@@ -71,6 +85,9 @@ def prepare_data(
     """
     if tokenizer is None and config.tokenizer != "auto":
         check_tokenizer_name(config.tokenizer)
+        tokenizer = find_modality(config.tokenizer)
+    if isinstance(tokenizer, Modality):
+        return _prepare_files(config, tokenizer, log)
     corpus = open_corpus(config, log)
     folder = Path(config.cache_dir).expanduser() / f"{corpus.name}-{_short_hash(corpus.key)}"
     if tokenizer is None:
@@ -100,6 +117,85 @@ def prepare_data(
     return TokenizedText(
         corpus.name, tokenizer, splits["train"], splits["valid"], splits.get("test")
     )
+
+
+def _prepare_files(
+    config: DataConfig, modality: Modality, log: Callable[[str], None]
+) -> TokenizedText:
+    """The same for files that are no text; those that name no splits are cut by position."""
+    path = Path(config.dataset).expanduser()
+    if not config.dataset or not path.exists():
+        raise UserError(
+            f"tokenizer {modality.name} reads {modality.kind} files"
+            f" ({', '.join(modality.suffixes)}) and dataset {config.dataset!r} is no file or"
+            " folder; give the path of some, or another tokenizer"
+        )
+    files = _table_splits(path, modality) or files_by_split(path, modality, log)
+    modality = modality.fitted([file for part in files.values() for file in part])
+    name = short_name(path)
+    key = content_key({part: digests(found, modality) for part, found in files.items()})
+    folder = Path(config.cache_dir).expanduser() / f"{name}-{_short_hash(key)}"
+    folder /= _short_hash(modality.fingerprint)
+    tokens: dict[str, np.ndarray] = {}
+    for part, found in files.items():
+
+        def stretches(found: list[Path] = found) -> Iterator[tuple[np.ndarray, int]]:
+            return ((stretch, 0) for file in found for stretch in modality.read(file))
+
+        try:
+            tokens[part] = kept(folder / f"{part}.bin", stretches, modality.vocab_size, log).tokens
+        except EmptySplitError:
+            tokens[part] = np.zeros(0, np.uint8)
+    if ALL in tokens:
+        tokens = _cut_tokens(tokens[ALL], config.split)
+    for split, found in tokens.items():
+        log(f"{name} {split}: {len(found):,} tokens ({modality.name})")
+    for split in ("train", "valid"):
+        if not len(tokens[split]):
+            advice = "give more files" if split == "train" else "give more files or change split"
+            raise UserError(f"{config.dataset}: the {split} split is empty; {advice}")
+    test = tokens.get("test", ())
+    return TokenizedText(
+        name,
+        modality,
+        TokenSplit(tokens["train"], 0),
+        TokenSplit(tokens["valid"], 0),
+        TokenSplit(test, 0) if len(test) else None,
+    )
+
+
+def _table_splits(folder: Path, modality: Modality) -> dict[str, list[Path]]:
+    """The files of a folder by the splits of its table, as MAESTRO has one; empty without."""
+    found: dict[str, list[Path]] = {}
+    for table in sorted(folder.glob("*.csv")):
+        with table.open(encoding="utf-8", errors="replace") as file:
+            columns = file.readline().strip().split(",")
+        if modality.column not in columns or "split" not in columns:
+            continue
+        for place, (name, split) in read_table(table, (modality.column, "split")):
+            part = next((p for p, names in SPLIT_NAMES.items() if split in names), None)
+            if part is None:
+                raise UserError(
+                    f"{place}: split is {split!r}; it must be train, validation or test"
+                )
+            if not (folder / name).is_file():
+                raise UserError(f"{place}: there is no {folder / name}; unpack all of the data set")
+            found.setdefault(part, []).append(folder / name)
+        for part in ("train", "valid"):
+            if part not in found:
+                raise UserError(f"{table}: names no {part} files; remove it to split by position")
+        return found
+    return {}
+
+
+def _cut_tokens(tokens: np.ndarray, split: tuple[float, ...]) -> dict[str, np.ndarray]:
+    """Train, valid and test one after the other, of these fractions of the tokens."""
+    train, valid, test = split
+    # Rounding first: 0.9 + 0.1 must not fall short of the end.
+    first, second = int(train * len(tokens)), int(round(train + valid, 9) * len(tokens))
+    if test == 0:
+        second = len(tokens)
+    return {"train": tokens[:first], "valid": tokens[first:second], "test": tokens[second:]}
 
 
 def open_corpus(config: DataConfig, log: Callable[[str], None] = print) -> Corpus:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from wavelet_lm.data.corpus import Document, Documents
-from wavelet_lm.data.tokenizers import Tokenizer
+from wavelet_lm.data.tokenizer_base import Tokenizer
 from wavelet_lm.errors import UserError
 from wavelet_lm.files import as_user_error, atomic_path, write_text
 
@@ -26,8 +26,12 @@ LONGEST_UNCUT_CHARS = 1 << 22
 SAFE_CUT = re.compile(r"(?<=\S)[ \n]")
 
 
+# Stretches of tokens, each with the UTF-8 bytes of its text (0 where it is none).
+Stretches = Iterator[tuple[np.ndarray, int]]
+
+
 class EmptySplitError(UserError):
-    """A split without any text."""
+    """A split without any tokens."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,24 @@ class TokenFile:
 def token_file(
     path: Path, documents: Documents, tokenizer: Tokenizer, log: Callable[[str], None]
 ) -> TokenFile:
-    """The token file at `path`, made first where it is missing or not whole.
+    """The token file of a text at `path`, made first where it is missing or not whole.
 
     Raises `EmptySplitError` when there is no text, `UserError` for a full disk, and what the
     documents raise; then nothing is left behind.
     """
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    return kept(path, lambda: encode_documents(documents(), tokenizer), tokenizer.vocab_size, log)
+
+
+def kept(
+    path: Path, encode: Callable[[], Stretches], vocab_size: int, log: Callable[[str], None]
+) -> TokenFile:
+    """The token file at `path`, made of what `encode` yields as `token_file` has it."""
+    dtype = np.min_scalar_type(vocab_size - 1)
     finished = _open_finished(path, dtype)
     if finished is None:
         with locked(path, log):
             # Another process may have written it while this one waited.
-            finished = _open_finished(path, dtype) or _write(path, documents, tokenizer, dtype)
+            finished = _open_finished(path, dtype) or _write(path, encode(), dtype)
     return finished
 
 
@@ -66,20 +77,22 @@ def _open_finished(path: Path, dtype: np.dtype) -> TokenFile | None:
         return None
 
 
-def _write(path: Path, documents: Documents, tokenizer: Tokenizer, dtype: np.dtype) -> TokenFile:
+def _write(path: Path, stretches: Stretches, dtype: np.dtype) -> TokenFile:
     from tqdm import tqdm
 
     for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
         stale.unlink(missing_ok=True)
     n_tokens = n_bytes = 0
-    bar = tqdm(desc=f"encoding {path.stem}", unit="B", unit_scale=True, disable=None, leave=False)
+    bar = tqdm(
+        desc=f"encoding {path.stem}", unit=" tokens", unit_scale=True, disable=None, leave=False
+    )
     with bar, atomic_path(path) as temporary, temporary.open("wb") as file:
-        for tokens, size in encode_documents(documents(), tokenizer):
+        for tokens, size in stretches:
             file.write(tokens.astype(dtype, copy=False).tobytes())
             n_tokens += len(tokens)
             n_bytes += size
-            bar.update(size)
-        if n_bytes == 0:
+            bar.update(len(tokens))
+        if n_tokens == 0:
             raise EmptySplitError(f"the {path.stem} split has no text")
     write_text(_counts_path(path), json.dumps({"tokens": n_tokens, "bytes": n_bytes}))
     return TokenFile(np.memmap(path, dtype=dtype, mode="r", shape=(n_tokens,)), n_bytes)
@@ -89,9 +102,7 @@ def _counts_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def encode_documents(
-    documents: Iterator[Document], tokenizer: Tokenizer
-) -> Iterator[tuple[np.ndarray, int]]:
+def encode_documents(documents: Iterator[Document], tokenizer: Tokenizer) -> Stretches:
     """Tokens of consecutive stretches of the documents, and the UTF-8 bytes of each stretch.
 
     The tokenizer's end-of-text token, if it has one, stands between documents that have text.

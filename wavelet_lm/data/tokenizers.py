@@ -2,6 +2,7 @@
 
 All four are lossless: the UTF-8 bytes of a text's tokens, joined, are the text's bytes. A tokenizer
 is kept with a run as `tokenizer/tokenizer.json` (plus `sentencepiece.model`); nothing is pickled.
+Files that are no text have tokenizers of their own (`modalities/`), by the same names and files.
 """
 
 from __future__ import annotations
@@ -16,61 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
+from wavelet_lm.data.modalities import MODALITY_NAMES, Modality, find_modality
+from wavelet_lm.data.tokenizer_base import Tokenizer, Tokens
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import atomic_path, write_text
+from wavelet_lm.files import atomic_path
 
 GPT2_VOCAB, GPT2_END_OF_TEXT = 50257, 50256
 SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space inside its pieces
 LARGEST_SENTENCEPIECE_VOCAB = 1_000_000
 MAX_SENTENCE_BYTES = 16384  # longer training sentences would be left out
-
-Tokens = Sequence[int] | np.ndarray
-
-
-class Tokenizer:
-    """What all tokenizers offer.
-
-    name: as the config writes it; vocab_size: tokens are 0 … vocab_size - 1; end_of_text: the
-    token that stands between documents, or None where there is none.
-    """
-
-    name: str
-    vocab_size: int
-    end_of_text: int | None = None
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text; strings such as `<|endoftext|>` inside it are plain text."""
-        return np.asarray(self.encode_batch([text])[0]).tolist()
-
-    def encode_batch(self, texts: Sequence[str], start: int = 0) -> list[Tokens]:
-        """Tokens of each of several texts.
-
-        start: position of the first text's first character in the whole, for error messages.
-        """
-        raise NotImplementedError
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of the tokens; bytes that are not valid UTF-8 become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-
-    def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes of one token (possibly part of a character); empty for end_of_text."""
-        raise NotImplementedError
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for tokenizers that encode equally."""
-        return self.name
-
-    def save(self, folder: str | Path) -> None:
-        """Write what `load_tokenizer` needs into `folder`, which is made if missing."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Escapes keep odd characters (separators, line ends) out of the file.
-        write_text(folder / "tokenizer.json", json.dumps({"name": self.name, **self._details()}))
-
-    def _details(self) -> dict[str, object]:
-        return {}
 
 
 class ByteTokenizer(Tokenizer):
@@ -238,9 +193,10 @@ def check_tokenizer_name(name: str) -> None:
     """Raise `UserError` for a name that no tokenizer has."""
     if name.startswith("sentencepiece"):
         sentencepiece_vocab(name)
-    elif name not in ("gpt2", "bytes", "char"):
+    elif name not in ("gpt2", "bytes", "char") and find_modality(name) is None:
         raise UserError(
-            f"unknown tokenizer {name!r}; use gpt2, sentencepiece:VOCAB, bytes, char or auto"
+            f"unknown tokenizer {name!r}; use gpt2, sentencepiece:VOCAB, bytes, char or auto, and"
+            f" for files that are no text {', '.join(MODALITY_NAMES)}"
         )
 
 
@@ -302,14 +258,29 @@ def _vocabulary_error(message: str, vocab_size: int) -> str:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a run folder, of its `tokenizer` folder, or beside a checkpoint file."""
     path = Path(path).expanduser()
-    folder = path if path.is_dir() else path.parent
     if not path.exists():
         raise UserError(f"{path}: there is no such run folder or checkpoint")
-    for place in (folder / "tokenizer", folder):
-        file = place / "tokenizer.json"
-        if file.is_file():
-            return _read(file)
-    raise UserError(f"{path}: there is no tokenizer (tokenizer/tokenizer.json) here")
+    file = tokenizer_file(path)
+    if file is None:
+        raise UserError(f"{path}: there is no tokenizer (tokenizer/tokenizer.json) here")
+    return _read(file)
+
+
+def load_modality(path: str | Path) -> Modality | None:
+    """What `load_tokenizer` finds, if its tokens are no text; None also where it cannot be read."""
+    file = tokenizer_file(path)
+    try:
+        return file and find_modality(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, UserError):
+        return None
+
+
+def tokenizer_file(path: str | Path) -> Path | None:
+    """Where `load_tokenizer` reads, None where there is nothing to read."""
+    path = Path(path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    files = (place / "tokenizer.json" for place in (folder / "tokenizer", folder))
+    return next(filter(Path.is_file, files), None)
 
 
 def _read(file: Path) -> Tokenizer:
@@ -320,6 +291,8 @@ def _read(file: Path) -> Tokenizer:
             return CharTokenizer(details["characters"])
         if name.startswith("sentencepiece"):
             return SentencePieceTokenizer((file.parent / "sentencepiece.model").read_bytes())
+        if modality := find_modality(**details):
+            return modality
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise UserError(f"{file}: cannot be read as a tokenizer ({error})") from error
     return named_tokenizer(name)

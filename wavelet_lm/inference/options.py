@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,11 @@ from wavelet_lm.inference.completion import CoherenceOptions, Strategy
 from wavelet_lm.inference.contexts import parse_context
 from wavelet_lm.inference.generation import MAX_SEED, check_seed
 from wavelet_lm.inference.prompts import Prompt, read_prompts, read_text
+from wavelet_lm.inference.quantization.options import (
+    QuantizationOptions,
+    add_quantization_flags,
+    quantization_options,
+)
 from wavelet_lm.inference.rows import Request
 from wavelet_lm.inference.sampling import SamplingOptions
 
@@ -85,7 +90,9 @@ class GenerationOptions:
     device: str = "auto"
     dtype: str = "auto"
     compile: str = "auto"
+    quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
 
+    out: str | None = None
     json: bool = False
     metrics: bool | None = None
     clean_spacing: bool | None = None
@@ -191,7 +198,8 @@ class GenerationOptions:
                 "--best_of_n and temperature 0 contradict each other: all samples are one; give a"
                 " --temperature"
             )
-        if self.fwpkm_inference_updates and not config.fwpkm_enabled:
+        learns = config.model == "wavelet_lm" and config.fwpkm_enabled
+        if self.fwpkm_inference_updates and not learns:
             raise UserError(
                 "--fwpkm_inference_updates adapts a memory that this model lacks (fwpkm_enabled is"
                 " false); leave it out"
@@ -284,7 +292,10 @@ def parse_options(description: str, arguments: list[str] | None = None) -> Gener
         UserError: one line for anything that is wrong with them.
     """
     given = vars(build_parser(description).parse_args(arguments))
-    return GenerationOptions(**{**given, "stop": tuple(given["stop"] or ())})
+    quantization = quantization_options(given)
+    given = {k: v for k, v in given.items() if not hasattr(quantization, k)}
+    given["stop"] = tuple(given["stop"] or ())
+    return GenerationOptions(**given, quantization=quantization)
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -462,11 +473,20 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         f" {COMPILED_FROM} tokens on [auto]",
     )
 
+    add_quantization_flags(parser)
+
     flags = parser.add_argument_group("output")
+    flags.add_argument(
+        "--out",
+        metavar="FILE",
+        help="where a run on audio, music, codes or images writes: the prompt (--prompt_file, a"
+        " file of its kind) and what follows it; with --n several files FILE_1, FILE_2, …",
+    )
     flags.add_argument(
         "--json",
         action="store_true",
-        help="one JSON object per sample: prompt, text, tokens, seed, reason, metrics, timings",
+        help="one JSON object per sample: prompt, text (or the name of the file), tokens, seed,"
+        " reason, metrics, timings",
     )
     _add_switch(
         flags,

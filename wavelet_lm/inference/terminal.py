@@ -99,11 +99,13 @@ def write_samples(
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the texts so far are written and recorded.
-        UserError: output that is not finite.
+        UserError: output that is not finite, or, before anything is written, texts that would be
+            longer than the model can read.
     """
     if not any(request.num_tokens for request in requests):
         output.log(f"prompt: {_rate(reading.n_tokens, reading.seconds)}")
         return
+    writer.check_lengths([reading.texts[0]] * len(requests), requests)
     n, shown_prompt = len(requests), prompt if echo else ""
 
     def begin(i: int) -> None:
@@ -129,7 +131,7 @@ def write_samples(
                 output.write((completion.text if i > 0 else "") + "\n")
             output.done(prompt, completion, writer.strategy.sampling)
         output.log(speed(reading if first == 0 else None, completions))
-        _stop_if_interrupted(completions, group)
+        stop_if_interrupted(completions, group)
 
 
 def write_batch(
@@ -170,10 +172,10 @@ def write_batch(
         for (prompt, _), completion in zip(group, completions, strict=False):
             output.done(prompt.text, completion, writer.strategy.sampling)
         output.log(speed(reading, completions))
-        _stop_if_interrupted(completions, group)
+        stop_if_interrupted(completions, group)
 
 
-def _stop_if_interrupted(completions: Sequence[Completion], asked: Sequence[Any]) -> None:
+def stop_if_interrupted(completions: Sequence[Completion], asked: Sequence[Any]) -> None:
     if len(completions) < len(asked) or any(c.reason == "interrupted" for c in completions):
         raise KeyboardInterrupt
 

@@ -234,14 +234,18 @@ class Trainer:
             raise Diverged(self._diverged(f"the validation loss is {loss} at step {self.step}"))
         self.evaluated_step = self.step
         valid = self.data.valid
-        bits_per_byte = loss / math.log(2) * len(valid.tokens) / valid.n_bytes
+        bits_per_byte = None  # of tokens that are no text
+        if valid.n_bytes:
+            bits_per_byte = loss / math.log(2) * len(valid.tokens) / valid.n_bytes
         self.run.write_metrics(
             event="eval", step=self.step, val_loss=loss, bits_per_byte=bits_per_byte
         )
         words = [f"step {self.step:>6}/{self.total_steps}"]
         if self.smooth_loss is not None:
             words.append(f"train loss {self.smooth_loss:.4f}")
-        words += [f"valid loss {loss:.4f}", f"{bits_per_byte:.4f} bits/byte"]
+        words.append(f"valid loss {loss:.4f}")
+        if bits_per_byte is not None:
+            words.append(f"{bits_per_byte:.4f} bits/byte")
         if self.step:
             words.append(f"{self.tokens_per_second:,.0f} tokens/s")
         self.run.log(" | ".join(words))

@@ -13,6 +13,7 @@ from torch import nn
 from wavelet_lm.config import Config, show
 from wavelet_lm.data import TokenizedText, prepare_data
 from wavelet_lm.data.batches import steps_per_epoch
+from wavelet_lm.data.modalities import Modality
 from wavelet_lm.data.tokenizers import GPT2_VOCAB, Tokenizer, load_tokenizer
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import Interrupted, UserError
@@ -21,10 +22,10 @@ from wavelet_lm.evaluation.report import table
 from wavelet_lm.inference.completion import Strategy, Writer
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import encode_prompt
+from wavelet_lm.inference.loading import find_own_checkpoint
 from wavelet_lm.inference.rows import Request
 from wavelet_lm.inference.sampling import SamplingOptions
 from wavelet_lm.inference.terminal import RECORD, record
-from wavelet_lm.interop.loading import find_own_checkpoint
 from wavelet_lm.models.checkpoint import Checkpoint, load_model
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.training import memory
@@ -152,12 +153,29 @@ def _announce(trainer: Trainer) -> None:
     )
     run.log(
         f"{size:,} parameters in {config.layers} blocks of {config.C} channels,"
-        f" {config.n_scales} scales; about {needed / memory.GiB:.2f} GiB to train on"
+        f" {_parts(config)}; about {needed / memory.GiB:.2f} GiB to train on"
         f" {trainer.device} in {str(trainer.precision.dtype).removeprefix('torch.')}"
     )
     run.log(f"{trainer.total_steps:,} steps of {tokens:,} tokens, {config.optimizer}")
-    if config.decompose_bypass_cross_window and config.data_order == "random":
+    crosses = config.model == "wavelet_lm" and config.decompose_bypass_cross_window
+    if crosses and config.data_order == "random":
         run.log("decompose_bypass_cross_window has no effect with data_order random")
+
+
+def _parts(config: Config) -> str:
+    """What a block consists of, in words."""
+    if config.model == "wavelet_lm":
+        return f"{config.n_scales} scales"
+    module = f", {config.wavelet_module} averages" if config.model == "wavelet_gpt" else ""
+    return f"{config.heads} heads{module}"
+
+
+def _settings(config: Config) -> str:
+    """The network in a few words."""
+    size = f"C {config.C}, layers {config.layers}"
+    if config.model == "wavelet_lm":
+        return f"{size}, levels {config.levels}"
+    return f"{config.model}, {size}, {_parts(config)}"
 
 
 def _finish(trainer: Trainer) -> RunFolder:
@@ -192,49 +210,64 @@ def _conclude(trainer: Trainer) -> None:
         append_run(config.runs_file, _row(trainer, results))
         run.log(f"added a row to {config.runs_file}")
     run.write_metrics(event="end", step=trainer.step, seconds=round(trainer.seconds, 3))
-    prompt = shlex.quote(config.generation_prompt)
-    path = shlex.quote(str(run.path))
-    run.log(f"more of it: python generate.py --checkpoint {path} --prompt {prompt}")
+    tokenizer, flags = trainer.data.tokenizer, ["--prompt", config.generation_prompt]
+    if isinstance(tokenizer, Modality):
+        flags = ["--out", f"more{tokenizer.output}"]
+    command = ["python", "generate.py", "--checkpoint", str(run.path), *flags]
+    run.log(f"more of it: {shlex.join(command)}")
 
 
 def _write_sample(trainer: Trainer) -> None:
-    """Log a text of the best weights that starts with the config's prompt, and record it."""
+    """Log a text of the best weights that starts with the config's prompt, and record it.
+
+    What is no text has no such prompt, and goes to a file of the run folder.
+    """
     run, config = trainer.run, trainer.config
     options = SamplingOptions(
         config.temperature, config.top_k, config.top_p, config.repetition_penalty
     )
-    prompt, tokenizer = config.generation_prompt, trainer.data.tokenizer
+    tokenizer = trainer.data.tokenizer
+    is_text = not isinstance(tokenizer, Modality)
+    prompt = config.generation_prompt if is_text else ""
     model = load_model(run.best, trainer.device)
     request = Request(config.seed, min(config.num_new_tokens, SAMPLE_TOKENS))
     try:
         writer = Writer(Decoder(model, context="auto"), model, tokenizer, Strategy(options))
-        reading = writer.read([encode_prompt(tokenizer, prompt)])
+        first = encode_prompt(tokenizer, prompt) if is_text else [tokenizer.start]
+        reading = writer.read([first])
         (sample,) = writer.write(reading, [request])
     except UserError as error:  # such as a prompt that a char vocabulary cannot spell
         run.log(f"no sample: {error}")
         return
     if sample.reason == "interrupted":
         raise KeyboardInterrupt
-    run.log(f"a sample:\n{prompt}{sample.text}\n")
+    if is_text:
+        run.log(f"a sample:\n{prompt}{sample.text}\n")
+    else:
+        sample.text = str(run.path / f"sample{tokenizer.output}")
+        tokenizer.write(Path(sample.text), sample.tokens)
+        run.log(f"a sample: {sample.text}")
     record(run.path / RECORD, command_line(), prompt, sample, options)
 
 
 def _row(trainer: Trainer, results: dict[str, Any]) -> dict[str, str]:
     """The run's line of `runs.md`."""
     config, sliding = trainer.config, results["sliding"]
-    word_perplexity = sliding["word_perplexity"]
+    word_perplexity, bits_per_byte = sliding["word_perplexity"], sliding["bits_per_byte"]
     return {
         "date": f"{datetime.now():%Y-%m-%d}",
         "name": trainer.run.name,
         "data": results["dataset"],
         "parameters": f"{results['n_params']:,}",
         "key settings": (
-            f"C {config.C}, layers {config.layers}, levels {config.levels},"
-            f" block {config.block_size}, {results['tokenizer']},"
+            f"{_settings(config)}, block {config.block_size}, {results['tokenizer']},"
             f" {config.optimizer} {config.lr:g}, {trainer.total_steps} steps"
         ),
         "split": results["split"],
-        "bits/byte": f"{sliding['bits_per_byte']:.4f}",
+        # What is no text has no bytes; its figure says what it is.
+        "bits/byte": (
+            f"{sliding['nll']:.4f} nats/token" if bits_per_byte is None else f"{bits_per_byte:.4f}"
+        ),
         "perplexity/word": f"{word_perplexity:.2f}" if word_perplexity else "",
         "tokens/s": f"{trainer.tokens_per_second:,.0f}",
         "peak memory": f"{memory.peak_bytes(trainer.device) / memory.GiB:.2f} GiB",

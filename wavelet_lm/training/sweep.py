@@ -38,7 +38,7 @@ from wavelet_lm.training.run_folder import RunFolder, command_line
 
 Values = dict[str, Any]
 
-FIGURES = ("bits/byte", "best step", "parameters", "tokens/s", "minutes", "run")
+FIGURES = ("bits/byte", "nats/token", "best step", "parameters", "tokens/s", "minutes", "run")
 DONE = "done"
 
 
@@ -114,7 +114,7 @@ def sweep(
     for i, (member, values) in enumerate(zip(members, configs, strict=True)):
         log(f"\nrun {i + 1} of {len(members)}: {_words(member)}")
         rows.append({key: show(value) for key, value in member.items()})
-        _forget_the_last_run()
+        forget_the_last_run()
         try:
             with _typed(member):
                 rows[-1] |= _figures(train(Config.from_dict(values, source)))
@@ -147,12 +147,17 @@ def table(rows: list[dict[str, str]]) -> str:
     """Rows as an aligned Markdown table, best validation first, failed ones last."""
     swept = [key for key in rows[0] if key not in (*FIGURES, "result")]
     columns = [*swept, *FIGURES, "result"]
-    order = sorted(rows, key=lambda row: float(row.get("bits/byte", "inf")))
+    order = sorted(rows, key=_validation)
     lines = [columns, *([_cell(row.get(column, "")) for column in columns] for row in order)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     widths[-1] = len("result")  # reasons are long and may stick out
     lines.insert(1, ["-" * width for width in widths])
     return "".join("| " + " | ".join(map(str.ljust, line, widths)) + " |\n" for line in lines)
+
+
+def _validation(row: dict[str, str]) -> tuple[float, ...]:
+    """What is no text has nats per token alone."""
+    return tuple(float(row.get(figure) or "inf") for figure in ("bits/byte", "nats/token"))
 
 
 def _figures(run: RunFolder) -> dict[str, str]:
@@ -162,7 +167,8 @@ def _figures(run: RunFolder) -> dict[str, str]:
     best = next(row for row in metrics if row["event"] == "eval" and row["step"] == step)
     last = {row["event"]: row for row in metrics}
     return {
-        "bits/byte": f"{best['bits_per_byte']:.4f}",
+        "bits/byte": "" if best["bits_per_byte"] is None else f"{best['bits_per_byte']:.4f}",
+        "nats/token": f"{best['val_loss']:.4f}",
         "best step": str(step),
         "parameters": f"{last['test']['n_params']:,}",
         "tokens/s": f"{last['train']['tokens_per_second']:,.0f}",
@@ -196,7 +202,7 @@ def _new_file(out_dir: str) -> Path:
     raise AssertionError("the numbers do not end")
 
 
-def _forget_the_last_run() -> None:
+def forget_the_last_run() -> None:
     gc.collect()
     reset_peak()
     if "torch._dynamo" in sys.modules:
