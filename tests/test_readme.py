@@ -16,12 +16,12 @@ import torch
 from wavelet_lm.config import (
     FIELDS,
     Config,
-    add_config_flags,
     parse_flags,
     read_json_object,
 )
+from wavelet_lm.data.modalities import MODALITY_NAMES
 from wavelet_lm.data.tokenizers import ByteTokenizer
-from wavelet_lm.inference.options import build_parser, parse_options
+from wavelet_lm.inference.options import parse_options
 from wavelet_lm.models.checkpoint import save_checkpoint
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.training.memory import GiB, estimate_bytes
@@ -82,7 +82,9 @@ def parser_of(program: str, monkeypatch) -> argparse.ArgumentParser:
 def program_of(command: list[str]) -> tuple[str, list[str]]:
     """The file that `python …` runs, and its arguments."""
     if command[1] == "-m":
-        return command[2].replace(".", "/") + "/__main__.py", command[3:]
+        module = command[2].replace(".", "/")
+        is_file = (ROOT / f"{module}.py").is_file()
+        return f"{module}.py" if is_file else f"{module}/__main__.py", command[3:]
     return command[1], command[2:]
 
 
@@ -113,13 +115,20 @@ def test_every_kind_of_command_is_found():
         "benchmarks/training.py",
         "benchmarks/decode.py",
         "wavelet_lm/evaluation/__main__.py",
+        "wavelet_lm/evaluation/compare.py",
+        "wavelet_lm/evaluation/fsd50k.py",
+        "wavelet_lm/evaluation/lra.py",
+        "wavelet_lm/inference/quantization/__main__.py",
         "wavelet_lm/models/__main__.py",
         "pip/__main__.py",
         "pytest/__main__.py",
     }
 
 
-@pytest.mark.parametrize("program", [p for p in PROGRAMS if not p.startswith(("pip/", "pytest/"))])
+OWN_PROGRAMS = [p for p in PROGRAMS if not p.startswith(("pip/", "pytest/"))]
+
+
+@pytest.mark.parametrize("program", OWN_PROGRAMS)
 def test_commands_parse(program, monkeypatch):
     parser = parser_of(program, monkeypatch)
     for arguments in PROGRAMS[program]:
@@ -137,14 +146,14 @@ def test_commands_parse(program, monkeypatch):
         Config.from_dict({**read_json_object(ROOT / file), **values})
 
 
-def test_flags_and_keys_in_the_prose_exist():
-    parser = argparse.ArgumentParser()
-    add_config_flags(parser)
-    known = set(parser._option_string_actions) | {"--config", "--resume", "--sweep"}
-    known |= set(build_parser("")._option_string_actions)  # those of generate.py
+def test_flags_and_keys_in_the_prose_exist(monkeypatch):
+    known = set()
+    for program in OWN_PROGRAMS:
+        known |= parser_of(program, monkeypatch)._option_string_actions.keys()
     flags = {flag for span in SPANS if "python" not in span for flag in re.findall(r"--\w+", span)}
     assert flags and flags <= known
     presets = {path.stem for path in (ROOT / "configs").glob("*.json")}
+    presets |= set(MODALITY_NAMES)
     keys = {span for span in SPANS if re.fullmatch(r"[a-z]+(_[a-z]+)+", span)} - presets
     assert len(keys) > 10 and keys <= set(FIELDS)
 
@@ -169,7 +178,7 @@ def test_the_presets_have_these_data_tokenizers_and_parameters():
         r"^\| `(config\S*\.json)` \| `(\S+)` \| `(\S+)` \| ([\d,]+) \| ([\d,]+) \|", re.M
     )
     rows = row.findall(README)
-    assert len(rows) == 5
+    assert len(rows) == 7
     for file, dataset, tokenizer, *numbers in rows:
         config = Config.from_json(ROOT / file)
         vocab_size, parameters = (int(number.replace(",", "")) for number in numbers)
@@ -218,13 +227,15 @@ PACKAGES = re.findall(r"^  (\w+)/", LAYOUT, re.MULTILINE)
 def named_in_layout() -> set[str]:
     """Every path on the left, and every module of the package on either side."""
     names: set[str] = set()
-    folder = ""
+    folder = package = ""
     for line in LAYOUT.splitlines():
         left = line[:30].split()
         if left == ["wavelet_lm/"] or (folder and left and left[0].endswith(".py")):
             folder = "wavelet_lm/"
+        elif folder and left and line.startswith("    "):  # a folder in a package
+            folder = package + left[0]
         elif folder and left:
-            folder = "wavelet_lm/" + left[0]
+            folder = package = "wavelet_lm/" + left[0]
         names |= {folder + name for name in re.findall(r"\w+\.py", line)} if folder else set(left)
     return names
 
@@ -237,14 +248,46 @@ def test_the_layout_names_every_module_and_nothing_else():
     assert {name for name in named if name.startswith("wavelet_lm/")} == modules
 
 
+# Modules that are run and never imported: they stand above all packages, where train.py stands.
+COMMANDS = {f"wavelet_lm/evaluation/{name}.py" for name in ("lra", "fsd50k", "compare")}
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for pattern in ("*.py", "benchmarks/*.py", "wavelet_lm/**/*.py")
+    for path in ROOT.glob(pattern)
+}
+
+
+def imported_by(source: ast.Module) -> set[str]:
+    """The modules that are imported anywhere in a file, and the names from them, with dots."""
+    found = set()
+    for node in ast.walk(source):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno} has a relative import"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
 def test_imports_run_downwards_in_the_layout():
+    """A module imports its own package, those below it, and the modules beside the packages."""
     assert set(PACKAGES) == {p.parent.name for p in (ROOT / "wavelet_lm").glob("*/__init__.py")}
-    for rank, package in enumerate(PACKAGES):
-        for file in (ROOT / "wavelet_lm" / package).glob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.ImportFrom) and node.module.startswith("wavelet_lm."):
-                    imported = node.module.split(".")[1]
-                    assert imported not in PACKAGES[:rank], f"{file} imports {node.module}"
+    for file in SOURCES.keys() - COMMANDS - {"wavelet_lm/__init__.py"}:
+        place, *inner = Path(file).parts
+        if place != "wavelet_lm":
+            continue
+        rank = PACKAGES.index(inner[0]) if len(inner) > 1 else len(PACKAGES)
+        above = {f"wavelet_lm.{package}" for package in PACKAGES[:rank]}
+        for name in imported_by(SOURCES[file]):
+            assert ".".join(name.split(".")[:2]) not in above, f"{file} imports {name}"
+
+
+def test_nobody_imports_a_command():
+    names = {file.removesuffix(".py").replace("/", ".") for file in COMMANDS}
+    for file in COMMANDS:
+        assert ast.unparse(SOURCES[file].body[-1].test) == "__name__ == '__main__'"
+    for file, source in SOURCES.items():
+        assert not names & imported_by(source), file
 
 
 # --- the figure ----------------------------------------------------------------------------------
