@@ -2,19 +2,17 @@
 
 import argparse
 import itertools
-import json
 import mmap
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-from wavelet_lm.errors import UserError
-from wavelet_lm.files import write_text
 from wavelet_lm.training.memory import GiB
-from wavelet_lm.training.run_folder import environment
+from wavelet_lm.training.results import check_targets as check_targets
+from wavelet_lm.training.results import write_results as write_results
 
 # A tensor that no cache holds, small enough for two of them to fit.
 BANDWIDTH_BYTES = {"cpu": GiB, "cuda": 4 * GiB}
@@ -94,20 +92,6 @@ def resident_bytes(device: torch.device) -> int | None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
     except OSError:
         return None
-
-
-def write_results(path: str | Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
-    """`{"machine": …, "commit": …, "date": …, …, "rows": […]}` as JSON."""
-    about = environment()
-    results = {"machine": about, "commit": about["commit"], "date": about["date"], **more}
-    write_text(path, json.dumps({**results, "rows": rows}, indent=1) + "\n")
-
-
-def check_targets(paths: Iterable[str | None]) -> None:
-    """Raise `UserError` before a long measurement whose results could not be written."""
-    for path in paths:
-        if path is not None and not Path(path).parent.is_dir():
-            raise UserError(f"{path}: there is no folder {Path(path).parent}; make it first")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -29,7 +29,7 @@ class Interrupted(BaseException):
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and exit: 0, 2 for a user's error, 128 + signal when interrupted."""
     spec = sys.modules["__main__"].__spec__  # of `python -m`, else None
-    name = spec.parent if spec else sys.argv[0].rsplit("/", 1)[-1]
+    name = spec.name.removesuffix(".__main__") if spec else sys.argv[0].rsplit("/", 1)[-1]
     signal.signal(signal.SIGTERM, _terminate)
     try:
         main()

@@ -57,6 +57,11 @@ def as_user_error(error: OSError, path: Path) -> UserError:
     return UserError(f"{path}: cannot be written ({error.strerror or error})")
 
 
+def unreadable(error: OSError, path: Path) -> UserError:
+    """The one line for a file that could not be read."""
+    return UserError(f"{path}: cannot be read ({error.strerror or error})")
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,7 +1,6 @@
 """What the benchmarks share."""
 
 import argparse
-import json
 import statistics
 
 import pytest
@@ -9,8 +8,6 @@ import report
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from wavelet_lm.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -48,20 +45,6 @@ def test_resident_memory_grows_with_a_tensor():
         pytest.skip("this system does not say")
     held = torch.ones(2**23)
     assert report.resident_bytes(CPU) - before > held.nbytes / 2
-
-
-def test_results_say_where_they_come_from(tmp_path):
-    report.write_results(tmp_path / "r.json", [{"x": 1}], config="c.json")
-    results = json.loads((tmp_path / "r.json").read_text())
-    assert set(results) == {"machine", "commit", "date", "config", "rows"}
-    assert results["machine"]["torch"] == torch.__version__
-    assert results["rows"] == [{"x": 1}] and results["config"] == "c.json"
-
-
-def test_a_missing_folder_is_noticed_first(tmp_path):
-    report.check_targets([None, str(tmp_path / "a.json"), "a.json"])
-    with pytest.raises(UserError, match=r"there is no folder .*none; make it first"):
-        report.check_targets([str(tmp_path / "none" / "a.json")])
 
 
 def test_table():

@@ -117,7 +117,11 @@ def environment() -> dict[str, Any]:
 
 def command_line() -> str:
     """The command as it was typed, starting with `python`."""
-    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    program = [os.path.relpath(sys.argv[0])]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.origin == sys.argv[0]:  # run by -m
+        program = ["-m", spec.name.removesuffix(".__main__")]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def commit() -> str | None:

@@ -1,0 +1,24 @@
+"""Files of results, each with the machine and the code that they come from."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wavelet_lm.errors import UserError
+from wavelet_lm.files import write_text
+from wavelet_lm.training.run_folder import environment
+
+
+def write_results(path: str | Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
+    """`{"machine": …, "commit": …, "date": …, …, "rows": […]}` as JSON."""
+    about = environment()
+    results = {"machine": about, "commit": about["commit"], "date": about["date"], **more}
+    write_text(path, json.dumps({**results, "rows": rows}, indent=1) + "\n")
+
+
+def check_targets(paths: Iterable[str | None]) -> None:
+    """Raise `UserError` before a long measurement whose results could not be written."""
+    for path in paths:
+        if path is not None and not Path(path).parent.is_dir():
+            raise UserError(f"{path}: there is no folder {Path(path).parent}; make it first")
