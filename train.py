@@ -57,7 +57,7 @@ def main() -> None:
 def config_values(file: str | None, flags: dict) -> dict:
     """The flags over a config file's values, else over those of the run to start from."""
     if file is None and flags.get("init_from"):
-        from wavelet_lm.interop.loading import find_own_checkpoint
+        from wavelet_lm.inference.loading import find_own_checkpoint
         from wavelet_lm.models.checkpoint import Checkpoint
 
         base = Checkpoint(find_own_checkpoint(flags["init_from"])).config.to_dict()

@@ -14,7 +14,7 @@ text = wavelet_lm.generate(model, tokenizer, "def main", num_tokens=64, seed=1)
 from wavelet_lm.config import Config, ConfigError
 from wavelet_lm.errors import UserError
 from wavelet_lm.inference.generation import generate
-from wavelet_lm.interop.loading import load_model, load_tokenizer
+from wavelet_lm.inference.loading import load_model, load_tokenizer
 from wavelet_lm.models.registry import build_model
 
 __version__ = "0.1.0"

@@ -80,8 +80,8 @@ def quantize_run(
     scheme = options.scheme(model, str(run))
     if scheme.backend != "native":
         raise UserError(
-            f"--ptq_backend {scheme.backend} quantizes when a checkpoint is read; saved are native"
-            " ones alone: leave the flag out"
+            f"--ptq_backend {scheme.backend} quantizes when a checkpoint is read, and only native"
+            " weights are saved; give --ptq_backend native"
         )
     if adapt and not (model.config.model == "wavelet_lm" and model.config.fwpkm_enabled):
         raise UserError(
