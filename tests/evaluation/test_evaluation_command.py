@@ -11,8 +11,11 @@ import torch
 
 from wavelet_lm import Config, UserError, build_model
 from wavelet_lm.data.tokenizers import ByteTokenizer
+from wavelet_lm.evaluation.__main__ import main as evaluation_main
 from wavelet_lm.evaluation.likelihood import evaluate_run
-from wavelet_lm.models.checkpoint import save_checkpoint
+from wavelet_lm.inference.quantization.__main__ import quantize_run
+from wavelet_lm.inference.quantization.options import QuantizationOptions
+from wavelet_lm.models.checkpoint import load_model, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -82,6 +85,43 @@ def test_other_data_with_the_tokenizer_of_the_run(tmp_path):
     )
     assert results["tokenizer"] == "bytes"
     assert results["sliding"]["tokens"] < 30
+
+
+def test_a_quantized_model_stands_below_with_what_it_costs(tmp_path, monkeypatch, capsys):
+    run, file = make_run(tmp_path), tmp_path / "results.json"
+    model = build_model(load_model(run).config, 256)
+    save_checkpoint(run / "best.safetensors", model, {})  # with a head that tells bytes apart
+    flags = ("--ptq8", "--ptq_bits", "2", "--ptq_embedding_bits", "8", "--device", "cpu")
+    monkeypatch.setattr(sys, "argv", ["evaluation", str(run), "--json", str(file), *flags])
+    evaluation_main()
+    results = json.loads(file.read_text(encoding="utf-8"))
+    plain = evaluate_run(run, device="cpu", log=lambda _: None)
+    quantize_run(
+        run, tmp_path / "run2", QuantizationOptions(ptq8=True, ptq_bits=2, ptq_embedding_bits=8)
+    )
+    saved = evaluate_run(tmp_path / "run2", device="cpu", log=lambda _: None)
+    assert "quantized" not in plain
+    assert "quantized" not in saved
+    quantized = results["quantized"]
+    assert quantized["scheme"] == "2-bit weights (embedding 8)"
+    costs = []
+    for name in ("non_overlapping", "sliding"):
+        for key in ("nll", "bits_per_byte", "tokens", "bytes"):
+            assert results[name][key] == plain[name][key]
+            assert quantized[name][key] == saved[name][key]
+        costs.append(quantized[name]["bits_per_byte"] - results[name]["bits_per_byte"])
+    assert costs[0] != 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4] == "2-bit weights (embedding 8):"
+    for i, rows in ((2, results), (5, quantized)):
+        assert lines[i].startswith("non-overlapping, 8 by 8")
+        assert lines[i + 1].startswith("sliding, 8 by 4")
+        assert f"{rows['non_overlapping']['bits_per_byte']:.4f}" in lines[i]
+        assert f"{rows['sliding']['bits_per_byte']:.4f}" in lines[i + 1]
+    assert lines[7] == (
+        f"quantizing costs {costs[0]:+.5f} bits/byte non-overlapping,"
+        f" {costs[1]:+.5f} bits/byte sliding"
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from wavelet_lm.inference.generation import check_vocabulary
 from wavelet_lm.inference.loading import load_model, load_tokenizer
 from wavelet_lm.inference.options import GenerationOptions
 from wavelet_lm.inference.prepared import n_bytes
+from wavelet_lm.inference.quantization.options import QuantizationOptions
 from wavelet_lm.inference.quantization.quantize import quantize
 from wavelet_lm.models.checkpoint import find_checkpoint
 
@@ -38,7 +39,8 @@ def open_writer(
         model = quantize(
             model,
             scheme,
-            dtype=how["dtype"],
+            # The decoder casts; a library's layers are made for the dtype that they are to read.
+            dtype=None if scheme.backend == "native" else how["dtype"],
             adapt=adapts,
             calibration=options.quantization.calibration(model.config, tokenizer),
             progress=lambda stage: log(f"calibrating {stage}"),
@@ -53,6 +55,9 @@ def open_writer(
                 f"{options.draft}: its tokenizer ({draft_tokenizer.name}) is not that of"
                 f" {options.checkpoint} ({tokenizer.name}); a draft needs the very same one"
             )
+        scheme = QuantizationOptions().scheme(draft_model, options.draft)
+        if scheme is not None:
+            draft_model = quantize(draft_model, scheme, dtype=how["dtype"])
         draft = Decoder(draft_model, **how, adapt=False)
     auto = options.compile == "auto"
     return Writer(decoder, model, tokenizer, strategy, draft, auto_compile=auto, log=log)

@@ -76,6 +76,8 @@ def quantize_run(
         raise UserError(f"{out}: already there; give --out a new folder")
     checkpoint = find_checkpoint(run)
     model, tokenizer = load_model(checkpoint, resolve_device(device), log), load_tokenizer(run)
+    if model.is_prepared:
+        raise UserError(f"{run} is quantized already; give the run that it was made from")
     check_finite(model, checkpoint)
     scheme = options.scheme(model, str(run))
     if scheme.backend != "native":

@@ -64,6 +64,8 @@ def load_quantized(checkpoint: Checkpoint, device: str | torch.device = "cpu") -
         tensor = checkpoint.tensor(name)
         if tensor.shape != needed[name].shape:
             problems.append(f"{name} is {list(tensor.shape)}, not {list(needed[name].shape)}")
+        elif tensor.is_floating_point() != needed[name].is_floating_point():
+            problems.append(f"{name} is {tensor.dtype}, not {needed[name].dtype}")
         # Cloned where it stays on the CPU, since what safetensors returns is a view of the file.
         on_device = tensor.to(device)
         loaded[id(needed[name])] = on_device.clone() if on_device is tensor else on_device

@@ -80,6 +80,6 @@ def _inverse_factor(H: Tensor) -> Tensor:
     H = H.double()
     diagonal = H.diagonal()
     damping = DAMPING * diagonal.mean() + torch.finfo(torch.float32).tiny
-    H = H + torch.diag(torch.where(diagonal == 0, 1.0, 0.0) + damping)
+    H = H + damping * torch.eye(len(H), dtype=H.dtype, device=H.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
     return torch.linalg.cholesky(inverse, upper=True).float()

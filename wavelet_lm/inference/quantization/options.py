@@ -75,6 +75,8 @@ class QuantizationOptions:
             if getattr(self, flag) is not None
         }
         scheme = Scheme.of(config.replace(**values), self.ptq_calibrate is not None)
+        if min(scheme.bits.values()) == 16:
+            raise UserError("16 bits for all weights leave nothing to quantize; give some fewer")
         if scheme.calibrated and min(scheme.bits.values()) >= 8:
             raise UserError(
                 "--ptq_calibrate is for weights of 2 or 4 bits, and there are none; leave it out or"
