@@ -36,7 +36,7 @@ QUICK_START = (
     "python -m pip install -c constraints.txt -e ."
     " && python train.py --config configs/quickstart.json"
 )
-TESTS = 'python -m pip install -c constraints.txt -e ".[test]" && python -m pytest'
+TESTS = 'python -m pip install -c constraints.txt -e ".[test]" && python -m pytest -n auto'
 # What a run or the reader makes, and what a run folder holds.
 MADE = re.compile(r"(data|logs|tokenizer|valid)/|runs\.md|(log|generations)\.txt|environment\.json")
 

@@ -330,7 +330,7 @@ def test_the_approximation_gates_the_details():
     for s in range(1, 4):
         for b in range(2):
             for t in range(5):
-                phase = gate.gains[s - 1] * (gate.weight @ bands[0, b, t])
+                phase = gate.gains[s - 1] * (gate.proj.weight @ bands[0, b, t])
                 expected = bands[s, b, t] * 2 / (1 + (-phase).exp())
                 torch.testing.assert_close(gated[s, b, t], expected, rtol=0, atol=1e-13)
 

@@ -21,6 +21,8 @@ from wavelet_lm.kernels.quantized_matmul import (
 
 # Elements of value rows that are made at once from their codes.
 CHUNK_ELEMENTS = 2**24
+# Rows of a matrix in the CPU layout are a multiple of this.
+CPU_ROWS = 16
 
 
 class QuantizedWeight(nn.Module):
@@ -46,10 +48,7 @@ class QuantizedWeight(nn.Module):
     def matmul(self, x: Tensor) -> Tensor:
         """x [n, M, K] -> [n, M, N], in x's dtype."""
         if self.in_cpu_layout:
-            parts = zip(x.contiguous(), self.codes, self.scales, strict=True)
-            return torch.stack(
-                [quantized_matmul_cpu4(a, codes, s, self.group_size) for a, codes, s in parts]
-            )
+            return torch.stack([self.one(i, part) for i, part in enumerate(x)])
         return quantized_matmul(x, self.codes, self.scales, self.bits, self.group_size)
 
     def one(self, i: int, x: Tensor) -> Tensor:
@@ -58,10 +57,11 @@ class QuantizedWeight(nn.Module):
         if self.in_cpu_layout:
             codes, scales = self.codes[i], self.scales[i]
             y = quantized_matmul_cpu4(rows.contiguous(), codes, scales, self.group_size)
+            y = y[:, : self.n_rows]
         else:
             codes, scales = self.codes[i : i + 1], self.scales[i : i + 1]
             y = quantized_matmul(rows[None], codes, scales, self.bits, self.group_size)[0]
-        return y.view(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], -1)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the only matrix, as numbers: index [...] -> [..., K]."""
@@ -82,8 +82,14 @@ class QuantizedWeight(nn.Module):
 
     def to_cpu_layout(self) -> None:
         """Let a CPU's own product of 4 bits read the weights; nothing else can then."""
+        more = (0, 0, 0, -self.n_rows % CPU_ROWS)  # rows of zeros
         matrices = [
-            to_cpu_layout(codes, scales, self.K, self.group_size)
+            to_cpu_layout(
+                nn.functional.pad(codes, more),
+                nn.functional.pad(scales, more),
+                self.K,
+                self.group_size,
+            )
             for codes, scales in zip(self.codes, self.scales, strict=True)
         ]
         codes, scales = zip(*matrices, strict=True)
@@ -222,6 +228,6 @@ def use_cpu_layout(model: nn.Module) -> None:
             isinstance(weight, QuantizedWeight)
             and weight.bits == 4
             and id(weight) not in tables
-            and fits_cpu_layout(weight.n_rows, weight.K, weight.group_size)
+            and fits_cpu_layout(CPU_ROWS, weight.K, weight.group_size)
         ):
             weight.to_cpu_layout()
