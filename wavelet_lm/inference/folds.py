@@ -318,11 +318,13 @@ class FoldedFeedForward(nn.Module):
 
     def forward(self, x: Tensor, memory: None) -> tuple[Tensor, None]:
         """[B, T, C] -> [B, T, C]; as `FeedForward` without fast weights."""
-        h = layer_norm(x, x.shape[-1:])
+        normal = layer_norm(x, x.shape[-1:])
         parts = iter(
-            part
-            for product, sizes in zip(self.first, self.sizes, strict=True)
-            for part in product(h).split(sizes, dim=-1)
+            [
+                part
+                for product, sizes in zip(self.first, self.sizes, strict=True)
+                for part in product(normal).split(sizes, dim=-1)
+            ]
         )
         total: Tensor | int = 0
         if self.mlp is not None:
@@ -359,9 +361,8 @@ class FoldedMemory(nn.Module):
         if not self.gives_scores:
             return Q
         halves = Q.view(memory.heads, 2, -1, Q.shape[1])
-        keys = torch.stack(
-            (memory.keys_a.weight, memory.keys_b.weight), 1
-        )  # [heads, 2, √num_keys, half]
+        # [heads, 2, √num_keys, half]
+        keys = torch.stack((memory.keys_a.weight, memory.keys_b.weight), 1)
         return (keys @ halves).reshape(-1, Q.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
