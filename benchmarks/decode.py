@@ -39,6 +39,7 @@ from report import (
     alternate,
     bandwidth,
     boolean,
+    check_plot,
     check_targets,
     median,
     natural,
@@ -521,18 +522,6 @@ def _image_format(path: str) -> str:
     return path.rsplit(".", 1)[-1].lower()
 
 
-def check_matplotlib(path: str) -> None:
-    if _image_format(path) not in ("png", "svg", "pdf"):
-        raise UserError(f"--plot {path}: the name must end in .png, .svg or .pdf")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "--plot needs matplotlib; install it with"
-            ' python -m pip install -c constraints.txt -e ".[bench]"'
-        ) from None
-
-
 # --- the command ---------------------------------------------------------------------------------
 
 
@@ -588,7 +577,7 @@ def main() -> None:
     config = Config.from_dict(read_json_object(file), source=file)
     check_targets((json_file, plot_file))
     if plot_file:
-        check_matplotlib(plot_file)
+        check_plot(plot_file)
     requested = flags["device"]
     flags["device"] = resolve_device(requested)
     flags["dtype"] = DTYPES[flags["dtype"]]

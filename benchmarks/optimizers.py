@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from decode import check_matplotlib
-from report import check_targets, table, write_results
+from report import check_plot, check_targets, table, write_results
 
 from wavelet_lm.config import (
     Config,
@@ -218,7 +217,7 @@ def main() -> None:
     config = Config.from_dict({**read_json_object(file), "log_interval": 1, **flags}, source=file)
     check_targets((json_file, plot_file))
     if plot_file:
-        check_matplotlib(plot_file)
+        check_plot(plot_file)
     data = prepare_data(config)
     rows = []
     for seed in seeds:

@@ -35,6 +35,7 @@ from report import (
     alternate,
     bandwidth,
     boolean,
+    check_plot,
     check_targets,
     median,
     positive,
@@ -367,6 +368,8 @@ def main() -> None:
     if args.plot and args.run is None:
         raise UserError("--plot draws the sweep of a RUN; leave it out")
     check_targets([args.json, args.plot])
+    if args.plot:
+        check_plot(args.plot)
     device = resolve_device(args.device)
     command = " ".join(["python", *sys.argv])
     if args.run is not None:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from wavelet_lm.training.memory import GiB
+from wavelet_lm.training.results import check_plot as check_plot
 from wavelet_lm.training.results import check_targets as check_targets
 from wavelet_lm.training.results import write_results as write_results
 

@@ -39,10 +39,9 @@ from wavelet_lm.evaluation.model_names import SYNTAX, model_configs, split_names
 from wavelet_lm.evaluation.report import aligned
 from wavelet_lm.files import atomic_path
 from wavelet_lm.training.comparison import Budget, check, compare, summary, tokens_per_step
-from wavelet_lm.training.results import check_targets, write_results
+from wavelet_lm.training.results import IMAGES, check_plot, check_targets, write_results
 
 CONFIG = "configs/wavelet_gpt_char.json"
-IMAGES = (".png", ".svg", ".pdf")
 # Keys of the config, and the options that decide them here.
 DECIDED = {
     "models": ("model",),
@@ -70,7 +69,7 @@ def main() -> None:
     configs, budget, lrs, seeds = what_to_train(own, flags)
     check_targets((own["json"], own["plot"]))
     if own["plot"]:
-        _check_plot(own["plot"])
+        check_plot(own["plot"])
     data = prepare_data(next(iter(configs.values())))
     about = {"config": own["config"], **_settings(configs, data, budget, lrs, seeds)}
     runs: list[dict[str, Any]] = []
@@ -153,19 +152,6 @@ def _list(own: dict[str, Any], key: str, values: dict[str, Any]) -> list[Any]:
             raise UserError(f"{option} lists {part} twice; give every value once")
         found.append(value)
     return found
-
-
-def _check_plot(file: str) -> None:
-    """Raise `UserError` before a long run whose curves could not be drawn."""
-    if Path(file).suffix.lower() not in IMAGES:
-        raise UserError(f"--plot {file}: the name must end in {', '.join(IMAGES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "--plot needs matplotlib; install it with"
-            ' python -m pip install -c constraints.txt -e ".[bench]"'
-        ) from None
 
 
 # --- results -------------------------------------------------------------------------------------
