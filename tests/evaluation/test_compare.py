@@ -111,7 +111,7 @@ def test_a_model_that_diverges_is_a_line_of_dashes(command):
         ("--models gpt --heads 3", "gpt: heads is 3"),
         ("--models gpt --init_from logs", "start from random weights"),
         ("--models gpt --dataset nowhere.txt", "does not exist"),
-        ("--models gpt --plot curves.txt", "must end in .png, .svg, .pdf"),
+        ("--models gpt --plot curves.txt", "must end in .png, .svg or .pdf"),
         ("--models gpt --plot nowhere/curves.png", "there is no folder nowhere"),
         ("--models gpt --config nowhere.json", "nowhere.json: cannot be read"),
     ],
