@@ -8,10 +8,10 @@
 With a run, the sweep: every component at 16, 8, 4 and 2 bits; each component alone at 4 and at 2
 bits, the others at 8; and the smallest mix of those whose bits per byte stay within `--budget` of
 the unquantized model's. The mix is searched among all combinations as if costs added up, and then
-measured; a mix that costs more than the budget is followed by the next larger one. With
-`--calibrate` every row below 8 bits is measured with and without compensated rounding. Bits per
-byte are those of sliding windows over the first `--tokens` tokens of the test split, on one device
-and in the same float dtype for all.
+measured; a mix that costs more than the budget is followed by the next larger one. The best is the
+smallest of all rows within the budget. With `--calibrate` every row below 8 bits is measured with
+and without compensated rounding. Bits per byte are those of sliding windows over the first
+`--tokens` tokens of the test split, on one device and in the same float dtype for all.
 
 With `--speed_config`, a model of random weights that is larger than the caches decodes greedily in
 the float dtype, in 8 bits and in 4, and with the 8 and 4 bits of other `--backends`. All are timed
@@ -145,7 +145,7 @@ class Sweep:
         return row
 
     def run(self, budget: float) -> Row | None:
-        """All rows; returns that of the best mix, None where 8 bits cost more than the budget."""
+        """All rows; returns the smallest one that keeps the budget, None where none does."""
         for bits in (16, 8):
             self.measure(f"all {bits}", scheme_of(bits))
         eight = self.rows[-1]
@@ -156,21 +156,24 @@ class Sweep:
             for name in self.components()
             for bits in LOW_BITS
         }
-        if eight["cost"] > budget:
-            return None
         for mix in itertools.islice(mixes(eight, alone, budget), MAX_MIXES):
             calibrated = self.calibration is not None and min(mix.values(), default=8) < 8
             name = ", ".join(f"{k} {v}" for k, v in mix.items()) or "all 8"
             row = self.measure(f"mix: {name}", scheme_of(8, **mix), calibrated)
             if row["cost"] <= budget:
-                return row
-        return eight
+                break
+        return smallest(self.rows, budget)
 
     def components(self) -> list[str]:
         """The components that this model has, but what is left of it, which keeps its 8 bits."""
         twin = prepare(self.model, precision=lambda name: name)
         present = {component(twin, name.removesuffix(".weight")) for name in weights(twin)}
         return [name for name in COMPONENTS if name in present and name != "rest"]
+
+
+def smallest(rows: list[Row], budget: float) -> Row | None:
+    """The row of the fewest bytes among those that cost the budget at most."""
+    return min((r for r in rows if r["cost"] <= budget), key=lambda r: r["bytes"], default=None)
 
 
 def weights(twin: LanguageModel) -> Iterator[str]:
@@ -220,42 +223,41 @@ def sweep(args: Any, device: torch.device) -> tuple[list[Row], Row | None]:
     head = ["weights", "MB", "bits/weight", "tokens/s", "bits/byte", "cost"]
     print(table(head, [cells(row) for row in measured.rows]))
     if best is None:
-        print(f"8 bits cost more than the budget of {args.budget} bits/byte")
+        print(f"everything costs more than the budget of {args.budget} bits/byte")
     else:
         print(f"best within {args.budget} bits/byte: {best['name']}")
     return measured.rows, best
 
 
 def plot(rows: list[Row], budget: float, path: str) -> None:
-    """Cost in bits per byte against size, one point a row."""
+    """Cost in bits per byte of every row, with its size; calibrated ones beside the plain."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 6))
+    plain = [row["name"].removesuffix(", calibrated") for row in rows]
+    names = list(dict.fromkeys(plain))
+    sizes = dict(zip(plain, (row["bytes"] for row in rows), strict=True))
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.3 * len(names)), layout="constrained")
     for calibrated, marker in ((False, "o"), (True, "^")):
         chosen = [row for row in rows if row["calibrated"] == calibrated]
         axes.plot(
-            [row["bytes"] / MB for row in chosen],
             [row["cost"] for row in chosen],
+            [names.index(row["name"].removesuffix(", calibrated")) for row in chosen],
             marker,
             label="calibrated" if calibrated else "rounded to nearest",
         )
-    for row in rows:
-        name = (
-            row["name"].removesuffix(", calibrated").replace(", ", "\n").replace("mix: ", "mix:\n")
-        )
-        if row["calibrated"] or not any(r["name"] == f"{row['name']}, calibrated" for r in rows):
-            place = (row["bytes"] / MB, row["cost"])
-            axes.annotate(name, place, (5, 3), textcoords="offset points", fontsize=7)
-    axes.axhline(budget, color="gray", linestyle=":", label=f"budget, {budget} bits/byte")
-    axes.set(xlabel="weights in MB", ylabel="bits/byte above the unquantized model's")
-    axes.set_yscale("symlog", linthresh=1e-3)
+    axes.axvline(budget, color="gray", linestyle=":", label=f"budget, {budget} bits/byte")
+    labels = [f"{name.replace('mixer_', '')}  {sizes[name] / MB:,.2f} MB" for name in names]
+    axes.set_yticks(range(len(names)), labels)
+    axes.invert_yaxis()
+    axes.set_xscale("symlog", linthresh=1e-3)
+    axes.set_xlabel("bits/byte above the unquantized model's")
     axes.legend()
     axes.grid(alpha=0.3)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix.removeprefix(".") or "png", dpi=130)
+        figure.savefig(temporary, format=Path(path).suffix.removeprefix("."), dpi=130)
     plt.close(figure)
 
 
