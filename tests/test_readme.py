@@ -114,6 +114,8 @@ def test_every_kind_of_command_is_found():
         "generate.py",
         "benchmarks/training.py",
         "benchmarks/decode.py",
+        "benchmarks/quantization.py",
+        "benchmarks/quantized_matmul.py",
         "wavelet_lm/evaluation/__main__.py",
         "wavelet_lm/evaluation/compare.py",
         "wavelet_lm/evaluation/fsd50k.py",
