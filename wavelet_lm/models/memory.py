@@ -26,7 +26,7 @@ class ProductKeyMemory(nn.Module):
 
     def __init__(self, C: int, num_keys: int, top_k: int, heads: int):
         super().__init__()
-        self.C, self.heads, self.num_keys = C, heads, num_keys
+        self.heads, self.num_keys = heads, num_keys
         self.n_rows = heads * num_keys
         self.n_subkeys = math.isqrt(num_keys)
         self.n_best = min(top_k, self.n_subkeys)

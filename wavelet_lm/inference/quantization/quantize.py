@@ -174,7 +174,7 @@ def _input_moments(
                 hooks.append(part.register_forward_pre_hook(_adding(moments[name], part.i)))
     try:
         for idx in calibration.split(CALIBRATION_BATCH):
-            twin(idx)
+            twin(idx.to(next(twin.parameters()).device))
     finally:
         for hook in hooks:
             hook.remove()
