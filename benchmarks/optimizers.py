@@ -32,7 +32,7 @@ from wavelet_lm.config import (
     parse_flags,
     read_json_object,
 )
-from wavelet_lm.data import TokenizedText, prepare_data
+from wavelet_lm.data.dataset import TokenizedText, prepare_data
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.files import atomic_path

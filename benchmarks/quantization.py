@@ -44,8 +44,7 @@ from report import (
 )
 
 from wavelet_lm.config import Config, OneLineParser, read_json_object
-from wavelet_lm.data import prepare_data
-from wavelet_lm.data.dataset import TokenSplit
+from wavelet_lm.data.dataset import TokenSplit, prepare_data
 from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command

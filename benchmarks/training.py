@@ -22,7 +22,7 @@ from wavelet_lm.config import (
     parse_flags,
     read_json_object,
 )
-from wavelet_lm.data import TokenizedText, TokenSplit
+from wavelet_lm.data.dataset import TokenizedText, TokenSplit
 from wavelet_lm.data.tokenizers import named_tokenizer
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import run_command

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import tiny_config
 from wavelet_lm import UserError, build_model
-from wavelet_lm.data import TokenizedText, TokenSplit
+from wavelet_lm.data.dataset import TokenizedText, TokenSplit
 from wavelet_lm.data.tokenizers import ByteTokenizer
 
 SMALL = {"C": 64, "layers": 1, "levels": 1, "block_size": 8, "per_scale_mixer_widths": None}

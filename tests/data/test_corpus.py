@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wavelet_lm.config import DataConfig
-from wavelet_lm.data import prepare_data
 from wavelet_lm.data.corpus import cut_by_position, path_corpus, stdlib_corpus
+from wavelet_lm.data.dataset import prepare_data
 from wavelet_lm.errors import UserError
 
 SPLIT = (0.8, 0.1, 0.1)

@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from wavelet_lm.config import DataConfig
-from wavelet_lm.data import hub, prepare_data
+from wavelet_lm.data import hub
+from wavelet_lm.data.dataset import prepare_data
 from wavelet_lm.data.hub import KNOWN, HubSet, hub_corpus
 from wavelet_lm.errors import UserError
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.training import runs
-from wavelet_lm.data import prepare_data
+from wavelet_lm.data.dataset import prepare_data
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.breakdown import breakdown
 from wavelet_lm.training import comparison, loop

@@ -33,7 +33,7 @@ from wavelet_lm.config import (
     parse_value,
     read_json_object,
 )
-from wavelet_lm.data import TokenizedText, prepare_data
+from wavelet_lm.data.dataset import TokenizedText, prepare_data
 from wavelet_lm.errors import Interrupted, UserError, run_command
 from wavelet_lm.evaluation.model_names import SYNTAX, model_configs, split_names
 from wavelet_lm.evaluation.report import aligned

@@ -26,7 +26,7 @@ from wavelet_lm.devices import amp_dtype, autocast, reading, resolve_device
 from wavelet_lm.errors import UserError
 
 if TYPE_CHECKING:
-    from wavelet_lm.data import TokenSplit
+    from wavelet_lm.data.dataset import TokenSplit
     from wavelet_lm.data.tokenizers import Tokenizer
     from wavelet_lm.inference.quantization.options import QuantizationOptions
 
@@ -175,7 +175,7 @@ def evaluate_run(
         What `evaluate` does, and `run`, `dataset`, `split`, `tokenizer`, `n_params`; what
         `evaluate` says of the quantized model under `quantized`, with its `scheme` in words.
     """
-    from wavelet_lm.data import prepare_data
+    from wavelet_lm.data.dataset import prepare_data
     from wavelet_lm.inference.generation import check_vocabulary
     from wavelet_lm.inference.loading import load_model, load_tokenizer
     from wavelet_lm.inference.quantization.options import QuantizationOptions

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from wavelet_lm.config import Config
-from wavelet_lm.data import TokenizedText
+from wavelet_lm.data.dataset import TokenizedText
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.breakdown import breakdown

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.config import Config
-from wavelet_lm.data import TokenizedText
 from wavelet_lm.data.batches import training_batches, validation_batches
+from wavelet_lm.data.dataset import TokenizedText
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint
 from wavelet_lm.models.wavelet_lm import uses_carry

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from wavelet_lm.config import Config, show
-from wavelet_lm.data import TokenizedText, prepare_data
 from wavelet_lm.data.batches import steps_per_epoch
+from wavelet_lm.data.dataset import TokenizedText, prepare_data
 from wavelet_lm.data.modalities import Modality
 from wavelet_lm.data.tokenizers import GPT2_VOCAB, Tokenizer, load_tokenizer
 from wavelet_lm.devices import resolve_device

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from wavelet_lm.config import DataConfig
-from wavelet_lm.data import prepare_data
+from wavelet_lm.data.dataset import prepare_data
 from wavelet_lm.data.modalities import find_modality
 from wavelet_lm.data.modalities.midi import Note, write_notes
 from wavelet_lm.data.tokenizers import load_tokenizer
