@@ -1,5 +1,10 @@
 """Continue a prompt with a trained WaveletLM: `python generate.py --checkpoint logs/RUN`."""
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import functools
 import sys
 
@@ -11,6 +16,7 @@ from wavelet_lm.inference.opening import open_writer
 from wavelet_lm.inference.options import parse_options
 from wavelet_lm.inference.terminal import Output, read_prompt, write_batch, write_samples
 from wavelet_lm.models.checkpoint import find_checkpoint
+from wavelet_lm.threads import use_threads
 from wavelet_lm.training.run_folder import command_line
 
 
@@ -27,6 +33,7 @@ def main() -> None:
         as_json=options.json or options.prompts is not None,
         metrics=bool(options.metrics),
     )
+    use_threads(options.threads)
     writer = open_writer(options, resolve_device(options.device), output.log)
     config, size = writer.model.config, options.batch_size
     before = None if options.load_state is None else writer.load(options.load_state)

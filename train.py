@@ -4,6 +4,11 @@ Every key of the config file is also a flag: `--lr 0.02 --layers 3 --dropout_mlp
 a grid of them: `--set lr=0.01,0.02 --set layers=2,3`.
 """
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import argparse
 import sys
 
@@ -46,7 +51,9 @@ def main() -> None:
         sweep(members, lambda member: config_values(file, {**flags, **member}), source)
     elif (config := Config.from_dict(config_values(file, flags), source)).benchmark_only:
         from wavelet_lm.evaluation.__main__ import evaluate_and_print
+        from wavelet_lm.threads import use_threads
 
+        use_threads(config.threads)
         evaluate_and_print(config.benchmark_run_dir, device=config.device)
     else:
         from wavelet_lm.training.run import train

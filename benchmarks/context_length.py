@@ -20,6 +20,11 @@ Results go to `--json FILE`, by convention `benchmarks/results/context_length_<r
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import itertools
 import math
 import statistics
@@ -43,6 +48,7 @@ from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import check_vocabulary
 from wavelet_lm.inference.loading import load_model, load_tokenizer
 from wavelet_lm.models.registry import n_params
+from wavelet_lm.threads import add_threads_flag, use_threads
 
 # Logits that are held at once, and positions that are read at once.
 MAX_LOGITS = 2**26
@@ -251,10 +257,12 @@ def main() -> None:
     add("--texts", type=positive, default=8, help="stretches to read, as many as fit (default 8)")
     add("--targets", type=positive, default=64, help="sampled per band and text (default 64)")
     add("--device", default="auto")
+    add_threads_flag(parser)
     add("--json", metavar="FILE", help="write the results there")
     args = parser.parse_args(sys.argv[1:])
     check_targets([args.json])
 
+    use_threads(args.threads)
     model = load_model(args.checkpoint, resolve_device(args.device))
     tokenizer = load_tokenizer(args.checkpoint)
     check_vocabulary(model, tokenizer)

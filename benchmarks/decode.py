@@ -25,6 +25,11 @@ Results go to `--json FILE`, by convention `benchmarks/results/decode_<config>_<
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import argparse
 import copy
 import sys
@@ -60,6 +65,7 @@ from wavelet_lm.files import atomic_path
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.models.breakdown import breakdown
 from wavelet_lm.models.registry import build_model, n_params
+from wavelet_lm.threads import add_threads_flag, use_threads
 from wavelet_lm.training.memory import (
     GiB,
     available_bytes,
@@ -532,6 +538,7 @@ def parser() -> OneLineParser:
     add("--config", default="configs/mini.json", metavar="FILE", help="[configs/mini.json]")
     add("--vocab", type=positive, default=50257, metavar="N", help="size of the vocabulary [50257]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    add_threads_flag(parser)
     add("--dtype", choices=DTYPES, default="float32", help="of weights and products [float32]")
     add("--context", default="auto", help="as for generate.py [auto]")
     add("--compile", default=False, **truth, help="torch.compile the decoder's step [false]")
@@ -578,6 +585,7 @@ def main() -> None:
     check_targets((json_file, plot_file))
     if plot_file:
         check_plot(plot_file)
+    use_threads(flags.pop("threads"))
     requested = flags["device"]
     flags["device"] = resolve_device(requested)
     flags["dtype"] = DTYPES[flags["dtype"]]

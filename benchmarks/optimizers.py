@@ -16,6 +16,11 @@ Results go to `--json FILE`, by convention `benchmarks/results/optimizers_<name>
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -37,6 +42,7 @@ from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.files import atomic_path
 from wavelet_lm.models.registry import build_model, n_params
+from wavelet_lm.threads import use_threads
 from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.memory import peak_bytes, reset_peak
@@ -52,6 +58,7 @@ SMOOTHED_STEPS = 20
 
 def measure(config: Config, data: TokenizedText) -> dict[str, Any]:
     """Train in a temporary run folder; the curves are lists of [step, nats per token]."""
+    use_threads(config.threads)
     device = resolve_device(config.device)
     torch.manual_seed(config.seed)
     with device:

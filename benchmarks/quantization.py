@@ -21,6 +21,11 @@ and the speed of memory, which is measured in the same run.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import dataclasses
 import itertools
 import math
@@ -59,6 +64,7 @@ from wavelet_lm.inference.quantization.quantize import component, quantize
 from wavelet_lm.inference.quantization.scheme import Scheme
 from wavelet_lm.models.language_model import LanguageModel
 from wavelet_lm.models.registry import build_model, n_params
+from wavelet_lm.threads import add_threads_flag, use_threads
 
 MB = 1e6
 LOW_BITS = (4, 2)
@@ -361,6 +367,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--compile", type=boolean, default=False, metavar="BOOL")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    add_threads_flag(parser)
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--plot", metavar="FILE", help="draw the sweep there")
     args = parser.parse_args()
@@ -371,6 +378,7 @@ def main() -> None:
     check_targets([args.json, args.plot])
     if args.plot:
         check_plot(args.plot)
+    use_threads(args.threads)
     device = resolve_device(args.device)
     command = " ".join(["python", *sys.argv])
     if args.run is not None:

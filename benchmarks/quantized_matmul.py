@@ -11,6 +11,11 @@ for the bytes of weights, scales, x and y. `--sweep` tries other tiles of the Tr
 Results go to `--json FILE`, by convention `benchmarks/results/quantized_matmul_<machine>.json`.
 """
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import argparse
 import itertools
 import sys
@@ -38,6 +43,7 @@ from wavelet_lm.config import OneLineParser
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.kernels.quantized_matmul import MAX_ROWS, quantized_matmul
+from wavelet_lm.threads import add_threads_flag, use_threads
 
 SHAPES = "1x2048x2048,3x2048x2048,1x40960x2048,1x2048x40960,1x50257x2048"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -243,6 +249,7 @@ def parser() -> OneLineParser:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    add_threads_flag(parser)
     add("--dtype", choices=DTYPES, help="of x and dense weights [bfloat16; on a CPU float32]")
     add("--shapes", type=shapes, default=SHAPES, metavar="LIST", help=f"n x N x K [{SHAPES}]")
     add("--rows", type=positives, default=(1,), metavar="LIST", help="rows M of x [1]")
@@ -260,6 +267,7 @@ def main() -> None:
     flags = vars(parser().parse_args())
     json_file, sweeping, dtype = (flags.pop(key) for key in ("json", "sweep", "dtype"))
     check_targets((json_file,))
+    use_threads(flags.pop("threads"))
     device = flags["device"] = resolve_device(flags["device"])
     cuda = device.type == "cuda"
     if sweeping and not cuda:

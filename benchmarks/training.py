@@ -8,6 +8,11 @@ learns at once, so that a falling loss shows that training works, and prints wha
 Results go to `--json FILE`, by convention `benchmarks/results/training_<machine>.json`.
 """
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import sys
 import tempfile
 
@@ -27,6 +32,7 @@ from wavelet_lm.data.tokenizers import named_tokenizer
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import run_command
 from wavelet_lm.models.registry import build_model, n_params
+from wavelet_lm.threads import use_threads
 from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.memory import GiB, estimate_bytes, peak_bytes
@@ -71,6 +77,7 @@ def main() -> None:
 
 def measure(config: Config, vocab_size: int) -> dict[str, object]:
     """Train for `max_steps` in a temporary run folder."""
+    use_threads(config.threads)
     device = resolve_device(config.device)
     tokens = synthetic_tokens(vocab_size, 1_000_000, config.seed)
     split = TokenSplit(tokens, 4 * len(tokens))

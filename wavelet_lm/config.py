@@ -31,6 +31,7 @@ class Option:
 
     cost: the parameters that come with it, in the symbols of `config_reference.py`; for a switch
     those of its being on, for a number those of its value; empty = none.
+    word: a text that is allowed in place of a number.
     """
 
     meaning: str
@@ -39,18 +40,22 @@ class Option:
     above: float | None = None
     choices: tuple[Any, ...] | None = None
     cost: str = ""
+    word: str | None = None
 
     def range(self) -> str:
         """The allowed values in words, empty when every value of the type is allowed."""
         if self.choices is not None:
             return " | ".join(show(choice) for choice in self.choices)
         bounds = [("> ", self.above), (">= ", self.minimum), ("<= ", self.maximum)]
-        return " and ".join(f"{sign}{show(bound)}" for sign, bound in bounds if bound is not None)
+        words = " and ".join(f"{sign}{show(bound)}" for sign, bound in bounds if bound is not None)
+        return words if self.word is None else f"{self.word} or {words}"
 
     def allows(self, value: Any) -> bool:
         if self.choices is not None:
             # `True in (1,)` holds in Python; a choice must also agree in type.
             return any(value == c and type(value) is type(c) for c in self.choices)
+        if isinstance(value, str) and self.word is not None:
+            return value == self.word
         return (
             (self.above is None or value > self.above)
             and (self.minimum is None or value >= self.minimum)
@@ -404,6 +409,14 @@ class TrainingConfig:
         choices=("auto", True, False),
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU if there is one")
+    threads: int | str = option(
+        "auto",
+        "threads that compute on the CPU; auto = as many as it has cores for this process and its"
+        " quota allows, or OMP_NUM_THREADS",
+        minimum=1,
+        maximum=1024,
+        word="auto",
+    )
     seed: int = option(1337, "seed of every random generator", minimum=0, maximum=2**32 - 1)
     eval_interval: int = option(250, "steps between validations", minimum=1)
     eval_batches: int = option(
@@ -549,6 +562,7 @@ def type_words(spec: dataclasses.Field) -> str:
         "float": "a number",
         "bool": "true or false",
         "bool | str": "auto, true or false",
+        "int | str": "auto or a whole number",
         "str": "a text",
         "str | None": "a text or none",
         "int | None": "a whole number or none",
@@ -567,6 +581,8 @@ def _converted(spec: dataclasses.Field, value: Any) -> Any:
     kind = spec.type
     if value is None and kind.endswith("| None"):
         return None
+    if kind == "int | str" and value == spec.metadata["option"].word:
+        return value
     if kind.startswith("int"):
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -586,6 +602,11 @@ def _converted(spec: dataclasses.Field, value: Any) -> Any:
     if not isinstance(value, allowed):
         raise ValueError
     return value
+
+
+def checked_value(key: str, value: Any) -> Any:
+    """A value of `key` by itself, in its type, or a `ConfigError` that says what is allowed."""
+    return _checked(FIELDS[key], value)
 
 
 def _checked(spec: dataclasses.Field, value: Any) -> Any:
@@ -622,6 +643,8 @@ def parse_value(key: str, text: str) -> Any:
             return None
         if kind.startswith("bool"):
             return {"true": True, "1": True, "false": False, "0": False, "auto": "auto"}[word]
+        if kind == "int | str" and word == spec.metadata["option"].word:
+            return word
         if kind.startswith("int"):
             return int(text)
         if kind == "float":

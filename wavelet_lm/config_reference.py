@@ -1,5 +1,10 @@
 """The config reference as Markdown: `python -m wavelet_lm.config_reference > docs/config.md`."""
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import dataclasses
 
 from wavelet_lm.config import GROUPS, Option, show, type_words

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
+from wavelet_lm.environment import ready
+
 
 class UserError(Exception):
     """A mistake in what the user gave; the message is one complete line."""
@@ -32,6 +34,7 @@ def run_command(main: Callable[[], None]) -> None:
     name = spec.name.removesuffix(".__main__") if spec else sys.argv[0].rsplit("/", 1)[-1]
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        ready()
         main()
     except UserError as error:
         print(f"{name}: error: {error}", file=sys.stderr)

@@ -1,5 +1,10 @@
 """Evaluate a trained model: `python -m wavelet_lm.evaluation RUN --split test`."""
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import json
 import sys
 from typing import Any
@@ -14,6 +19,7 @@ from wavelet_lm.inference.quantization.options import (
     add_quantization_flags,
     quantization_options,
 )
+from wavelet_lm.threads import add_threads_flag, use_threads
 
 
 def main() -> None:
@@ -27,12 +33,14 @@ def main() -> None:
     parser.add_argument("--dataset", help="other data than the run's own, with its tokenizer")
     parser.add_argument("--batch_size", type=int, help="windows at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    add_threads_flag(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
     add_quantization_flags(parser)
     args = parser.parse_args()
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"batch_size is {args.batch_size}; it must be 1 or more")
 
+    use_threads(args.threads)
     results = evaluate_and_print(
         args.run,
         args.split,

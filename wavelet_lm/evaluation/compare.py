@@ -16,6 +16,11 @@ are those of matrix products, forward and backward. Times are those of the train
 they mean something on a machine that does nothing else.
 """
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -16,6 +16,11 @@ WaveletGPT paper: 6 layers of width 64.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 from functools import partial
 from pathlib import Path
 

@@ -10,6 +10,11 @@ have the size of the WaveletGPT paper: 6 layers of width 32, the last position, 
 the whole config of each model is in the file that --json names.
 """
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import argparse
 from dataclasses import fields, replace
 from functools import partial

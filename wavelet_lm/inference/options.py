@@ -23,6 +23,7 @@ from wavelet_lm.inference.quantization.options import (
 )
 from wavelet_lm.inference.rows import Request
 from wavelet_lm.inference.sampling import SamplingOptions
+from wavelet_lm.threads import add_threads_flag
 
 # What --strategies stands for; every flag that is given as well wins over it.
 STRATEGIES = {
@@ -88,6 +89,7 @@ class GenerationOptions:
     draft_tokens: int | None = None
     context: str = "auto"
     device: str = "auto"
+    threads: int | str = "auto"
     dtype: str = "auto"
     compile: str = "auto"
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
@@ -460,6 +462,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         " the run's block_size [auto]",
     )
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    add_threads_flag(flags)
     flags.add_argument(
         "--dtype",
         default="auto",

@@ -4,6 +4,11 @@ By component: parameters, training FLOPs per token, weights read per generated t
 of a text's state, and how far back the model sees.
 """
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import json
 
 from wavelet_lm.config import Config, OneLineParser, add_config_flags, parse_flags

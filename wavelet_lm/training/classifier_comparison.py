@@ -22,6 +22,7 @@ from wavelet_lm.evaluation.model_names import SYNTAX, model_configs, split_names
 from wavelet_lm.evaluation.report import aligned
 from wavelet_lm.models.classifier import POOLING, SequenceClassifier
 from wavelet_lm.models.registry import n_params
+from wavelet_lm.threads import use_threads
 from wavelet_lm.training.classification import Score, accuracy, total_steps, train_with_bar
 from wavelet_lm.training.results import write_results
 
@@ -143,6 +144,7 @@ def compare(
     rows: list[dict[str, Any]] = []
     for name, config in configs.items():
         config = config.replace(block_size=task.longest)
+        use_threads(config.threads)
         device = resolve_device(config.device)
         torch.manual_seed(config.seed)
         with device:

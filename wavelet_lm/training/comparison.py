@@ -25,6 +25,7 @@ from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.breakdown import breakdown
 from wavelet_lm.models.registry import build_model, n_params
+from wavelet_lm.threads import use_threads
 from wavelet_lm.training import memory
 from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.loop import Diverged, Trainer
@@ -220,6 +221,7 @@ def compare(
 
 def train_one(config: Config, data: TokenizedText, budget: Budget | None, costs: Row) -> Row:
     """Train one model in a temporary run folder; its figures and its curve."""
+    use_threads(config.threads)
     device = resolve_device(config.device)
     flops_per_step = costs["flops_per_token"] * tokens_per_step(config)
     steps = total_steps(config, data) if budget is None else budget.steps(flops_per_step)

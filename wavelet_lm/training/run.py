@@ -28,6 +28,7 @@ from wavelet_lm.inference.sampling import SamplingOptions
 from wavelet_lm.inference.terminal import RECORD, record
 from wavelet_lm.models.checkpoint import Checkpoint, load_model
 from wavelet_lm.models.registry import build_model, n_params
+from wavelet_lm.threads import use_threads
 from wavelet_lm.training import memory
 from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.loop import Trainer
@@ -36,7 +37,16 @@ from wavelet_lm.training.runs_table import append_run
 
 SAMPLE_TOKENS = 512
 # Keys of a run's config.json that may be edited before it is resumed.
-MAY_CHANGE = ("dataset", "cache_dir", "device", "compile", "out_dir", "runs_file", "init_from")
+MAY_CHANGE = (
+    "dataset",
+    "cache_dir",
+    "device",
+    "threads",
+    "compile",
+    "out_dir",
+    "runs_file",
+    "init_from",
+)
 
 
 def train(config: Config) -> RunFolder:
@@ -46,6 +56,7 @@ def train(config: Config) -> RunFolder:
         UserError: anything that the user can mend, before or during the run.
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
+    use_threads(config.threads)
     device = resolve_device(config.device)
     source = find_own_checkpoint(config.init_from) if config.init_from else None
     with torch.device("meta"):  # before any data is fetched: could this machine train it at all?
@@ -86,6 +97,7 @@ def resume(path: str | Path) -> RunFolder:
         raise UserError(f"{path}: stopped before its first checkpoint; start it again")
     config, checkpoint = Config.from_json(run.config_file), Checkpoint(run.last)
     _refuse_changed_config(config, checkpoint, run)
+    use_threads(config.threads)
     device = resolve_device(config.device)
     data = prepare_data(config, tokenizer=load_tokenizer(run.path))
     model = _build(config, data, device)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import dataclasses
 import shutil
 import sys
@@ -23,6 +28,7 @@ from wavelet_lm.inference.quantization.options import (
 )
 from wavelet_lm.inference.quantization.quantize import quantize
 from wavelet_lm.models.checkpoint import find_checkpoint
+from wavelet_lm.threads import add_threads_flag, use_threads
 
 
 def main() -> None:
@@ -33,6 +39,7 @@ def main() -> None:
     parser.add_argument("run", metavar="RUN", help="run folder, or checkpoint file")
     parser.add_argument("--out", metavar="RUN8", required=True, help="run folder to make")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    add_threads_flag(parser)
     parser.add_argument(
         "--fwpkm_inference_updates",
         action="store_true",
@@ -41,6 +48,7 @@ def main() -> None:
     add_quantization_flags(parser, switch=False)
     args = parser.parse_args()
     options = dataclasses.replace(quantization_options(vars(args)), ptq8=True)
+    use_threads(args.threads)
     adapt = True if args.fwpkm_inference_updates else None
     quantize_run(
         args.run,
