@@ -438,13 +438,16 @@ class GenerationConfig:
 
     generation_prompt: str = option("The history of", "text to continue")
     num_new_tokens: int = option(512, "tokens to generate", minimum=1)
-    temperature: float = option(1.0, "softmax temperature, 0 = greedy", minimum=0)
+    temperature: float = option(1.0, "softmax temperature, 0 = greedy", minimum=0, maximum=1e30)
     top_k: int = option(0, "sample among the k likeliest tokens, 0 = all", minimum=0)
     top_p: float = option(
-        0.95, "sample among the fewest tokens that hold this probability", above=0, maximum=1
+        0.95, "sample among the fewest tokens that hold this probability", minimum=1e-30, maximum=1
     )
     repetition_penalty: float = option(
-        1.1, "divides the positive logits of tokens seen before, multiplies the others", above=0
+        1.1,
+        "divides the positive logits of tokens seen before, multiplies the others",
+        minimum=1e-30,
+        maximum=1e30,
     )
 
 

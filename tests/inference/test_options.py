@@ -155,8 +155,8 @@ def test_a_part_needs_its_whole(flag, needed):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--top_p 0", "top_p is 0.0; it must be above 0 and at most 1"),
-        ("--temperature -1", "temperature is -1.0; it must be 0 or more"),
+        ("--top_p 0", "top_p is 0.0; it must be between 1e-30 and 1"),
+        ("--temperature -1", "temperature is -1.0; it must be between 0 and 1e+30"),
         ("--temperature hot", "--temperature"),
         ("--num_tokens 0", "num_tokens is 0; it must be 1 or more"),
         ("--num_tokens -1 --save_state f", "num_tokens is -1; it must be 0 or more"),
@@ -169,6 +169,9 @@ def test_a_part_needs_its_whole(flag, needed):
         ("--draft d --draft_tokens 0", "draft_tokens is 0"),
         ("--wavelet_coherence --coherence_levels 31", "levels of wavelet_coherence is 31"),
         ("--wavelet_coherence --coherence_weight nan", "weight of wavelet_coherence is nan"),
+        ("--wavelet_coherence --coherence_weight 1e39", "weight of wavelet_coherence is 1e+39"),
+        ("--top_p 1e-46", "top_p is 1e-46; it must be between 1e-30 and 1"),
+        ("--repetition_penalty 1e-46", "repetition_penalty is 1e-46; it must be between 1e-30 and"),
         ("--entropy_adaptive --entropy_temp_min 0", "entropy_temp_min is 0.0"),
         ("--entropy_adaptive --entropy_temp_min 2", "entropy_temp_max is 1.5"),
         ("--seed -1", "seed is -1"),
@@ -187,6 +190,13 @@ def test_a_part_needs_its_whole(flag, needed):
 )
 def test_mistakes_are_one_line(line, words):
     assert words in refused(line)
+
+
+def test_a_prompts_own_seed_leaves_room_for_all_samples():
+    prompt = Prompt("x", seed=MAX_SEED)
+    assert parse("").requests(tiny_config(), prompt)[0].seed == MAX_SEED
+    with pytest.raises(UserError, match="with so many samples it passes"):
+        parse("--n 2").requests(tiny_config(), prompt)
 
 
 def test_reading_alone_and_the_largest_seed_are_allowed():

@@ -8,6 +8,8 @@ from scipy.stats import chisquare
 
 from wavelet_lm import UserError
 from wavelet_lm.inference.sampling import (
+    LARGEST,
+    SMALLEST,
     SamplingOptions,
     adaptive_temperature,
     adjusted,
@@ -179,6 +181,34 @@ def test_a_tiny_temperature_is_greedy_and_finite(temperature):
         assert probabilities(logits, seen, options).tolist() == [[0, 0, 1]]
 
 
+ends = st.sampled_from([SMALLEST, 1e-20, 0.5, 1.0, 1e20, LARGEST])
+FLOAT32 = torch.finfo(torch.float32)
+extremes = st.sampled_from([0.0, 1.0, -3.0, FLOAT32.tiny, 1e20, -1e20, FLOAT32.max, FLOAT32.min])
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(extremes, st.booleans()), min_size=1, max_size=5),
+    st.just(0.0) | st.just(5e-324) | ends,
+    ends.filter(lambda p: p <= 1),
+    ends,
+    st.tuples(st.just(5e-324) | ends, ends).map(sorted),
+    st.booleans(),
+    st.booleans(),
+)
+def test_no_option_takes_finite_logits_out_of_float32(row, t, p, penalty, temps, adaptive, moving):
+    """What its range allows: the distribution is one, and the token one of its."""
+    logits, seen = torch.tensor([[x for x, _ in row]]), torch.tensor([[s for _, s in row]])
+    options = SamplingOptions(t, 0, p, penalty, adaptive, *temps)
+    top_p = torch.tensor([p]) if moving else None
+    found = probabilities(logits, seen, options, top_p)
+    assert found.isfinite().all() and float(found.sum()) == pytest.approx(1, abs=1e-5)
+    assert penalize(logits, seen, penalty).isfinite().all()
+    for u in (0.0, 0.5, math.nextafter(1, 0)):
+        token = draw(logits, seen, options, torch.tensor([u], dtype=torch.float64), top_p)
+        assert found[0, token] > 0 or options.greedy
+
+
 def test_the_adaptive_temperature_goes_from_one_end_to_the_other():
     options = SamplingOptions(entropy_adaptive=True, entropy_temp_min=0.25, entropy_temp_max=2)
     certain, ignorant = [200.0, 0, 0, 0], [7.0] * 4
@@ -321,13 +351,19 @@ def test_a_gpu_draws_what_the_cpu_draws():
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.01},
+        {"top_p": 1e-46},
         {"top_p": math.nan},
         {"repetition_penalty": 0.0},
         {"repetition_penalty": -1.0},
         {"repetition_penalty": math.inf},
+        {"repetition_penalty": 1e-46},
+        {"repetition_penalty": 1e39},
+        {"repetition_penalty": 10**400},
+        {"temperature": 1e39},
         {"entropy_temp_min": 0.0},
         {"entropy_temp_min": math.nan},
         {"entropy_temp_max": math.inf},
+        {"entropy_temp_max": 1e39},
         {"entropy_temp_max": 0.2},
     ],
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wavelet_lm.errors import UserError
+from wavelet_lm.inference.sampling import LARGEST
 
 # However far a text has drifted, top_p stays at least this, or what it was if that is less.
 LOWEST_TOP_P = 0.3
@@ -49,7 +50,7 @@ class WaveletCoherence:
         levels: int = 3,
     ):
         for name, value, allowed, words in (
-            ("weight", weight, 0 <= weight < math.inf, "0 or more"),
+            ("weight", weight, 0 <= weight <= LARGEST, f"between 0 and {LARGEST:g}"),
             ("window", window, window >= 1, "1 or more"),
             ("levels", levels, 0 <= levels <= 30, "between 0 and 30"),
         ):

@@ -134,9 +134,13 @@ class GenerationOptions:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
         if "" in self.stop:
             raise UserError("stop is empty, which every text holds; give some text or leave it out")
-        if self.seed + self.n + self.best_of_n - 2 > MAX_SEED:
-            raise UserError(f"seed is {self.seed}; with so many samples it passes {MAX_SEED}")
+        self._check_seeds(self.seed)
         self._sampling({})  # checks its own values
+
+    def _check_seeds(self, seed: int) -> None:
+        """Refuse a first seed of a prompt whose last one no generator takes."""
+        if seed + self.n + self.best_of_n - 2 > MAX_SEED:
+            raise UserError(f"seed is {seed}; with so many samples it passes {MAX_SEED}")
 
     def _check_contradictions(self) -> None:
         given = self._given()
@@ -249,6 +253,7 @@ class GenerationOptions:
         """The `n` texts asked for of a prompt; its own values win over the command's."""
         prompt = prompt or Prompt("")
         seed = self.seed if prompt.seed is None else prompt.seed
+        self._check_seeds(seed)
         given = self.num_tokens if prompt.num_tokens is None else prompt.num_tokens
         num_tokens = config.num_new_tokens if given is None else given
         stop = self.stop if prompt.stop is None else prompt.stop

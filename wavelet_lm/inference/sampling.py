@@ -3,6 +3,9 @@
 Functions on logits [B, V], one text per row; no row looks at another. They compute in float32 at
 least. The order is: repetition penalty, temperature, top-k, top-p, draw. Nothing here waits for the
 device, and all of it can be traced by `torch.compile` as one graph.
+
+Every option has a range in which no step leaves float32: from finite logits comes a distribution
+that is finite and sums to 1, whatever the options.
 """
 
 import math
@@ -13,8 +16,9 @@ from torch import Tensor
 
 from wavelet_lm.errors import UserError
 
-# Beyond this factor every logit but the largest is out of float32's reach anyway.
-MAX_SHARPENING = 1e30
+# What an option may be, with room to spare in float32, in which it is computed with. As a factor of
+# logits the largest puts all but the first of them out of reach anyway.
+SMALLEST, LARGEST = 1e-30, 1e30
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,23 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         for name, allowed, words in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("temperature", 0 <= self.temperature <= LARGEST, f"between 0 and {LARGEST:g}"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
-            ("entropy_temp_min", 0 < self.entropy_temp_min < math.inf, "above 0"),
+            ("top_p", SMALLEST <= self.top_p <= 1, f"between {SMALLEST:g} and 1"),
+            (
+                "repetition_penalty",
+                SMALLEST <= self.repetition_penalty <= LARGEST,
+                f"between {SMALLEST:g} and {LARGEST:g}",
+            ),
+            (
+                "entropy_temp_min",
+                0 < self.entropy_temp_min <= LARGEST,
+                f"above 0 and at most {LARGEST:g}",
+            ),
             (
                 "entropy_temp_max",
-                self.entropy_temp_min <= self.entropy_temp_max < math.inf,
-                f"entropy_temp_min ({self.entropy_temp_min}) or more",
+                self.entropy_temp_min <= self.entropy_temp_max <= LARGEST,
+                f"between entropy_temp_min ({self.entropy_temp_min}) and {LARGEST:g}",
             ),
         ):
             if not allowed:
@@ -132,7 +144,9 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make tokens of `seen` less likely (more likely for a penalty below 1)."""
     if penalty == 1:
         return logits
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    limit = torch.finfo(logits.dtype).max
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-limit, limit)
+    return torch.where(seen, penalized, logits)
 
 
 def adaptive_temperature(logits: Tensor, options: SamplingOptions) -> Tensor:
@@ -151,11 +165,11 @@ def apply_temperature(logits: Tensor, temperature: float | Tensor) -> Tensor:
     `temperature` is one for all rows or broadcasts with [B, V].
     """
     if isinstance(temperature, Tensor):
-        factor = (1 / temperature).clamp(max=MAX_SHARPENING)
+        factor = (1 / temperature).clamp(max=LARGEST)
     elif temperature == 1:
         return logits
     else:
-        factor = min(1 / temperature, MAX_SHARPENING)
+        factor = min(1 / temperature, LARGEST)
     return (logits - logits.amax(-1, keepdim=True)) * factor
 
 
@@ -178,7 +192,9 @@ def keep_likeliest(logits: Tensor, k: int = 0, p: float | Tensor = 1.0) -> Tenso
         if isinstance(p, Tensor):
             # No sum reaches the ∞; one that is rounded may well reach 1 before the last token.
             p = p.to(logits.dtype).masked_fill(p >= 1, math.inf)[:, None]
-        likeliest = likeliest.masked_fill(held_by_likelier >= p, -math.inf)
+        excluded = held_by_likelier >= p
+        excluded[..., 0] = False  # whatever a sum is rounded to
+        likeliest = likeliest.masked_fill(excluded, -math.inf)
     return torch.full_like(logits, -math.inf).scatter(-1, tokens, likeliest)
 
 
