@@ -67,7 +67,7 @@ def test_every_key_has_a_meaning_and_an_allowed_default():
         ({"optimizer": "SGD"}, ["optimizer", "Adagrad | AdamW"]),
         ({"compile": 1}, ["compile"]),
         ({"compile": "maybe"}, ["compile", "auto | true | false"]),
-        ({"top_p": 0}, ["top_p", "> 0"]),
+        ({"top_p": 0}, ["top_p", ">= 1e-30"]),
         ({"split": [0.9, 0.2, 0.1]}, ["split", "sum to 1"]),
         ({"split": [1.0, 0.0, 0.0]}, ["split"]),
         ({"split": "0.9"}, ["split", "list"]),
