@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 from itertools import islice
@@ -44,11 +45,11 @@ def disturbed(model, scale):
     return perturb(HistoryModel(model.vocab_size, 5, 1.5).double(), scale, seed=1)
 
 
-def continued(target, draft, text, options=GREEDY, seed=1, gamma=3, counts=None):
+def continued(target, draft, text, options=GREEDY, seed=1, gamma=3, counts=None, top_p=None):
     """An endless iterator of `Drawn`."""
     target, draft = (m if isinstance(m, Decoder) else Decoder(m) for m in (target, draft))
     starts = target.prefill([text]), draft.prefill([text])
-    return speculative_tokens(target, draft, text, *starts, options, seed, gamma, counts)
+    return speculative_tokens(target, draft, text, *starts, options, seed, gamma, counts, top_p)
 
 
 def plain(model, text, n, options=GREEDY, seed=1):
@@ -111,7 +112,17 @@ def distribution(model, text, options):
     return probabilities(logits, seen, options)[0].tolist()
 
 
-def slow_speculative(target, draft, text, n, options, seed, gamma):
+class Moving:
+    """A top_p that depends on the text so far, looked at every so many tokens."""
+
+    def __init__(self, every):
+        self.every = every
+
+    def top_p(self, texts):
+        return torch.tensor([0.5 + 0.45 * (sum(text) % 5 == 0) for text in texts])
+
+
+def slow_speculative(target, draft, text, n, options, seed, gamma, source=None):
     """The same numbers, one token at a time, with both texts read again for every token."""
 
     def number(i, purpose):
@@ -124,6 +135,9 @@ def slow_speculative(target, draft, text, n, options, seed, gamma):
     text, start, left = list(text), len(text), 0
     while len(text) < start + n:
         i = len(text) - start
+        if source is not None and i % source.every == 0:
+            options = dataclasses.replace(options, top_p=float(source.top_p([text])))
+            left = gamma if i else 0
         p, q = distribution(target, text, options), distribution(draft, text, options)
         if left == 0:  # before the first round, and after one whose proposals were all accepted
             text.append(invert(p, number(i, 0)))
@@ -146,6 +160,27 @@ def test_it_is_the_same_as_one_proposal_after_the_other(options, gamma):
     target, draft = history_model(), disturbed(history_model(), 0.7)
     drawn = list(islice(continued(target, draft, [2, 7], options, 5, gamma), 60))
     expected = slow_speculative(target, draft, [2, 7], 60, options, 5, gamma)
+    assert [d.token for d in drawn] == expected
+
+
+@pytest.mark.parametrize("every", [1, 4, 5])
+@pytest.mark.parametrize("gamma", [1, 3, 7])
+@pytest.mark.parametrize("draft", [0.0, 0.4])
+def test_a_round_ends_where_top_p_moves(draft, gamma, every):
+    target, source, options = history_model(), Moving(every), OPTIONS["penalty"]
+    draft = disturbed(target, draft)
+    drawn = list(islice(continued(target, draft, [2, 7], options, 5, gamma, None, source), 40))
+    expected = slow_speculative(target, draft, [2, 7], 40, options, 5, gamma, source)
+    assert [d.token for d in drawn] == expected
+    greedy = list(islice(continued(target, draft, [2, 7], GREEDY, 5, gamma, None, source), 40))
+    assert_same(greedy, plain(target, [2, 7], 40))
+
+
+def test_the_real_model_goes_back_to_where_top_p_moves():
+    target, draft, source = real_model(), real_model(0.02), Moving(4)
+    options = OPTIONS["penalty"]
+    drawn = list(islice(continued(target, draft, [1, 2, 3], options, 7, 3, None, source), 40))
+    expected = slow_speculative(target, draft, [1, 2, 3], 40, options, 7, 3, source)
     assert [d.token for d in drawn] == expected
 
 

@@ -23,6 +23,7 @@ from wavelet_lm.inference.generation import (
     Drawn,
     NonFiniteOutput,
     Readout,
+    TopPSource,
     check_seed,
     seen_tokens,
 )
@@ -70,6 +71,7 @@ def speculative_tokens(
     seed: int,
     gamma: int,
     counts: Counts | None = None,
+    top_p_source: TopPSource | None = None,
 ) -> Iterator[Drawn]:
     """Continue one text for as long as the caller asks, up to gamma + 1 tokens per round.
 
@@ -84,6 +86,8 @@ def speculative_tokens(
             the state.
         gamma: tokens that the draft proposes in each round, 1 or more.
         counts: is added to as tokens are verified.
+        top_p_source: looked at before tokens 0, `every`, 2 · `every`, …: a round ends there at the
+            latest, so that the text keeps its distribution.
 
     Raises:
         UserError: the models do not fit each other, gamma or seed are out of range.
@@ -98,8 +102,10 @@ def speculative_tokens(
         )
     counts = Counts() if counts is None else counts
     numbers = Numbers(seed, target.device)
-    proposals = Proposals(draft, options, numbers, gamma)
-    verdict = Verdict(target, text, options, numbers, gamma)
+    moving = top_p_source is not None
+    proposals = Proposals(draft, options, numbers, gamma, moving)
+    verdict = Verdict(target, text, options, numbers, gamma, moving)
+    whole = list(text)
     reader = target.start(target_start[1], max_step=gamma + 1)
     writer = draft.start(draft_start[1], max_step=gamma)
     propose = draft.accelerate(
@@ -113,6 +119,8 @@ def speculative_tokens(
     )
 
     # The first token needs no reading; from then on a round starts with one that neither has read.
+    if moving:
+        verdict.look(top_p_source.top_p([whole]), top_p_source.every)
     verdict.give_first(target_start[0])
     drawn, n = verdict.read(), 0
     while True:
@@ -122,7 +130,10 @@ def speculative_tokens(
                 raise NonFiniteOutput(n)
             if one.token == DRAFT_FAILED:
                 raise NonFiniteDraft(n)
+            whole.append(one.token)
             yield one
+        if moving and n % top_p_source.every == 0:
+            verdict.look(top_p_source.top_p([whole]), top_p_source.every)
         proposals.begin(verdict)
         for _ in range(gamma):
             propose()
@@ -165,7 +176,14 @@ class Proposals:
         finite: [gamma + 1] bool, whether the logits were.
     """
 
-    def __init__(self, decoder: Decoder, options: SamplingOptions, numbers: Numbers, gamma: int):
+    def __init__(
+        self,
+        decoder: Decoder,
+        options: SamplingOptions,
+        numbers: Numbers,
+        gamma: int,
+        moving_top_p: bool,
+    ):
         V, device = decoder.vocab_size, decoder.device
         self._options, self._numbers = options, numbers
         self.newest = torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -175,6 +193,7 @@ class Proposals:
         self._seen = torch.zeros(1, V, dtype=torch.bool, device=device)
         self._first = torch.zeros(1, dtype=torch.int64, device=device)  # number of tokens[:, 0]
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
+        self._top_p = torch.ones(1, device=device) if moving_top_p else None
 
     def buffers(self) -> list[Tensor]:
         """What `add` changes in place."""
@@ -189,6 +208,8 @@ class Proposals:
         self._seen.copy_(verdict.seen)
         self._first.copy_(verdict.count)
         self._place.zero_()
+        if self._top_p is not None:
+            self._top_p.copy_(verdict.top_p)
 
     def add(self, logits: Tensor) -> None:
         """Draw from logits [1, V]."""
@@ -196,7 +217,7 @@ class Proposals:
         if self._options.greedy:
             token = draw(logits, self._seen, self._options, numbers)
         else:
-            p = probabilities(logits, self._seen, self._options)
+            p = probabilities(logits, self._seen, self._options, self._top_p)
             token = draw_from(p, numbers)
             self.probabilities.index_copy_(0, self._place, p.double())
         self.newest.copy_(token[:, None])
@@ -214,6 +235,7 @@ class Verdict:
         newest: [1, 1] int64, the last token of the text, which no model has read.
         seen: [1, V] bool, the tokens in the text.
         count: [1] int64, the tokens generated.
+        top_p: [1], in place of that of the options, where it moves; None where it does not.
         record: [gamma + 1, 3] float64, for each token of the round what `Drawn` holds.
     """
 
@@ -224,6 +246,7 @@ class Verdict:
         options: SamplingOptions,
         numbers: Numbers,
         gamma: int,
+        moving_top_p: bool,
     ):
         device = decoder.device
         self._options, self._numbers = options, numbers
@@ -232,14 +255,23 @@ class Verdict:
         self.seen = seen_tokens([text], decoder.vocab_size, device)
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
         self.record = torch.zeros(gamma + 1, 3, dtype=torch.float64, device=device)
+        self.top_p = torch.ones(1, device=device) if moving_top_p else None
+        # The number of the token that the next look at top_p comes before.
+        self._next_look = torch.zeros_like(self.count)
 
     def buffers(self) -> list[Tensor]:
         """What `give` changes in place."""
         return [self.newest, self.seen, self.count, self.record]
 
+    def look(self, top_p: Tensor, every: int) -> None:
+        """Hold this top_p, [1], for the next `every` tokens."""
+        self.top_p.copy_(top_p)
+        self._next_look.copy_(self.count + every)
+
     def give_first(self, logits: Tensor) -> None:
         """Draw one token from logits [1, V], without a proposal."""
-        token = draw(logits, self.seen, self._options, self._numbers(self.count, FINAL))
+        number = self._numbers(self.count, FINAL)
+        token = draw(logits, self.seen, self._options, number, self.top_p)
         tokens = token.expand(len(self._places))
         n_kept = torch.zeros_like(self.count)
         self._write(tokens, logits.expand(len(tokens), -1), n_kept, token, tokens >= 0)
@@ -256,6 +288,13 @@ class Verdict:
         accepted, final = self._judge(logits, torch.cat(seen), drafted, proposals)
         n_kept = accepted.long().cumprod(0).sum(0, keepdim=True)
         newest = final[n_kept]
+        if self.top_p is not None:
+            # Of more tokens than may come before the next look the last is a proposal that was
+            # accepted; what follows it is proposed again.
+            last = self._next_look - self.count - 1
+            drafted_last = proposals.tokens[0][last.clamp(max=len(drafted))]
+            newest = torch.where(n_kept > last, drafted_last, newest)
+            n_kept = torch.minimum(n_kept, last)
         tokens = torch.where(self._places < n_kept, proposals.tokens[0], newest)
         # The token after the last proposal is the target's alone.
         draft_finite = proposals.finite | (self._places == len(drafted))
@@ -272,7 +311,7 @@ class Verdict:
         if self._options.greedy:
             final = draw(logits, seen, self._options, self._numbers(n, FINAL))
             return final[:-1] == drafted, final
-        p = probabilities(logits, seen, self._options).double()
+        p = probabilities(logits, seen, self._options, self.top_p).double()
         q = proposals.probabilities[:-1]
         chosen = drafted[:, None]
         accepted = (
