@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from tests.inference.writers import Letters, tokens
 from wavelet_lm.inference.generation import Drawn
-from wavelet_lm.inference.rows import CleanContinuation, Request, Row, TextUntil
+from wavelet_lm.inference.rows import Request, Row, TextUntil
 from wavelet_lm.inference.spacing import clean_spacing
 
 texts = st.text("ab", max_size=12)
@@ -113,28 +113,73 @@ def test_a_row_is_cleaned_line_by_line_after_what_stands_before_it():
     assert one.completion(0.0).text == ". b\n .a"
 
 
-spaced = st.text('a.," @-\n()', max_size=20)
+MARKS = Letters(letters="ab .,:()@-\"'\nnte0")
 
 
-@given(st.text('a.," @-()', max_size=8), st.lists(spaced, max_size=6))
-def test_a_continuation_is_clean_however_it_is_cut(before, pieces):
-    stream, text = CleanContinuation(before), "".join(pieces)
-    result = "".join(map(stream.feed, pieces)) + stream.finish()
-    whole, start = clean_spacing(before + text), clean_spacing(before)
-    assert result in (whole[len(start) :] if whole.startswith(start) else None, clean_spacing(text))
-    once = CleanContinuation(before)
-    assert once.feed(text) + once.finish() == result
+def cleaned_row(raw, stop, before=""):
+    """A row that was fed all letters of `raw` that it takes."""
+    one = Row(Request(1, len(raw), stop), MARKS, None, before)
+    for letter in raw:
+        if one.reason is None:
+            one.take(Drawn(MARKS.letters.index(letter), -1.0, 1.0))
+    return one
 
 
 @pytest.mark.parametrize(
-    ("before", "text", "expected"),
+    ("raw", "stop", "text", "read"),
     [
-        ("He said", " , yes .", ", yes."),
-        ('The " role', ' " game', '" game'),
-        ("He said ", ", yes .", ", yes."),  # the space is on the screen already
-        ("", " a .", " a."),
+        # What is shown ends it, not what was read, once it is clear that it stays.
+        ("at a , tea , be", "a,", "at ", "at a , tea ,"),
+        ("at a : b , tea n , be", "a: b", "at ", "at a : b , t"),
+        ("at a @-@ b , tea", "-b", "at a", "at a @-@ b , t"),
+        ('a " b " n , t e', '"b"', "a ", 'a " b " n ,'),
+        ("at a , b , a", " ,", "at a, b, a", "at a , b , a"),
+        ("be :) at a be", "be:", "be :) at a be", "be :) at a be"),
+        ("do n't at a tea b", "o n", "don't at a tea b", "do n't at a tea b"),
+        # At once, where nothing that follows can take it apart.
+        ("at a do n", "o n", "at a d", "at a do n"),
+        ("at a , b . ea te", ".", "at a, b", "at a , b ."),
+        ("at a tea , b", "tea", "at a ", "at a tea"),
+        ("at a tea , b", "a t", "at ", "at a t"),
+        ("at ,\nb , a", "\nb", "at,", "at ,\nb"),
+        ("at ,\n\nb , a", "\n\n", "at,", "at ,\n\n"),
     ],
 )
-def test_what_stands_before_decides_about_the_first_line(before, text, expected):
-    stream = CleanContinuation(before)
-    assert stream.feed(text) + stream.finish() == expected
+def test_a_stop_text_is_looked_for_in_what_is_shown(raw, stop, text, read):
+    letters = Letters(letters="".join(sorted(set(raw))))
+    one, shown = Row(Request(1, len(raw), (stop,)), letters, None, ""), ""
+    for letter in raw:
+        if one.reason is None:
+            shown += one.take(Drawn(letters.letters.index(letter), -1.0, 1.0))
+    done = one.completion(0.0)
+    assert shown == done.text == text
+    assert letters.decode(done.tokens) == read
+    assert done.reason == ("stop" if stop in clean_spacing(raw) else "length")
+
+
+wanted = st.text('ab .,"@-\n(', min_size=1, max_size=3)
+
+
+@given(st.text(MARKS.letters, max_size=30), st.lists(wanted, min_size=1, max_size=2))
+@example("a ) ( ) b a ( a ", [")("])
+def test_a_stop_text_ends_the_clean_text_where_the_whole_of_it_would(raw, stop):
+    stop = tuple(stop)
+    done = cleaned_row(raw, stop).completion(0.0)
+    whole = TextUntil(stop)
+    expected = whole.feed(clean_spacing(raw)) + whole.finish()
+    # What follows a stop text inside a word can still take the spaces away that stand before it.
+    assert done.text.rstrip(" ") == expected.rstrip(" ")
+    assert (done.reason == "stop") == whole.found
+
+
+def test_a_stop_text_of_the_last_line_counts_though_more_could_have_come():
+    one = row(4, stop=("a .",), clean_after="")
+    take(one, "a . ")
+    assert (one.reason, one.completion(0.0).text) == ("length", "a. ")
+    cut = row(3, stop=("a.",), clean_after="")
+    take(cut, "a .")
+    assert (cut.reason, cut.completion(0.0).text) == ("stop", "")
+    stopped = row(9, stop=("a.",), clean_after="")
+    take(stopped, "a .")
+    stopped.end("interrupted")
+    assert (stopped.reason, stopped.completion(0.0).text) == ("interrupted", "")

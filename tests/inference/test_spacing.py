@@ -2,7 +2,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wavelet_lm.inference.spacing import CleanStream, clean_spacing
+from wavelet_lm.inference.spacing import (
+    CleanContinuation,
+    CleanStream,
+    clean_spacing,
+    is_spaced_apart,
+)
 
 PAIRS = [
     # numbers and hyphens
@@ -122,3 +127,61 @@ def test_a_stream_gives_the_same_however_it_is_cut(text, sizes):
         seen = text[:start]
         assert given_out == clean_spacing(seen[: seen.rfind("\n") + 1])
     assert given_out + stream.finish() == clean_spacing(text)
+
+
+spaced = st.text('a.," @-\n()', max_size=20)
+
+
+@given(st.text('a.," @-()', max_size=8), st.lists(spaced, max_size=6))
+def test_a_continuation_is_clean_however_it_is_cut(before, pieces):
+    stream, text = CleanContinuation(before), "".join(pieces)
+    result = "".join(map(stream.feed, pieces)) + stream.finish()
+    whole, start = clean_spacing(before + text), clean_spacing(before)
+    assert result in (whole[len(start) :] if whole.startswith(start) else None, clean_spacing(text))
+    once = CleanContinuation(before)
+    assert once.feed(text) + once.finish() == result
+
+
+@pytest.mark.parametrize(
+    ("before", "text", "expected"),
+    [
+        ("He said", " , yes .", ", yes."),
+        ('The " role', ' " game', '" game'),
+        ("He said ", ", yes .", ", yes."),  # the space is on the screen already
+        ("", " a .", " a."),
+    ],
+)
+def test_what_stands_before_decides_about_the_first_line(before, text, expected):
+    stream = CleanContinuation(before)
+    assert stream.feed(text) + stream.finish() == expected
+
+
+@given(st.lists(st.sampled_from([*FRAGMENTS.split("|"), "n", "ca", "word"]), max_size=20))
+def test_what_is_settled_stays_whatever_follows(fragments):
+    text = "".join(fragments)
+    for before, whole in (("", clean_spacing(text)), ("\n", "\n" + clean_spacing(text))):
+        stream, given_out = CleanContinuation(""), ""
+        given_out = stream.feed(before)
+        for letter in text:
+            given_out += stream.feed(letter)
+            # Any text is wanted: none is found in a word, and all are in the line.
+            assert whole.startswith(given_out + stream.settled(["@"] if "@" in text else [" "]))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ("wikitext-103", True),
+        ("wikitext-2", True),
+        ("Salesforce/wikitext:wikitext-2-v1", True),
+        ("/data/WikiText-103/", True),
+        ("data/wiki.train.tokens", True),
+        ("python-stdlib", False),
+        ("tinystories", False),
+        ("/home/wikitext/code.py", False),
+        ("wikimedia/wikipedia:20231101.en", False),
+        ("", False),
+    ],
+)
+def test_text_that_is_spaced_apart_is_known_by_name(dataset, expected):
+    assert is_spaced_apart(dataset) is expected

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wavelet_lm.inference.generation import Drawn, TextStream
 from wavelet_lm.inference.metrics import text_metrics
-from wavelet_lm.inference.spacing import CleanStream, clean_spacing
+from wavelet_lm.inference.spacing import CleanContinuation
 from wavelet_lm.inference.speculative import Counts
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class Completion:
 class Row:
     """One text as it grows.
 
+    What is shown is what counts: stop texts are looked for in the text after it was cleaned.
+
     Args:
         request: what was asked for.
         tokenizer: turns tokens into text.
@@ -88,6 +90,10 @@ class Row:
         self._request, self._end_of_text = request, end_of_text
         self._decoded, self._until = TextStream(tokenizer), TextUntil(request.stop)
         self._cleaned = None if clean_after is None else CleanContinuation(clean_after)
+        # What stop texts have in the line that they end in; where that is nothing, the line's end
+        # has come.
+        ends = (stop.rpartition("\n")[2] for stop in request.stop)
+        self._line_stops = tuple(filter(None, ends))
         self._pieces: list[str] = []
         self._started = self._second = self._last = time.perf_counter()
         self.drawn: list[Drawn] = []
@@ -107,7 +113,7 @@ class Row:
         if drawn.token == self._end_of_text:
             return self.end("end_of_text")
         self.drawn.append(drawn)
-        shown = self._show(self._until.feed(self._decoded.feed(drawn.token)))
+        shown = self._show(self._certain(self._decoded.feed(drawn.token)))
         if self._until.found:
             return shown + self.end("stop")
         if len(self.drawn) == self._request.num_tokens:
@@ -116,18 +122,25 @@ class Row:
 
     def end(self, reason: str) -> str:
         """Nothing more comes; returns the rest of the text."""
-        self.reason = reason
-        rest = self._until.feed(self._decoded.finish()) + self._until.finish()
-        shown = self._show(rest)
+        rest = self._decoded.finish()
         if self._cleaned is not None:
-            tail = self._cleaned.finish()
-            self._pieces.append(tail)
-            shown += tail
+            rest = self._cleaned.feed(rest) + self._cleaned.finish()
+        shown = self._show(self._until.feed(rest) + self._until.finish())
+        found = self._until.found and reason != "interrupted"
+        self.reason = "stop" if found else reason
+        return shown
+
+    def _certain(self, piece: str) -> str:
+        """What can be shown of the text now that this piece of it was decoded."""
+        if self._cleaned is None:
+            return self._until.feed(piece)
+        shown = self._until.feed(self._cleaned.feed(piece))
+        settled = self._cleaned.settled(self._line_stops)
+        if self._until.is_in(settled):
+            shown += self._until.feed(settled)
         return shown
 
     def _show(self, piece: str) -> str:
-        if self._cleaned is not None:
-            piece = self._cleaned.feed(piece)
         self._pieces.append(piece)
         return piece
 
@@ -176,41 +189,12 @@ class TextUntil:
     def _may_stop(self, end: str) -> bool:
         return not end or any(s.startswith(end) for s in self._stop)
 
+    def is_in(self, text: str) -> bool:
+        """Whether a stop text would be found once this text was fed."""
+        text = self._held + text
+        return not self.found and any(s in text for s in self._stop)
+
     def finish(self) -> str:
         """What was held back."""
         rest, self._held = self._held, ""
         return rest
-
-
-class CleanContinuation:
-    """The clean form (`spacing.py`) of a text that goes on after `before`, inside a line.
-
-    What `before` says decides about its first line: whether a comma stands apart from a word, and
-    whether a quotation is open. Text comes line by line.
-    """
-
-    def __init__(self, before: str):
-        self._before = before
-        self._first: str | None = ""  # of the first line, until it is complete
-        self._rest = CleanStream()
-
-    def feed(self, piece: str) -> str:
-        """The clean text of the lines that this piece completes, which may be none."""
-        if self._first is None:
-            return self._rest.feed(piece)
-        self._first += piece
-        line, end, rest = self._first.partition("\n")
-        if not end:
-            return ""
-        self._first = None
-        return self._continued(line) + end + self._rest.feed(rest)
-
-    def finish(self) -> str:
-        """The clean text of the last line."""
-        return self._rest.finish() if self._first is None else self._continued(self._first)
-
-    def _continued(self, line: str) -> str:
-        whole, start = clean_spacing(self._before + line), clean_spacing(self._before)
-        # Where the line changes what stands before it, which is on the screen already, it is
-        # cleaned for itself.
-        return whole[len(start) :] if whole.startswith(start) else clean_spacing(line)
