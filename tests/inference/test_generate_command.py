@@ -227,7 +227,7 @@ def test_an_empty_prompt_starts_from_a_line_break(run):
         (("--num_tokens", "0"), "num_tokens is 0"),
         (("--device", "cuda:99"), "device is cuda:99"),
         (("--frobnicate",), "unknown option --frobnicate"),
-        (("--lookahead_k", "2", "--n", "2"), "contradict"),
+        (("--lookahead_k", "2", "--draft", "d"), "contradict"),
         (("--prompt_file", "nowhere.txt"), "nowhere.txt"),
         (("--prompts", "nowhere.txt"), "nowhere.txt"),
         (("--load_state", "nowhere.state"), "nowhere.state"),

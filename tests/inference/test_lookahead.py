@@ -8,24 +8,34 @@ from tests.conftest import perturb, tiny_config
 from tests.inference.fakes import HistoryModel, LastTokenModel
 from wavelet_lm import UserError, build_model
 from wavelet_lm.inference.decoder import Decoder
-from wavelet_lm.inference.generation import NonFiniteOutput, sampled_tokens
+from wavelet_lm.inference.generation import NUMBERS_PER_TOKEN, NonFiniteOutput, sampled_tokens
 from wavelet_lm.inference.lookahead import lookahead_tokens
-from wavelet_lm.inference.sampling import SamplingOptions, adjusted
+from wavelet_lm.inference.random_numbers import uniforms
+from wavelet_lm.inference.sampling import (
+    SamplingOptions,
+    adaptive_temperature,
+    adjusted,
+    draw_from,
+    penalize,
+)
 
 V = 11
 OPTIONS = {
     "greedy": SamplingOptions(temperature=0),
     "penalty": SamplingOptions(temperature=0, repetition_penalty=1.7),
+    "greedy cuts": SamplingOptions(temperature=0, top_k=4, top_p=0.8),
+    "hot": SamplingOptions(temperature=1.6),
     "cuts": SamplingOptions(temperature=0.7, top_k=4, top_p=0.8, repetition_penalty=1.2),
     "adaptive": SamplingOptions(entropy_adaptive=True, entropy_temp_max=2.5),
 }
 
 
-def look(model, prompt, n, options=OPTIONS["greedy"], k=3, depth=2, **decoder_options):
+def look(model, prompt, n, options=OPTIONS["greedy"], k=3, depth=2, seed=1, **decoder_options):
     """The first n `Drawn` after a prompt."""
     decoder = Decoder(model, **decoder_options)
-    start = decoder.prefill([prompt])
-    return list(islice(lookahead_tokens(decoder, *start, prompt, options, k, depth), n))
+    start = *decoder.prefill([prompt]), [prompt]
+    steps = lookahead_tokens(decoder, *start, options, [seed], k, depth)
+    return [drawn for (drawn,) in islice(steps, n)]
 
 
 def real_model(**config):
@@ -45,32 +55,44 @@ def read_again(model):
     return logits_after
 
 
-def slow_lookahead(logits_after, text, n, options, k, depth):
-    """One candidate at a time, the whole text read again for every token of its rollout."""
+def slow_lookahead(logits_after, text, n, options, k, depth, seed=1, top_p=lambda n, text: None):
+    """One candidate at a time, the whole text read again for every token of its roll-out."""
 
-    def log_probs(text):
-        seen = torch.tensor([[token in text for token in range(V)]])
-        return adjusted(logits_after(text), seen, options).log_softmax(-1)[0].tolist()
+    def seen(text):
+        return torch.tensor([[token in text for token in range(V)]])
+
+    def log_q(text):
+        logits = penalize(logits_after(text), seen(text), options.repetition_penalty)
+        return logits.log_softmax(-1)[0].tolist()
 
     text, chosen = list(text), []
-    for _ in range(n):
-        first = log_probs(text)
-        candidates = sorted(range(V), key=lambda token: -first[token])[:k]
-        best = None
-        for candidate in candidates:
-            if first[candidate] == -math.inf:
+    for number in range(n):
+        logits, own = logits_after(text), log_q(text)
+        allowed = adjusted(logits, seen(text), options, top_p(number, text))[0].tolist()
+        scores = {}
+        for candidate in sorted(range(V), key=lambda token: -allowed[token])[:k]:
+            if allowed[candidate] == -math.inf:
                 continue
-            rollout, score = [*text, candidate], first[candidate]
+            rollout, way = [*text, candidate], []
             for _ in range(depth):
-                following = log_probs(rollout)
-                score += max(following)
+                following = log_q(rollout)
+                way.append(max(following))
                 rollout.append(following.index(max(following)))
-            if best is None or score > best[0]:
-                best = (score, candidate)
-        raw = logits_after(text).log_softmax(-1)[0]
-        entropy = -(raw.exp() * raw).sum().item()
-        chosen.append((best[1], raw[best[1]].item(), entropy))
-        text.append(best[1])
+            mean = sum(way) / depth if depth else 0
+            scores[candidate] = own[candidate] + depth / (depth + 1) * mean
+        if options.greedy:
+            token = max(scores, key=scores.get)
+        else:
+            temperature = options.temperature
+            if options.entropy_adaptive:
+                temperature = float(adaptive_temperature(logits, options))
+            tempered = [scores.get(token, -math.inf) / temperature for token in range(V)]
+            p = torch.tensor([tempered], dtype=torch.float64).softmax(-1)
+            u = uniforms(torch.tensor([seed]), torch.tensor([NUMBERS_PER_TOKEN * number]))
+            token = int(draw_from(p, u))
+        raw = logits.log_softmax(-1)[0]
+        chosen.append((token, raw[token].item(), -(raw.exp() * raw).sum().item()))
+        text.append(token)
     return chosen
 
 
@@ -96,6 +118,41 @@ def test_the_real_model_is_rolled_out_as_it_reads(options):
     drawn = look(model, [7, 2, 5], 10, options, 3, 2)
     assert_same(drawn, expected)
     assert len({d.token for d in drawn}) > 1
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_batch_is_its_rows_alone(options):
+    model = real_model()
+    decoder, texts, seeds = Decoder(model), [[7, 2, 5], [1], [7, 2, 5], [3] * 8], [1, 2, 3, 4]
+    start = *decoder.prefill(texts), texts
+    rows = zip(*islice(lookahead_tokens(decoder, *start, options, seeds, 3, 2), 12), strict=True)
+    together = [[d.token for d in row] for row in rows]
+    for text, seed, row in zip(texts, seeds, together, strict=True):
+        assert row == [d.token for d in look(model, text, 12, options, 3, 2, seed)]
+    assert (together[0] == together[2]) == options.greedy  # of seeds 1 and 3
+
+
+class Falling:
+    """A top_p that falls as the text grows."""
+
+    every = 4
+
+    def top_p(self, texts):
+        return torch.tensor([1 - 0.04 * len(text) for text in texts], dtype=torch.float64)
+
+
+def test_candidates_are_what_a_moving_top_p_leaves():
+    model, text, options = HistoryModel(V, scale=2).double(), [3, 1], OPTIONS["hot"]
+    source, decoder = Falling(), Decoder(model)
+    expected = slow_lookahead(
+        read_again(model),
+        *(text, 18, options, 5, 2),
+        top_p=lambda n, now: source.top_p([now[: len(now) - n % source.every]]),
+    )
+    start = *decoder.prefill([text]), [text]
+    steps = lookahead_tokens(decoder, *start, options, [1], 5, 2, source)
+    assert_same([drawn for (drawn,) in islice(steps, 18)], expected)
+    assert [d.token for d in look(model, text, 18, options, 5, 2)] != [t for t, _, _ in expected]
 
 
 @pytest.mark.parametrize("context", ["window:5", "recompute:6"])
@@ -141,13 +198,41 @@ def test_fast_weights_learn_from_the_text_and_not_from_rollouts():
     assert_same(look(model, prompt, 7, OPTIONS["penalty"], 2, 3), expected)
 
 
+def plain(model, prompt, n, options, seed=1):
+    decoder = Decoder(model)
+    start = *decoder.prefill([prompt]), [prompt]
+    return [row for (row,) in islice(sampled_tokens(decoder, *start, options, [seed]), n)]
+
+
 @pytest.mark.parametrize(("k", "depth"), [(1, 4), (5, 0)])
 def test_without_a_choice_or_without_a_view_it_is_greedy(k, depth):
     model, options = HistoryModel(V), OPTIONS["penalty"]
-    decoder = Decoder(model)
-    start = decoder.prefill([[4]])
-    greedy = [row for (row,) in islice(sampled_tokens(decoder, *start, [[4]], options, [1]), 20)]
-    assert look(model, [4], 20, options, k, depth) == greedy
+    assert look(model, [4], 20, options, k, depth) == plain(model, [4], 20, options)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_without_a_view_it_is_sampling_among_the_k_likeliest(seed):
+    model = HistoryModel(V).double()
+    for k, limited in ((3, {"top_k": 3}), (V, {})):
+        options = SamplingOptions(temperature=1.4, repetition_penalty=1.2)
+        likeliest = SamplingOptions(temperature=1.4, repetition_penalty=1.2, **limited)
+        expected = plain(model, [4], 20, likeliest, seed)
+        assert look(model, [4], 20, options, k, 0, seed) == expected
+
+
+def test_seeds_differ_and_candidates_are_drawn_by_the_softmax_of_their_scores():
+    # After 0: token 1 (0.6) or 2 (0.4). After 1 anything; after 2 surely 3.
+    probabilities = [[1e-9, 0.6, 0.4, 1e-9], [0.25] * 4, [1e-9] * 3 + [1], [0.25] * 4]
+    model = LastTokenModel(torch.tensor(probabilities, dtype=torch.float64).log())
+    options, n = SamplingOptions(temperature=0.8), 4000
+    decoder, texts = Decoder(model), [[0]] * n
+    start = *decoder.prefill(texts), texts
+    first = next(lookahead_tokens(decoder, *start, options, range(n), 2, 1))
+    scores = torch.tensor([math.log(0.6) + math.log(0.25) / 2, math.log(0.4)])
+    expected = (scores / 0.8).softmax(-1)[1].item()
+    share = sum(d.token == 2 for d in first) / n
+    assert {d.token for d in first} == {1, 2}
+    assert share == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / n))
 
 
 def test_a_less_likely_token_wins_where_it_leads_to_certainty():
@@ -165,9 +250,10 @@ def test_among_equal_scores_the_likelier_candidate_wins():
     table[0, [1, 3]] = 2
     model = LastTokenModel(table)
     assert [d.token for d in look(model, [0], 1, k=4, depth=3)] == [1]
-    # Only the sums are equal: ¼ and then ½ after token 1, ½ and then ¼ after token 2.
-    uneven = [-1000.0, -math.log(2), 0.0, -math.log(2)]
-    model = LastTokenModel([uneven, uneven, [0.0] * 4, [0.0] * 4])
+    # Only the sums are equal: ¼ and then ½ after token 1, ½ and then ⅛ after token 2.
+    uneven = [-1000.0, -math.log(4), -math.log(2), -math.log(4)]
+    flat = [[-math.log(8)] * 8, [*uneven, *[-1000.0] * 4]]
+    model = LastTokenModel([[*uneven, *[-1000.0] * 4], flat[1], *[flat[0]] * 6])
     assert [d.token for d in look(model, [0], 1, k=3, depth=1)] == [2]
 
 
@@ -175,7 +261,8 @@ def test_among_equal_scores_the_likelier_candidate_wins():
 def test_output_that_is_not_finite_is_one_line(poison):
     model = HistoryModel(V)
     decoder = Decoder(model)
-    stream = lookahead_tokens(decoder, *decoder.prefill([[0]]), [0], OPTIONS["cuts"], 2, 0)
+    start = *decoder.prefill([[0]]), [[0]]
+    stream = lookahead_tokens(decoder, *start, OPTIONS["cuts"], [1], 2, 0)
     next(stream)
     with torch.no_grad():
         model.table[:, 3] = poison

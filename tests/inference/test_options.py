@@ -60,6 +60,11 @@ def test_a_prompt_brings_its_own_options():
     assert options.requests(CONFIG, Prompt("x")) == [Request(s, 33, ("a",)) for s in (4, 5)]
 
 
+def test_no_two_texts_share_a_try():
+    options = parse("--n 3 --best_of_n 4 --seed 2")
+    assert options.requests(CONFIG) == [Request(seed, 33) for seed in (2, 6, 10)]
+
+
 def test_every_strategy():
     strategy = parse(
         "--entropy_adaptive --entropy_temp_min 0.1 --entropy_temp_max 2 --best_of_n 3"
@@ -71,6 +76,7 @@ def test_every_strategy():
     lookahead = parse("--lookahead_k 3").strategy(CONFIG)
     assert (lookahead.lookahead_k, lookahead.lookahead_depth) == (3, 4)
     assert parse("--lookahead_k 3 --lookahead_depth 0").strategy(CONFIG).lookahead_depth == 0
+    assert parse("--batch_size 3").strategy(CONFIG).batch_size == 3
     assert parse("--draft d").strategy(CONFIG).draft_tokens == 4
     assert parse("--draft d --draft_tokens 7").strategy(CONFIG).draft_tokens == 7
 
@@ -79,6 +85,9 @@ def test_the_preset_and_what_wins_over_it():
     preset = parse("--strategies")
     adaptive = SamplingOptions(0.6, 9, 0.85, 1.2, True, 0.3, 0.9)
     assert preset.strategy(CONFIG) == Strategy(adaptive, clean_spacing=True)
+    code = CONFIG.replace(dataset="python-stdlib")
+    assert preset.strategy(code) == Strategy(adaptive)
+    assert parse("--strategies --clean_spacing").strategy(code).clean_spacing
     assert preset.metrics
     changed = parse("--strategies --top_p 0.5 --entropy_temp_max 1.1 --no_metrics")
     sampling = dataclasses.replace(adaptive, top_p=0.5, entropy_temp_max=1.1)
@@ -109,12 +118,7 @@ def test_fast_weights_learn_where_the_flag_or_else_the_run_says_so():
     [
         ("--temperature 1", "--entropy_adaptive"),
         ("--temperature 0", "--entropy_adaptive"),
-        ("--lookahead_k 2", "--best_of_n 2"),
-        ("--lookahead_k 2", "--n 2"),
         ("--lookahead_k 2", "--draft d"),
-        ("--lookahead_k 2", "--wavelet_coherence"),
-        ("--best_of_n 2", "--n 2"),
-        ("--draft d", "--wavelet_coherence"),
         ("--interactive", "--prompts f"),
         ("--interactive", "--n 2"),
         ("--interactive", "--json"),
@@ -177,6 +181,7 @@ def test_a_part_needs_its_whole(flag, needed):
         ("--seed -1", "seed is -1"),
         (f"--seed {MAX_SEED} --n 2", "with so many samples"),
         (f"--seed {MAX_SEED} --best_of_n 2", "with so many samples"),
+        (f"--seed {MAX_SEED - 4} --best_of_n 2 --n 3", "with so many samples"),
         ("--stop ''", "stop is empty"),
         ("--context window:0", "context is 'window:0'"),
         ("--dtype int8", "dtype is 'int8'; it must be auto, float32, bfloat16 or float16"),

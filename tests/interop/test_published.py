@@ -23,6 +23,7 @@ from tests.training.runs import error_line
 from wavelet_lm import UserError
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.data.tokenizers import CharTokenizer
+from wavelet_lm.inference.spacing import is_spaced_apart
 from wavelet_lm.interop.published import convert
 from wavelet_lm.interop.published_config import ABSENT, EXTENSIONS, NEEDED
 from wavelet_lm.models.registry import n_params
@@ -175,6 +176,14 @@ def test_an_absent_key_means_what_it_meant_to_the_published_program(tmp_path):
     expected = reference_logits(config, tensors, IDX[0])
     with torch.no_grad():
         torch.testing.assert_close(model(IDX[:1])[0][0], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("written", "expected"), [({}, True), ({"dataset": "text8"}, False)])
+def test_a_published_model_was_trained_on_wikitext_unless_its_config_says_otherwise(
+    tmp_path, written, expected
+):
+    model = wavelet_lm.load_model(write(tmp_path, {**MINI, **written}, random_checkpoint(MINI)))
+    assert is_spaced_apart(model.config.dataset) is expected
 
 
 def test_what_is_ignored_is_said_once(tmp_path):

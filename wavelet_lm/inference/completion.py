@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -55,9 +55,10 @@ class Strategy:
 
     Attributes:
         sampling: how a token is drawn.
-        lookahead_k: candidates that are rolled out for every token; 0 = no lookahead.
+        lookahead_k: candidates that are rolled out for every token (`lookahead.py`); 0 = none.
         lookahead_depth: tokens that each of them is rolled out for.
         best_of_n: texts that are written for each one that is kept.
+        batch_size: how many of those are written side by side.
         coherence: lowers top_p; None = no.
         draft_tokens: tokens that the draft model, where there is one, proposes at once.
         clean_spacing: undo the spacing of tokenized corpora such as WikiText.
@@ -68,6 +69,7 @@ class Strategy:
     lookahead_k: int = 0
     lookahead_depth: int = 0
     best_of_n: int = 1
+    batch_size: int = 16
     coherence: CoherenceOptions | None = None
     draft_tokens: int = 4
     clean_spacing: bool = False
@@ -226,11 +228,12 @@ class Writer:
     ) -> list[Completion]:
         n, best = self.strategy.best_of_n, []
         for row, request in enumerate(requests):
-            if pressed:
-                break
-            tries = [Request(request.seed + i, request.num_tokens, request.stop) for i in range(n)]
-            forks = self.fork(reading, [row] * n)
-            found = self._write_rows(forks, tries, lambda row, piece: None, pressed)
+            tries = [replace(request, seed=request.seed + i) for i in range(n)]
+            found: list[Completion] = []
+            while len(found) < n and not pressed:
+                group = tries[len(found) :][: self.strategy.batch_size]
+                forks = self.fork(reading, [row] * len(group))
+                found += self._write_rows(forks, group, lambda row, piece: None, pressed)
             if not found:
                 break
             best.append(max(found, key=lambda completion: completion.mean_log_prob))
@@ -242,9 +245,9 @@ class Writer:
     def _write_rows(
         self, reading: Reading, requests: Sequence[Request], show: Show, pressed: list[int]
     ) -> list[Completion]:
-        if len(requests) == 1 or not (self.strategy.lookahead_k or self.draft):
+        if len(requests) == 1 or self.draft is None:
             return self._write_batch(reading, requests, show, pressed)
-        completions = []  # strategies that take one text at a time
+        completions = []  # a draft writes one text at a time
         for row, request in enumerate(requests):
             if not pressed:
                 alone = self.fork(reading, [row])
@@ -332,41 +335,27 @@ class Writer:
         coherence: WaveletCoherence,
         counts: Counts | None,
     ) -> Iterator[list[Drawn]]:
-        strategy, decoder = self.strategy, self.decoder
-        text, seeds = reading.texts[0], [request.seed for request in requests]
-        if strategy.lookahead_k:
-            tokens = lookahead_tokens(
-                decoder,
-                reading.logits,
-                reading.state,
-                text,
-                strategy.sampling,
-                strategy.lookahead_k,
-                strategy.lookahead_depth,
-            )
-            return ([drawn] for drawn in tokens)
+        strategy, seeds = self.strategy, [request.seed for request in requests]
+        source = coherence if strategy.coherence else None
         if self.draft is not None:
             tokens = speculative_tokens(
-                decoder,
+                self.decoder,
                 self.draft,
-                text,
+                reading.texts[0],
                 (reading.logits, reading.state),
                 reading.draft,
                 strategy.sampling,
                 seeds[0],
                 strategy.draft_tokens,
                 counts,
+                source,
             )
             return ([drawn] for drawn in tokens)
-        return sampled_tokens(
-            decoder,
-            reading.logits,
-            reading.state,
-            reading.texts,
-            strategy.sampling,
-            seeds,
-            coherence if strategy.coherence else None,
-        )
+        start = self.decoder, reading.logits, reading.state, reading.texts
+        if strategy.lookahead_k:
+            k, depth = strategy.lookahead_k, strategy.lookahead_depth
+            return lookahead_tokens(*start, strategy.sampling, seeds, k, depth, source)
+        return sampled_tokens(*start, strategy.sampling, seeds, source)
 
     def _synchronize(self) -> None:
         if self.decoder.device.type == "cuda":

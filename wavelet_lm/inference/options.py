@@ -23,16 +23,17 @@ from wavelet_lm.inference.quantization.options import (
 )
 from wavelet_lm.inference.rows import Request
 from wavelet_lm.inference.sampling import SamplingOptions
+from wavelet_lm.inference.spacing import is_spaced_apart
 from wavelet_lm.threads import add_threads_flag
 
-# What --strategies stands for; every flag that is given as well wins over it.
+# What --strategies stands for; every flag that is given as well wins over it. Spacing is cleaned
+# only for a run that was trained on text which has it (`is_spaced_apart`).
 STRATEGIES = {
     "entropy_adaptive": True,
     "entropy_temp_max": 0.9,
     "top_p": 0.85,
     "repetition_penalty": 1.2,
     "metrics": True,
-    "clean_spacing": True,
 }
 LOOKAHEAD_DEPTH, DRAFT_TOKENS, BATCH_SIZE = 4, 4, 16
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -139,7 +140,7 @@ class GenerationOptions:
 
     def _check_seeds(self, seed: int) -> None:
         """Refuse a first seed of a prompt whose last one no generator takes."""
-        if seed + self.n + self.best_of_n - 2 > MAX_SEED:
+        if seed + self.n * self.best_of_n - 1 > MAX_SEED:
             raise UserError(f"seed is {seed}; with so many samples it passes {MAX_SEED}")
 
     def _check_contradictions(self) -> None:
@@ -160,12 +161,12 @@ class GenerationOptions:
                 raise UserError(f"--{flag} is a part of --{needed}; give that too")
         for flag, other, why in (
             ("temperature", "entropy_adaptive", "both set the temperature"),
-            ("lookahead_k", "best_of_n", "lookahead draws nothing, so all samples are one"),
-            ("lookahead_k", "n", "lookahead draws nothing, so all samples are one"),
-            ("lookahead_k", "draft", "both choose how tokens are found"),
-            ("lookahead_k", "wavelet_coherence", "a rollout keeps one top_p"),
-            ("best_of_n", "n", "best_of_n writes several samples and keeps one"),
-            ("draft", "wavelet_coherence", "the tokens of a draft share one top_p"),
+            (
+                "lookahead_k",
+                "draft",
+                "the model checks a draft's tokens against its distribution, lookahead draws from"
+                " scores",
+            ),
             ("interactive", "prompts", "one asks the keyboard, the other a file"),
             ("interactive", "n", "a conversation has one answer"),
             ("interactive", "json", "a conversation is text"),
@@ -229,6 +230,9 @@ class GenerationOptions:
             for name in ("weight", "window", "levels")
             if (value := getattr(self, f"coherence_{name}")) is not None
         }
+        clean = self.clean_spacing
+        if clean is None:
+            clean = self.strategies and is_spaced_apart(config.dataset)
         depth = LOOKAHEAD_DEPTH if self.lookahead_depth is None else self.lookahead_depth
         if self.wavelet_coherence:
             WaveletCoherence(torch.zeros(1, 1), [[0]], 1.0, **coherence)  # checks its values
@@ -237,9 +241,10 @@ class GenerationOptions:
             lookahead_k=self.lookahead_k or 0,
             lookahead_depth=depth if self.lookahead_k else 0,
             best_of_n=self.best_of_n,
+            batch_size=self.batch_size,
             coherence=CoherenceOptions(**coherence) if self.wavelet_coherence else None,
             draft_tokens=self.draft_tokens or DRAFT_TOKENS,
-            clean_spacing=bool(self.clean_spacing),
+            clean_spacing=clean,
             ignore_eot=self.ignore_eot,
         )
 
@@ -250,14 +255,18 @@ class GenerationOptions:
         return self.fwpkm_inference_updates
 
     def requests(self, config: Config, prompt: Prompt | None = None) -> list[Request]:
-        """The `n` texts asked for of a prompt; its own values win over the command's."""
+        """The `n` texts asked for of a prompt; its own values win over the command's.
+
+        With `best_of_n` each takes that many seeds, from its own on, so that no two share a try.
+        """
         prompt = prompt or Prompt("")
         seed = self.seed if prompt.seed is None else prompt.seed
         self._check_seeds(seed)
         given = self.num_tokens if prompt.num_tokens is None else prompt.num_tokens
         num_tokens = config.num_new_tokens if given is None else given
         stop = self.stop if prompt.stop is None else prompt.stop
-        return [Request(seed + i, num_tokens, stop) for i in range(self.n)]
+        seeds = range(seed, seed + self.n * self.best_of_n, self.best_of_n)
+        return [Request(seed, num_tokens, stop) for seed in seeds]
 
     def read_prompts(self) -> list[Prompt]:
         """The prompts that were given, from wherever they come; none if none was.
@@ -344,7 +353,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "--num_tokens", metavar="N", type=int, help="most tokens of a text, any number [the run's]"
     )
     flags.add_argument(
-        "--stop", metavar="TEXT", action="append", help="end before this text; can be repeated"
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        help="end before this text, as it is shown; can be repeated",
     )
     flags.add_argument("--ignore_eot", action="store_true", help="go on after an end of text")
     flags.add_argument("--n", metavar="N", type=int, default=1, help="samples of a prompt [1]")
@@ -353,7 +365,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         default=1,
-        help="of the first sample; sample i is the run with seed + i [1]",
+        help="of the first sample; sample i is the run with seed + i, with --best_of_n B that with"
+        " seed + i * B [1]",
     )
     flags.add_argument(
         "--batch_size",
@@ -389,7 +402,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument(
         "--strategies",
         action="store_true",
-        help=f"a good set at once: {preset}; any flag that is given as well wins",
+        help=f"a good set at once: {preset}, and clean_spacing for a run trained on WikiText; any"
+        " flag that is given as well wins",
     )
     _add_switch(
         flags,
@@ -407,7 +421,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "--lookahead_k",
         metavar="N",
         type=int,
-        help="roll out each of the N likeliest next tokens and take the one whose way is likeliest",
+        help="roll out each of the N likeliest next tokens and draw among them: the likelier its"
+        " way, the more often",
     )
     flags.add_argument(
         "--lookahead_depth",
@@ -420,7 +435,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         default=1,
-        help="write N samples and keep the one of the highest mean log-probability",
+        help="for each text write N, with seeds of their own, and keep the one of the highest mean"
+        " log-probability",
     )
     flags.add_argument(
         "--wavelet_coherence",
