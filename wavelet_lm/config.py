@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from wavelet_lm.errors import UserError
+from wavelet_lm.json_files import brief, read_json
 
 
 class ConfigError(UserError):
@@ -529,14 +530,7 @@ GROUPS = {
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file, or a `UserError` that names the file (and line) at fault."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}, an object is needed")
     return values
@@ -576,7 +570,12 @@ def type_words(spec: dataclasses.Field) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def _converted(spec: dataclasses.Field, value: Any) -> Any:
@@ -618,7 +617,7 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
     try:
         value = _converted(spec, value)
     except ValueError:
-        raise ConfigError(f"{spec.name} is {value!r}; it must be {type_words(spec)}") from None
+        raise ConfigError(f"{spec.name} is {brief(value)}; it must be {type_words(spec)}") from None
     items = value if isinstance(value, tuple) else (value,)
     if value is not None and not all(limits.allows(item) for item in items):
         raise ConfigError(f"{spec.name} is {show(value)}; it must be {limits.range()}")

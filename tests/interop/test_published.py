@@ -1,6 +1,7 @@
 """Published checkpoints: the same logits after import, and one line for all that does not fit."""
 
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -130,12 +131,13 @@ def rounded_checkpoint(config):
     return {name: v * 0 if "value_deltas" in name else v for name, v in tensors.items()}
 
 
-def test_a_compiled_model_of_float32_is_the_same(tmp_path):
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_a_compiled_or_distributed_model_of_float32_is_the_same(tmp_path, prefix):
     tensors = rounded_checkpoint(HEADLINE)
-    compiled = {f"_orig_mod.{name}": value for name, value in tensors.items()}
-    model = wavelet_lm.load_model(write(tmp_path, HEADLINE, compiled))
+    wrapped = {f"{prefix}{name}": value for name, value in tensors.items()}
+    model = wavelet_lm.load_model(write(tmp_path, HEADLINE, wrapped))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    expected = reference_logits(HEADLINE, compiled, IDX[0])
+    expected = reference_logits(HEADLINE, tensors, IDX[0])
     with torch.no_grad():
         torch.testing.assert_close(model.double()(IDX[:1])[0][0], expected, rtol=0, atol=1e-9)
 
@@ -343,6 +345,7 @@ def test_files_that_are_no_checkpoint_are_one_line(tmp_path):
         ({"model": tensors, "step": 3}, "plain tensors of floating point (model; step)"),
         ({**tensors, "seen": torch.tensor(7)}, "point (seen); a bare"),
         ({**tensors, "_orig_mod.lm_head.weight": tensors["lm_head.weight"]}, "both with and"),
+        ({**tensors, "module.lm_head.weight": tensors["lm_head.weight"]}, "both with and"),
         ({"layers.0.scale_weights": torch.ones(3)}, "has no token_embedding.weight"),
     ]:
         torch.save(content, path)
@@ -443,6 +446,23 @@ def test_a_published_file_without_a_tokenizer_is_one_line(tmp_path):
     done = run("generate.py", "--checkpoint", path, "--num_tokens", 2)
     assert done.returncode == 2
     assert "--tokenizer NAME_OR_FOLDER" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_converted(tmp_path, value):
+    tensors = random_checkpoint(MINI)
+    for name in ("lm_head.weight", "token_embedding.weight"):  # which are tied
+        tensors[name][1, 2] = value
+    path = write(tmp_path / "published", MINI, tensors)
+    with pytest.raises(UserError, match=r"1 of the [0-9,]+ values of \S+ are not finite"):
+        convert(path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["C", "layers", "mlp_expansion"])
+def test_sizes_that_no_model_can_have_are_one_line(tmp_path, key):
+    path = write(tmp_path, {**MINI, key: 1 << 60}, random_checkpoint(MINI))
+    assert "config.json: no model of these sizes can be built" in refusal(path)
 
 
 def test_gpt2_is_what_models_of_its_vocabulary_get(tmp_path):

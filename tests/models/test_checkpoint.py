@@ -1,11 +1,15 @@
 """Checkpoints: what is written is what is read, and anything else is one clear line."""
 
+import json
 import os
+import random
+import re
 import resource
 import stat
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.conftest import perturb, tiny_config
@@ -154,6 +158,113 @@ def test_a_checkpoint_of_another_config_lists_what_differs(tmp_path, other, prob
     with pytest.raises(UserError, match=f"a checkpoint of another config: .*{problem}"):
         Checkpoint(path).load_into(model)
     assert_same_weights(model, make(seed=3))
+
+
+# --- files whose header is damaged ---------------------------------------------------------------
+
+
+def rewrite(path, tensors=lambda tensors: None, **header):
+    """Write the file anew with other values in the header (None = without), or other tensors."""
+    with safe_open(str(path), framework="pt") as opened:
+        values = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  (no mapping)
+        metadata = {**opened.metadata(), **header}
+    tensors(values)
+    save_file(values, path, metadata={k: v for k, v in metadata.items() if v is not None})
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_checkpoint(path, make(), {"step": 7})
+    return path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "", "{", "[]", "null", "7", '"a"', "[" * 100_000, '{"step": ' + "9" * 5000 + "}"],
+    ids=lambda text: str(text)[:9],
+)
+@pytest.mark.parametrize("key", ["config", "metadata"])
+def test_a_header_without_config_or_metadata_is_named(file, key, text):
+    rewrite(file, **{key: text})
+    assert re.search(rf"(its header is damaged|the {key} in its header)", refusal(file))
+
+
+@pytest.mark.parametrize("text", [None, "", "0", "-1", "20.0", "2e1", " 20", "twenty", "9" * 5000])
+def test_a_vocabulary_that_is_no_number_is_named(file, text):
+    rewrite(file, vocab_size=text)
+    assert "its header is damaged (its vocab_size is " in refusal(file)
+
+
+def config_with(**changes):
+    return json.dumps({**tiny_config().to_dict(), **changes})
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"vocab_size": "999999999"},
+        {"config": config_with(C=1 << 40)},
+        {"config": config_with(C=1 << 62)},
+        {"config": config_with(C=1 << 70)},
+        {"config": config_with(layers=1 << 60)},
+        {"config": config_with(levels=1 << 20, per_scale_mixer_widths=None)},
+        {"config": config_with(mlp_layers=1 << 60)},
+        {"config": config_with(mixer_depth=1 << 60, per_scale_mixer_widths=None)},
+        {"config": config_with(multinodal_enabled=True, multinodal_num_cells=1 << 60)},
+        {"config": config_with(mlp_expansion=1 << 60)},
+        {"config": config_with(pkm_num_keys=1 << 60)},
+    ],
+    ids=range(11),
+)
+def test_absurd_sizes_are_refused_before_memory_is_taken(file, header):
+    rewrite(file, **header)
+    refusal(file)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.bool])
+def test_weights_that_are_whole_numbers_are_refused(file, dtype):
+    def change(tensors):
+        tensors["head.weight"] = tensors["head.weight"].to(dtype)
+
+    rewrite(file, change)
+    assert re.search(r"head\.weight is \w+, weights are floating point", refusal(file))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_weights_of_another_precision_are_read(file, dtype):
+    def change(tensors):
+        tensors["head.weight"] = tensors["head.weight"].to(dtype)
+
+    rewrite(file, change)
+    expected = make().head.weight.to(dtype).float()
+    assert torch.equal(load_model(file).head.weight, expected)
+
+
+def test_a_format_that_does_not_fit_the_weights_is_refused(file):
+    rewrite(file, format="wavelet_lm.quantized.1")
+    assert "that does not fit its scheme" in refusal(file)
+
+
+def test_whatever_is_changed_in_a_header_ends_in_one_line(file):
+    """Bytes of the header replaced, dropped and doubled: the file loads, or says what is wrong."""
+    data = file.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header, rest = data[8 : 8 + n], data[8 + n :]
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(60):
+        changed = bytearray(header)
+        at, length = generator.randrange(n), generator.choice((1, 1, 2, 30))
+        noise = bytes(generator.choices(b'0123456789"{}[]:,-.e\\antrufls', k=length))
+        changed[at : at + length] = generator.choice((noise, b"", 2 * changed[at : at + length]))
+        file.write_bytes(len(changed).to_bytes(8, "little") + bytes(changed) + rest)
+        try:
+            load_model(file)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error), error
+    assert refused > 20
 
 
 # --- disks that are full -------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -21,6 +20,7 @@ from wavelet_lm.data.modalities import MODALITY_NAMES, Modality, find_modality
 from wavelet_lm.data.tokenizer_base import Tokenizer, Tokens
 from wavelet_lm.errors import UserError
 from wavelet_lm.files import atomic_path
+from wavelet_lm.json_files import read_json
 
 GPT2_VOCAB, GPT2_END_OF_TEXT = 50257, 50256
 SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space inside its pieces
@@ -270,8 +270,8 @@ def load_modality(path: str | Path) -> Modality | None:
     """What `load_tokenizer` finds, if its tokens are no text; None also where it cannot be read."""
     file = tokenizer_file(path)
     try:
-        return file and find_modality(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, UserError):
+        return file and find_modality(**read_json(file))
+    except (ValueError, TypeError, AttributeError, UserError):
         return None
 
 
@@ -284,11 +284,14 @@ def tokenizer_file(path: str | Path) -> Path | None:
 
 
 def _read(file: Path) -> Tokenizer:
+    details = read_json(file)
     try:
-        details = json.loads(file.read_text(encoding="utf-8"))
         name = details["name"]
         if name == "char":
-            return CharTokenizer(details["characters"])
+            characters = details["characters"]
+            if characters != "".join(sorted(set(characters))):
+                raise ValueError("characters must be distinct and in order")
+            return CharTokenizer(characters)
         if name.startswith("sentencepiece"):
             return SentencePieceTokenizer((file.parent / "sentencepiece.model").read_bytes())
         if modality := find_modality(**details):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from wavelet_lm.inference.options import GenerationOptions
 from wavelet_lm.inference.prepared import n_bytes
 from wavelet_lm.inference.quantization.options import QuantizationOptions
 from wavelet_lm.inference.quantization.quantize import quantize
-from wavelet_lm.models.checkpoint import find_checkpoint
+from wavelet_lm.models.checkpoint import check_finite, find_checkpoint
 
 
 def open_writer(
@@ -75,15 +74,3 @@ def _load(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return model, tokenizer
-
-
-def check_finite(model: nn.Module, checkpoint: Path) -> None:
-    """Raise `UserError` for weights that are NaN or infinite, with the name of the first ones."""
-    for name, parameter in model.named_parameters():
-        n_bad = int((~parameter.detach().isfinite()).sum())
-        if n_bad:
-            raise UserError(
-                f"{checkpoint}: {n_bad:,} of the {parameter.numel():,} values of {name} are not"
-                " finite (NaN or infinite); its training diverged or the file is damaged: use"
-                " another checkpoint"
-            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from wavelet_lm.errors import UserError
 from wavelet_lm.inference.generation import MAX_SEED
+from wavelet_lm.json_files import brief, parse_json
 
 STANDARD_INPUT = "-"
 
@@ -25,7 +25,7 @@ class Prompt:
 
 
 def read_text(path: str) -> str:
-    """A whole file, or standard input for `-`, exactly as it is.
+    """A whole file, or standard input for `-`, exactly as it is but for a byte order mark.
 
     Raises:
         UserError: it cannot be read or is not UTF-8; the line names the first byte that is not.
@@ -36,7 +36,7 @@ def read_text(path: str) -> str:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{name}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x});"
@@ -56,9 +56,8 @@ def read_prompts(path: str) -> list[Prompt]:
     lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
     if lines[-1] == "":  # what follows the last line's end
         lines.pop()
-    if path.endswith(".jsonl"):
-        numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
-        prompts = [_prompt_of(line, f"{path}: line {i}") for i, line in numbered]
+    if path.lower().endswith(".jsonl"):
+        prompts = [_prompt_of(line, path, i) for i, line in enumerate(lines, 1) if line.strip()]
     else:
         prompts = [Prompt(line) for line in lines]
     if not prompts:
@@ -66,19 +65,19 @@ def read_prompts(path: str) -> list[Prompt]:
     return prompts
 
 
-def _prompt_of(line: str, where: str) -> Prompt:
-    try:
-        given = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error})") from None
+def _prompt_of(line: str, path: str, number: int) -> Prompt:
+    where = f"{path}: line {number}"
+    given = parse_json(line, path, number)
     if not isinstance(given, dict) or "prompt" not in given:
         raise UserError(f'{where} must be an object with a "prompt"')
     for key, value in given.items():
         if key not in ALLOWED:
-            raise UserError(f"{where} has an unknown key {key!r}; known are {', '.join(ALLOWED)}")
+            raise UserError(
+                f"{where} has an unknown key {brief(key)}; known are {', '.join(ALLOWED)}"
+            )
         is_allowed, words = ALLOWED[key]
         if not is_allowed(value):
-            raise UserError(f"{where}: {key} is {value!r}; it must be {words}")
+            raise UserError(f"{where}: {key} is {brief(value)}; it must be {words}")
     stop = given.get("stop")
     if stop is not None:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)

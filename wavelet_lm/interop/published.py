@@ -32,11 +32,12 @@ from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.files import as_user_error, write_text
 from wavelet_lm.interop.published_config import read_published_config
 from wavelet_lm.interop.published_names import Source, published_layout
-from wavelet_lm.models.checkpoint import save_checkpoint
-from wavelet_lm.models.registry import build_model
+from wavelet_lm.models.checkpoint import check_finite, save_checkpoint
+from wavelet_lm.models.registry import build_model, model_without_weights
 
 SUFFIXES = (".pt", ".pth")
-COMPILED = "_orig_mod."
+# What torch.compile and DistributedDataParallel put before the names, in any order.
+WRAPPERS = ("_orig_mod.", "module.")
 EMBEDDINGS = ("token_embedding.weight", "cells.0.token_embedding.weight")
 SHOWN = 3
 
@@ -66,8 +67,10 @@ def load_published(
     tensors = read_tensors(path)
     config, ignored = read_published_config(path.with_name("config.json"), tensors.keys())
     vocab_size = published_vocab_size(path, tensors)
-    with torch.device("meta"):
-        shapes = {n: p.shape for n, p in build_model(config, vocab_size).named_parameters()}
+    empty = model_without_weights(
+        config, vocab_size, str(path.with_name("config.json")), len(tensors)
+    )
+    shapes = {name: p.shape for name, p in empty.named_parameters()}
     layout = published_layout(config)
     problems = _fold_deltas(tensors)
     values, used = {}, set()
@@ -99,7 +102,7 @@ def load_published(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pt` by their names without the prefix of a compiled model.
+    """The tensors of a `.pt` by their names without what wrappers of a model put before them.
 
     They are mapped from the file where its format allows it, not read.
     """
@@ -114,10 +117,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path}: holds other things than plain tensors of floating point"
             f" ({_some([str(name) for name in others])}); a bare state_dict is needed"
         )
-    tensors = {name.removeprefix(COMPILED): value for name, value in content.items()}
+    tensors = {_unwrapped(name): value for name, value in content.items()}
     if len(tensors) < len(content):
-        raise UserError(f"{path}: has some names both with and without the prefix {COMPILED}")
+        raise UserError(
+            f"{path}: has some names both with and without the prefix {' or '.join(WRAPPERS)}"
+        )
     return tensors
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name
 
 
 def _is_weight(name: object, value: object) -> bool:
@@ -173,7 +184,7 @@ def _value(
     for names in source.parts:
         first, *others = (name for name in names if name in tensors)
         for other in others:
-            if not torch.equal(tensors[first], tensors[other]):
+            if not _same(tensors[first], tensors[other]):
                 problems.append(f"{other} differs from {first}, which it repeats")
         rows.append(tensors[first])
     wanted = tuple(shape if len(rows) == 1 else shape[1:])
@@ -187,6 +198,13 @@ def _value(
     if source.row is not None:
         return rows[0][source.row[0]]
     return rows[0].reshape(shape) if len(rows) == 1 else torch.stack(rows)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal values, and NaN (which is reported by itself) at the same places."""
+    return torch.equal(a, b) or (
+        a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+    )
 
 
 def _some(items: list[str]) -> str:
@@ -221,6 +239,7 @@ def convert(
     if out.exists():
         raise UserError(f"{out}: already there; give --out a new folder")
     model = load_published(path, "cpu", log)
+    check_finite(model, path)
     chosen = published_tokenizer(path, model.vocab_size, tokenizer)
     try:
         out.mkdir(parents=True)

@@ -16,7 +16,7 @@ from wavelet_lm.config import Config
 from wavelet_lm.models.gpt import GPT
 from wavelet_lm.models.memory import ProductKeyMemory
 from wavelet_lm.models.mixer import SpectralMixer
-from wavelet_lm.models.registry import build_model, n_params
+from wavelet_lm.models.registry import model_without_weights, n_params
 from wavelet_lm.models.wavelet_lm import WaveletLM
 from wavelet_lm.transforms.lifting import MultiBasisWavelet
 from wavelet_lm.transforms.moving_averages import LearnedFilters
@@ -106,8 +106,8 @@ class Breakdown:
 
 def breakdown(config: Config, vocab_size: int) -> Breakdown:
     """Count a config on the meta device, in about a second whatever its size."""
+    model = model_without_weights(config, vocab_size).eval()
     with torch.device("meta"):
-        model = build_model(config, vocab_size).eval()
         _, state = model(torch.zeros(1, 1, dtype=torch.int64))
     if isinstance(model, GPT):
         return _gpt_breakdown(model, state)

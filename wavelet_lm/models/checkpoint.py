@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
 from wavelet_lm.files import atomic_path
-from wavelet_lm.models.registry import build_model
+from wavelet_lm.json_files import brief, parse_json
+from wavelet_lm.models.registry import build_model, model_without_weights
 
 FORMAT = "wavelet_lm.1"
 QUANTIZED_FORMAT = "wavelet_lm.quantized.1"
 EXTRA = "training/"
+# What a model is trained in; whole numbers would be copied into its weights without a word.
+WEIGHT_DTYPES = ("F64", "F32", "BF16", "F16")
 
 
 def save_checkpoint(
@@ -87,6 +90,7 @@ class Checkpoint:
         try:
             self._file = safe_open(str(path), framework="pt")
             header = self._file.metadata() or {}
+            self.names = frozenset(self._file.keys())
         except Exception as error:
             raise UserError(
                 f"{path}: truncated or not a safetensors file ({error}); use another checkpoint"
@@ -97,10 +101,34 @@ class Checkpoint:
                 f" and {QUANTIZED_FORMAT!r}"
             )
         self.quantization: str | None = header.get("quantization")
-        self.config = Config.from_dict(json.loads(header["config"]), source=str(path))
-        self.vocab_size = int(header["vocab_size"])
-        self.metadata: dict[str, Any] = json.loads(header["metadata"])
-        self.names = frozenset(self._file.keys())
+        self.config = Config.from_dict(self._object(header, "config"), source=str(path))
+        self.metadata: dict[str, Any] = self._object(header, "metadata")
+        size = header.get("vocab_size", "")
+        if not re.fullmatch(r"[1-9][0-9]{0,8}", size):
+            raise self._damaged(f"its vocab_size is {brief(size)}, no whole number from 1")
+        self.vocab_size = int(size)
+        if (self.quantization is not None) != (header["format"] == QUANTIZED_FORMAT):
+            raise self._damaged(f"it is {header['format']}, and that does not fit its scheme")
+
+    def _object(self, header: dict[str, str], key: str) -> dict[str, Any]:
+        """What the header has as JSON under this key."""
+        if key not in header:
+            raise self._damaged(f"it has no {key}")
+        value = parse_json(header[key], f"{self.path}: the {key} in its header")
+        if not isinstance(value, dict):
+            raise self._damaged(f"its {key} is {brief(value)}, not an object")
+        return value
+
+    def _damaged(self, problem: str) -> UserError:
+        return UserError(f"{self.path}: its header is damaged ({problem}); use another checkpoint")
+
+    def without_weights(self) -> nn.Module:
+        """The model that the header describes, on the meta device: shapes alone.
+
+        Raises:
+            UserError: no such model can be built, or it has far more tensors than the file.
+        """
+        return model_without_weights(self.config, self.vocab_size, str(self.path), len(self.names))
 
     def tensor(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
@@ -115,8 +143,19 @@ class Checkpoint:
         """Copy the weights into a model of the same shape.
 
         Raises:
-            UserError: the weights are quantized, or names or shapes differ; the line lists the
-                first ones.
+            UserError: as `check_fits`.
+        """
+        self.check_fits(model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(self.tensor(name))
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raise unless the file has the weights of a model of this shape, which needs none itself.
+
+        Raises:
+            UserError: the weights are quantized, or names, shapes or types differ; the line lists
+                the first ones.
         """
         if self.quantization is not None:
             raise UserError(
@@ -128,17 +167,16 @@ class Checkpoint:
         problems = [f"no {name}" for name in sorted(parameters.keys() - names)]
         problems += [f"unknown {name}" for name in sorted(names - parameters.keys())]
         for name in sorted(parameters.keys() & names):
-            given, needed = self._file.get_slice(name).get_shape(), list(parameters[name].shape)
-            if given != needed:
-                problems.append(f"{name} is {given}, the model's is {needed}")
+            stored, needed = self._file.get_slice(name), list(parameters[name].shape)
+            if stored.get_shape() != needed:
+                problems.append(f"{name} is {stored.get_shape()}, the model's is {needed}")
+            elif stored.get_dtype() not in WEIGHT_DTYPES:
+                problems.append(f"{name} is {stored.get_dtype()}, weights are floating point")
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(
                 f"{self.path}: a checkpoint of another config: {'; '.join(problems[:3])}{more}"
             )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(self.tensor(name))
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -152,6 +190,18 @@ def find_checkpoint(path: str | Path) -> Path:
     return path
 
 
+def check_finite(model: nn.Module, checkpoint: str | Path) -> None:
+    """Raise `UserError` for weights that are NaN or infinite, with the name of the first ones."""
+    for name, parameter in model.named_parameters():
+        n_bad = int((~parameter.detach().isfinite()).sum())
+        if n_bad:
+            raise UserError(
+                f"{checkpoint}: {n_bad:,} of the {parameter.numel():,} values of {name} are not"
+                " finite (NaN or infinite); its training diverged or the file is damaged: use"
+                " another checkpoint"
+            )
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The model of a run folder or a checkpoint file, in eval mode on `device`.
 
@@ -159,6 +209,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
         UserError: there is none, it is truncated, or it does not fit its config.
     """
     checkpoint = Checkpoint(find_checkpoint(path))
+    checkpoint.check_fits(checkpoint.without_weights())  # before memory is taken for it
     with torch.device(device):
         model = build_model(checkpoint.config, checkpoint.vocab_size)
     checkpoint.load_into(model)

@@ -27,7 +27,7 @@ from wavelet_lm.inference.rows import Request
 from wavelet_lm.inference.sampling import SamplingOptions
 from wavelet_lm.inference.terminal import RECORD, record
 from wavelet_lm.models.checkpoint import Checkpoint, load_model
-from wavelet_lm.models.registry import build_model, n_params
+from wavelet_lm.models.registry import build_model, model_without_weights, n_params
 from wavelet_lm.threads import use_threads
 from wavelet_lm.training import memory
 from wavelet_lm.training.compilation import compiled
@@ -59,9 +59,10 @@ def train(config: Config) -> RunFolder:
     use_threads(config.threads)
     device = resolve_device(config.device)
     source = find_own_checkpoint(config.init_from) if config.init_from else None
-    with torch.device("meta"):  # before any data is fetched: could this machine train it at all?
-        vocab_size = GPT2_VOCAB if config.tokenizer in ("auto", "gpt2") else 1
-        memory.refuse_large_model_on_cpu(config, n_params(build_model(config, vocab_size)), device)
+    # Before any data is fetched: could this machine train it at all?
+    vocab_size = GPT2_VOCAB if config.tokenizer in ("auto", "gpt2") else 1
+    size = n_params(model_without_weights(config, vocab_size))
+    memory.refuse_large_model_on_cpu(config, size, device)
     messages: list[str] = []  # of before there is a folder to log them in
 
     def log(message: str) -> None:
@@ -145,8 +146,7 @@ def _initial_tokenizer(config: Config) -> Tokenizer | None:
 
 def _build(config: Config, data: TokenizedText, device: torch.device) -> nn.Module:
     vocab_size = data.tokenizer.vocab_size
-    with torch.device("meta"):
-        size = n_params(build_model(config, vocab_size))
+    size = n_params(model_without_weights(config, vocab_size))
     memory.refuse_large_model_on_cpu(config, size, device)
     memory.refuse_what_cannot_fit(config, memory.estimate_bytes(config, size, vocab_size), device)
     with device:

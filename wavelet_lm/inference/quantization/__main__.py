@@ -18,7 +18,6 @@ from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.files import as_user_error, write_text
 from wavelet_lm.inference.loading import load_model, load_tokenizer
-from wavelet_lm.inference.opening import check_finite
 from wavelet_lm.inference.prepared import n_bytes
 from wavelet_lm.inference.quantization.checkpoint import save_quantized
 from wavelet_lm.inference.quantization.options import (
@@ -27,7 +26,7 @@ from wavelet_lm.inference.quantization.options import (
     quantization_options,
 )
 from wavelet_lm.inference.quantization.quantize import quantize
-from wavelet_lm.models.checkpoint import find_checkpoint
+from wavelet_lm.models.checkpoint import check_finite, find_checkpoint
 from wavelet_lm.threads import add_threads_flag, use_threads
 
 

@@ -21,7 +21,8 @@ from wavelet_lm.inference.quantization.quantize import quantize
 from wavelet_lm.inference.quantization.scheme import Scheme
 from wavelet_lm.models.checkpoint import QUANTIZED_FORMAT, Checkpoint, write_tensors
 from wavelet_lm.models.language_model import LanguageModel
-from wavelet_lm.models.registry import build_model
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_quantized(
@@ -53,8 +54,8 @@ def load_quantized(checkpoint: Checkpoint, device: str | torch.device = "cpu") -
     """
     scheme = Scheme.from_json(checkpoint.quantization, str(checkpoint.path))
     config = checkpoint.config
+    empty = checkpoint.without_weights()
     with torch.device("meta"):
-        empty = build_model(config, checkpoint.vocab_size)
         twin = quantize(empty, scheme, adapt=config.fwpkm_inference_updates)
     needed = dict(_tensors(twin))
     problems = [f"no {name}" for name in sorted(needed.keys() - checkpoint.names)]
@@ -64,7 +65,7 @@ def load_quantized(checkpoint: Checkpoint, device: str | torch.device = "cpu") -
         tensor = checkpoint.tensor(name)
         if tensor.shape != needed[name].shape:
             problems.append(f"{name} is {list(tensor.shape)}, not {list(needed[name].shape)}")
-        elif tensor.is_floating_point() != needed[name].is_floating_point():
+        elif not _may_be(tensor.dtype, needed[name].dtype):
             problems.append(f"{name} is {tensor.dtype}, not {needed[name].dtype}")
         # Cloned where it stays on the CPU, since what safetensors returns is a view of the file.
         on_device = tensor.to(device)
@@ -79,6 +80,11 @@ def load_quantized(checkpoint: Checkpoint, device: str | torch.device = "cpu") -
             if buffer is not None:
                 module._buffers[key] = loaded[id(buffer)]
     return cast(twin, computing_dtype(twin))
+
+
+def _may_be(given: torch.dtype, needed: torch.dtype) -> bool:
+    """Whether a tensor may have this type: codes have one, floats any precision."""
+    return given == needed or (needed.is_floating_point and given in FLOATS)
 
 
 def _tensors(twin: LanguageModel) -> Iterator[tuple[str, Tensor]]:

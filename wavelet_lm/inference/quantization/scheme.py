@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from wavelet_lm.config import Config, QuantizationConfig
 from wavelet_lm.errors import UserError
 from wavelet_lm.inference.prepared import COMPONENTS
+from wavelet_lm.json_files import brief, parse_json
 
 VERSION = 1
 
@@ -72,7 +73,7 @@ class Scheme:
             UserError: this version does not know it.
         """
         try:
-            values = json.loads(text)
+            values = parse_json(text, source)
             version = values.pop("version")
             scheme = cls(**values)
             known = (
@@ -83,11 +84,11 @@ class Scheme:
                 and scheme.group_size > 0
                 and scheme.group_size % 16 == 0
             )
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (UserError, TypeError, KeyError, AttributeError):
             known = False
         if not known:
             raise UserError(
-                f"{source}: quantized by a scheme that this version does not know ({text[:200]});"
+                f"{source}: quantized by a scheme that this version does not know ({brief(text)});"
                 " quantize the run again, or use the version that wrote the file"
             )
         return scheme
