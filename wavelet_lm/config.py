@@ -421,7 +421,10 @@ class TrainingConfig:
     seed: int = option(1337, "seed of every random generator", minimum=0, maximum=2**32 - 1)
     eval_interval: int = option(250, "steps between validations", minimum=1)
     eval_batches: int = option(
-        50, "micro-batches of a validation, evenly spaced, the same each time", minimum=1
+        50,
+        "batches of a validation, of micro_batch_size · grad_accum windows each, evenly spaced, the"
+        " same each time",
+        minimum=1,
     )
     log_interval: int = option(10, "steps between lines of metrics.jsonl", minimum=1)
     save_interval: int = option(1000, "steps between saves of the last checkpoint", minimum=1)

@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from tests.training import runs
 from tests.training.test_resume import before_step
+from wavelet_lm.data.batches import validation_batches
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.checkpoint import Checkpoint, load_model
 from wavelet_lm.training.loop import Diverged, Trainer
@@ -44,9 +46,7 @@ def test_accumulated_micro_batches_are_one_large_batch(tmp_path, monkeypatch, or
     found = []
 
     def compare(trainer):
-        rows = [trainer.batches[i] for i in range(4)]
-        inputs, targets = (torch.cat(part) for part in zip(*rows, strict=True))
-        trainer.model.loss(inputs, targets)[0].backward()
+        trainer.model.loss(*trainer.batches[0])[0].backward()
         found.append(gradients(trainer.model))
         trainer.optimizer.zero_grad()
 
@@ -67,6 +67,38 @@ def test_accumulated_micro_batches_are_one_large_batch(tmp_path, monkeypatch, or
     assert large.keys() == accumulated.keys()
     for name in large:
         torch.testing.assert_close(accumulated[name], large[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["sequential", "random"])
+def test_a_memory_setting_changes_neither_batches_nor_validation(tmp_path, monkeypatch, order):
+    """8 windows at once, twice 4 and four times 2: the same windows in the same step."""
+    read, validated = [], []
+    real = Trainer._update
+
+    def recorded(trainer, batch):
+        read[-1].append(torch.cat([inputs for inputs, _ in batch]))
+        assert {len(inputs) for inputs, _ in batch} == {trainer.config.micro_batch_size}
+        return real(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "_update", recorded)
+    losses = []
+    for micro, accum in ((8, 1), (4, 2), (2, 4)):
+        folder = tmp_path / str(micro)
+        folder.mkdir()
+        read.append([])
+        shape = {"micro_batch_size": micro, "grad_accum": accum, "max_steps": 3, "lr": 1e-3}
+        run = trained(folder, **NO_DROPOUT, **shape, data_order=order, eval_interval=1)
+        rows = RunFolder(run).metrics()
+        losses.append([row["val_loss"] for row in rows if row["event"] == "eval"])
+        config = runs.run_config(folder, **shape)
+        windows = validation_batches(config, np.arange(2000))
+        assert all(len(inputs) <= micro for inputs, _ in windows)
+        validated.append(torch.cat([inputs for inputs, _ in windows]))
+    for other in (1, 2):
+        assert len(read[other]) == 3
+        assert all(torch.equal(a, b) for a, b in zip(read[0], read[other], strict=True))
+        assert torch.equal(validated[0], validated[other])
+        assert losses[other] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_the_carry_of_a_window_is_the_mean_of_the_window_before(tmp_path, monkeypatch):
@@ -92,13 +124,14 @@ def test_the_carry_of_a_window_is_the_mean_of_the_window_before(tmp_path, monkey
     monkeypatch.setattr(Trainer, "_update", watched)
     (tmp_path / "words.txt").write_text(runs.some_text(90), encoding="utf-8")
     trained(tmp_path, data_order="sequential", grad_accum=2, max_steps=12)
-    n = next(i for i in range(1, 24) if torch.equal(seen[i][0], seen[0][0]))
-    assert n < 20
+    # Two micro-batches take turns, each with its own rows of the text.
+    n = next(i for i in range(2, 24, 2) if torch.equal(seen[i][0], seen[0][0]))
+    assert 2 < n < 20
     for i, (_, carry, _) in enumerate(seen):
-        if i % n == 0:
+        if i % n < 2:
             assert not carry.any()
         else:
-            before = seen[i - 1][2]
+            before = seen[i - 2][2]
             torch.testing.assert_close(carry, before.total / before.count[:, None])
             assert carry.any()
 

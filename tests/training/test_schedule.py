@@ -1,6 +1,7 @@
 """The learning rate against a table of its straight line and cosine, and the steps of an epoch."""
 
 import math
+from decimal import Decimal
 
 import pytest
 from hypothesis import given
@@ -13,11 +14,11 @@ from wavelet_lm.training.schedule import learning_rate, warmup_steps
 
 def slow_rates(config, total):
     """All rates of a run, one after the other."""
-    n_warmup = int(config.warmup_fraction * total)
+    n_warmup = int(Decimal(str(config.warmup_fraction)) * total)
     rates = [config.lr * k / n_warmup for k in range(1, n_warmup + 1)]
     n_decay = total - n_warmup
     for k in range(n_decay):
-        angle = math.pi * (k / (n_decay - 1) if n_decay > 1 else 0)
+        angle = math.pi * (k / (n_decay - 1) if n_decay > 1 else bool(n_warmup))
         mean, swing = (config.lr + config.min_lr) / 2, (config.lr - config.min_lr) / 2
         rates.append(mean + swing * math.cos(angle))
     return rates
@@ -41,6 +42,22 @@ def test_the_ends_of_warmup_and_cosine(total, fraction):
         assert learning_rate(config, n - 1, total) == 0.02
     assert learning_rate(config, n, total) == 0.02
     assert learning_rate(config, total - 1, total) == pytest.approx(3e-4, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("total", "fraction", "n"), [(100, 0.29, 29), (1000, 0.001, 1), (10, 0.7, 7), (3, 1 / 3, 0)]
+)
+def test_the_warmup_is_that_of_the_fraction_as_written(total, fraction, n):
+    """0.29 * 100 is 28.999… in binary; a third is written as a bit less than one."""
+    assert warmup_steps(Config(warmup_fraction=fraction), total) == n
+
+
+@pytest.mark.parametrize(("total", "fraction"), [(10, 0.9), (10, 0.8), (2, 0.5), (10, 0)])
+def test_the_last_rate_is_min_lr(total, fraction):
+    config = Config(warmup_fraction=fraction, lr=0.02, min_lr=3e-4)
+    rates = [learning_rate(config, step, total) for step in range(total)]
+    assert rates[-1] == pytest.approx(3e-4, rel=1e-12)
+    assert max(rates) == 0.02
 
 
 def test_all_warmup_and_a_single_step():

@@ -1,7 +1,8 @@
 """Windows of tokens in the order in which training reads them.
 
-Both orders are pure functions of the micro-step, so a resumed run reads the same batches without
-any saved state.
+Both orders are pure functions of the step, so a resumed run reads the same batches without any
+saved state. A batch is what one optimizer step reads, whatever the size of the forward passes in
+which it does so: 1 of 8 windows, 2 of 4 and 8 of 1 train and validate on the same text.
 """
 
 from typing import Protocol
@@ -15,29 +16,29 @@ from wavelet_lm.errors import UserError
 
 
 class Batches(Protocol):
-    """`batches[i]` is the i-th micro-batch: tokens and next tokens, int64 [B, block_size] each."""
+    """`batches[i]` is what step i reads: tokens and next tokens, int64 [B, block_size] each."""
 
-    def __getitem__(self, micro_step: int) -> tuple[Tensor, Tensor]: ...
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]: ...
 
-    def starts_text(self, micro_step: int) -> bool:
-        """Whether this micro-batch does not continue the windows of the one before it."""
+    def starts_text(self, step: int) -> bool:
+        """Whether the windows of this step do not continue those of the step before it."""
         ...
 
 
 class RandomCrops:
-    """Windows at positions drawn independently for each micro-step from (seed, micro-step)."""
+    """Windows at positions drawn independently for each step from (seed, step)."""
 
     def __init__(self, tokens: np.ndarray, batch_size: int, block_size: int, seed: int):
         _require_tokens(tokens, block_size + 1, block_size)
         self.tokens, self.seed = tokens, seed
         self.batch_size, self.block_size = batch_size, block_size
 
-    def __getitem__(self, micro_step: int) -> tuple[Tensor, Tensor]:
-        generator = np.random.default_rng((self.seed, micro_step))
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        generator = np.random.default_rng((self.seed, step))
         starts = generator.integers(len(self.tokens) - self.block_size, size=self.batch_size)
         return cut(self.tokens, starts, self.block_size)
 
-    def starts_text(self, micro_step: int) -> bool:
+    def starts_text(self, step: int) -> bool:
         return True
 
 
@@ -51,38 +52,45 @@ class SequentialStreams:
         self.starts = np.arange(batch_size) * stream_length
         self.n_windows = stream_length // block_size
 
-    def __getitem__(self, micro_step: int) -> tuple[Tensor, Tensor]:
-        offset = micro_step % self.n_windows * self.block_size
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        offset = step % self.n_windows * self.block_size
         return cut(self.tokens, self.starts + offset, self.block_size)
 
-    def starts_text(self, micro_step: int) -> bool:
-        return micro_step % self.n_windows == 0
+    def starts_text(self, step: int) -> bool:
+        return step % self.n_windows == 0
+
+
+def batch_size(config: Config) -> int:
+    """Windows of one optimizer step."""
+    return config.micro_batch_size * config.grad_accum
 
 
 def training_batches(config: Config, tokens: np.ndarray) -> Batches:
     if config.data_order == "sequential":
-        return SequentialStreams(tokens, config.micro_batch_size, config.block_size)
-    return RandomCrops(tokens, config.micro_batch_size, config.block_size, config.seed)
+        return SequentialStreams(tokens, batch_size(config), config.block_size)
+    return RandomCrops(tokens, batch_size(config), config.block_size, config.seed)
 
 
 def validation_batches(config: Config, tokens: np.ndarray) -> list[tuple[Tensor, Tensor]]:
-    """`eval_batches` micro-batches of evenly spaced windows; fewer where the text is short."""
+    """The evenly spaced windows of `eval_batches` batches; fewer where the text is short.
+
+    They come in forward passes of up to `micro_batch_size` windows.
+    """
     n_targets = len(tokens) - 1
     if n_targets < 1:
         raise UserError(
             f"the validation split has {len(tokens)} token; give more text or change split"
         )
     block_size = min(config.block_size, n_targets)
-    n_windows = min(config.eval_batches * config.micro_batch_size, n_targets // block_size)
+    n_windows = min(config.eval_batches * batch_size(config), n_targets // block_size)
     starts = np.linspace(0, n_targets - block_size, n_windows).astype(np.int64)
-    n_batches = -(-n_windows // config.micro_batch_size)
-    return [cut(tokens, part, block_size) for part in np.array_split(starts, n_batches)]
+    n_passes = -(-n_windows // config.micro_batch_size)
+    return [cut(tokens, part, block_size) for part in np.array_split(starts, n_passes)]
 
 
 def steps_per_epoch(config: Config, n_tokens: int) -> int:
-    """⌊tokens / (batch · block_size)⌋, at least 1; a batch is one optimizer step's windows."""
-    batch = config.micro_batch_size * config.grad_accum * config.block_size
-    return max(1, n_tokens // batch)
+    """⌊tokens / (batch · block_size)⌋, at least 1."""
+    return max(1, n_tokens // (batch_size(config) * config.block_size))
 
 
 def cut(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:

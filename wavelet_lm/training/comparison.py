@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from wavelet_lm.config import Config
+from wavelet_lm.data.batches import batch_size
 from wavelet_lm.data.dataset import TokenizedText
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError
@@ -120,9 +121,8 @@ class ComparedTrainer(Trainer):
         with torch.random.fork_rng(devices):
             for _ in range(2):
                 started = time.perf_counter()
-                for inputs, targets in self._load(0):
+                for (inputs, targets), carry in zip(self._load(0), self._carries(0), strict=True):
                     with self.precision.autocast():
-                        carry = self._carry(0, len(inputs))
                         loss, _ = self.loss_function(inputs, targets, carry=carry)
                     loss.backward()
                 float(loss.detach())
@@ -256,7 +256,7 @@ def train_one(config: Config, data: TokenizedText, budget: Budget | None, costs:
 
 
 def tokens_per_step(config: Config) -> int:
-    return config.micro_batch_size * config.grad_accum * config.block_size
+    return batch_size(config) * config.block_size
 
 
 def curve_of(metrics: Sequence[Row], clock: Sequence[float]) -> list[Row]:

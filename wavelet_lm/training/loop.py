@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.config import Config
-from wavelet_lm.data.batches import training_batches, validation_batches
+from wavelet_lm.data.batches import batch_size, training_batches, validation_batches
 from wavelet_lm.data.dataset import TokenizedText
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint
@@ -107,17 +107,17 @@ class Trainer:
         """One optimizer step; returns the next step's batch, copied while this one computes."""
         lr = learning_rate(self.config, self.step, self.total_steps)
         self.optimizer.set_lr(lr)
-        first = self.step * self.config.grad_accum
         total = torch.zeros((), device=self.device)
-        for micro, (inputs, targets) in enumerate(batch):
+        carries = self._carries(self.step)
+        for i, (inputs, targets) in enumerate(batch):
             with self.precision.autocast():
-                loss, state = self.loss_function(
-                    inputs, targets, carry=self._carry(first + micro, len(inputs))
-                )
+                loss, state = self.loss_function(inputs, targets, carry=carries[i])
             if uses_carry(self.config):
-                self.carry = self.model.window_carry(state)
+                carries[i] = self.model.window_carry(state)
             self.precision.backward(loss / self.config.grad_accum)
             total += loss.detach() / self.config.grad_accum
+        if uses_carry(self.config):
+            self.carry = torch.cat(carries)
         next_batch = self._load(self.step + 1)
         self.precision.update(self.optimizer, self.model, self.config.grad_clip)
         self.optimizer.zero_grad()
@@ -128,10 +128,10 @@ class Trainer:
 
     def _load(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """The micro-batches of a step, on their way to the device."""
-        first = step * self.config.grad_accum
+        parts = (tokens.split(self.config.micro_batch_size) for tokens in self.batches[step])
         return [
-            tuple(self._to_device(t) for t in self.batches[first + i])
-            for i in range(self.config.grad_accum)
+            (self._to_device(inputs), self._to_device(targets))
+            for inputs, targets in zip(*parts, strict=True)
         ]
 
     def _to_device(self, tokens: Tensor) -> Tensor:
@@ -139,13 +139,17 @@ class Trainer:
             return tokens.pin_memory().to(self.device, non_blocking=True)
         return tokens.to(self.device)
 
-    def _carry(self, micro_step: int, B: int) -> Tensor | None:
-        """The running mean at the end of the window before, zero where a text starts."""
+    def _carries(self, step: int) -> list[Tensor | None]:
+        """For each micro-batch the running means at the ends of the windows before its own.
+
+        They are zero where a text starts, and None where the model has none.
+        """
         if not uses_carry(self.config):
-            return None
-        if self.carry is None or self.batches.starts_text(micro_step):
-            return self.model.empty_carry(B, self.device)
-        return self.carry
+            return [None] * self.config.grad_accum
+        carry = self.carry
+        if carry is None or self.batches.starts_text(step):
+            carry = self.model.empty_carry(batch_size(self.config), self.device)
+        return list(carry.split(self.config.micro_batch_size))
 
     # --- watching --------------------------------------------------------------------------------
 
@@ -185,7 +189,7 @@ class Trainer:
 
     @property
     def tokens_per_second(self) -> float:
-        tokens = self.config.micro_batch_size * self.config.grad_accum * self.config.block_size
+        tokens = batch_size(self.config) * self.config.block_size
         return self.step * tokens / self.seconds if self.seconds else 0.0
 
     def _report(self, bar: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from wavelet_lm.config import Config, show
-from wavelet_lm.data.batches import steps_per_epoch
+from wavelet_lm.data.batches import batch_size, steps_per_epoch
 from wavelet_lm.data.dataset import TokenizedText, prepare_data
 from wavelet_lm.data.modalities import Modality
 from wavelet_lm.data.tokenizers import GPT2_VOCAB, Tokenizer, load_tokenizer
@@ -157,7 +157,7 @@ def _announce(trainer: Trainer) -> None:
     config, data, run = trainer.config, trainer.data, trainer.run
     size, vocab_size = n_params(trainer.model), data.tokenizer.vocab_size
     needed = memory.estimate_bytes(config, size, vocab_size)
-    tokens = config.micro_batch_size * config.grad_accum * config.block_size
+    tokens = batch_size(config) * config.block_size
     run.log(f"run folder {run.path}")
     run.log(
         f"{data.name}: {len(data.train.tokens):,} training tokens, vocabulary {vocab_size:,}"
