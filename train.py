@@ -13,7 +13,7 @@ import argparse
 import sys
 
 from wavelet_lm.config import Config, OneLineParser, add_config_flags, parse_flags, read_json_object
-from wavelet_lm.errors import UserError, run_command
+from wavelet_lm.errors import run_command
 
 
 def main() -> None:
@@ -26,7 +26,8 @@ def main() -> None:
     )
     sets = "train every value, and every combination of several --set; lists apart by ;"
     parser.add_argument("--config", metavar="FILE", help="config file [config.json]")
-    parser.add_argument("--resume", metavar="RUN", help="go on with a stopped run, bit for bit")
+    goes_on = "go on with a run, bit for bit; or on to another --max_steps, see docs/training.md"
+    parser.add_argument("--resume", metavar="RUN", help=goes_on)
     parser.add_argument("--set", metavar="KEY=V1,V2", action="append", help=sets)
     parser.add_argument("--sweep", metavar="FILE", help="the same as JSON, key to list of values")
     add_config_flags(parser)
@@ -34,12 +35,7 @@ def main() -> None:
     if "resume" in flags:
         from wavelet_lm.training.run import resume
 
-        if len(flags) > 1:
-            raise UserError(
-                "--resume goes on with the run's own config and takes no other option;"
-                " to change one, start a new run with --init_from"
-            )
-        resume(flags["resume"])
+        resume(flags.pop("resume"), flags)
         return
 
     file, sets, grid = (flags.pop(name, None) for name in ("config", "set", "sweep"))

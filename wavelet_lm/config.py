@@ -499,7 +499,7 @@ class Config(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Quantiza
         """Build from a flat mapping; unknown keys raise with the nearest known one."""
         check_values(values, source)
         try:
-            return cls(**values)
+            return cls(**{key: value for key, value in values.items() if key != CHANGES})
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
 
@@ -522,6 +522,8 @@ class Config(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Quantiza
 
 
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Config)}
+# No option: in the config.json of a run, what changed when it was resumed (`training/changes.py`).
+CHANGES = "changes"
 GROUPS = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -630,6 +632,8 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
 def check_values(values: Mapping[str, Any], source: str) -> None:
     """Every key is known and every value allowed by itself, whatever the other keys say."""
     for key, value in values.items():
+        if key == CHANGES:
+            continue
         if key not in FIELDS:
             raise ConfigError(f"{source}: unknown key {key!r}{_nearest(key, FIELDS)}")
         try:

@@ -127,8 +127,9 @@ def test_what_cannot_be_resumed(finished, tmp_path):
     _, run = finished
     assert "this run is finished" in runs.error_line("--resume", run)
     assert "not a run folder" in runs.error_line("--resume", tmp_path)
-    assert "takes no other option" in runs.error_line("--resume", run, "--lr", 0.1)
-    assert "takes no other option" in runs.error_line("--resume", run, "--config", "config.json")
+    assert "--max_steps N with N above" in runs.error_line("--resume", run, "--lr", 0.1)
+    assert "does not take --config" in runs.error_line("--resume", run, "--config", "config.json")
+    assert f"--init_from {run}" in runs.error_line("--resume", run, "--C", 32)
 
 
 def copied(run, folder, end=False):

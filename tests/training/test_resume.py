@@ -159,14 +159,15 @@ def test_a_resumed_run_knows_its_best_loss(tmp_path, monkeypatch):
 
 
 def test_real_processes_kill_terminate_and_interrupt(folders, monkeypatch):
-    """kill -9, resume, SIGTERM, resume, Ctrl-C; against one run that reached the same step."""
+    """kill -9, SIGTERM, SIGHUP, Ctrl-C, each resumed; against one run that reached the step."""
     overrides = {"max_steps": 1_000_000, "warmup_fraction": 0.00001, "skip_warmup_saves": False}
     process = runs.command("--config", runs.config_file(folders[1], **overrides))
     wait_for_step(process, 30)
     process.kill()
     process.communicate()
     run = runs.only_run(folders[1])
-    for signum, status, step in ((signal.SIGTERM, 143, 60), (signal.SIGINT, 130, 90)):
+    stops = ((signal.SIGTERM, 143, 60), (signal.SIGHUP, 129, 90), (signal.SIGINT, 130, 120))
+    for signum, status, step in stops:
         process = runs.command("--resume", run)
         wait_for_step(process, step)
         process.send_signal(signum)
@@ -233,9 +234,20 @@ def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(tmp_path, m
 
 
 def test_signal_handlers_are_given_back(tmp_path):
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(s) for s in signals]
     whole_run(tmp_path, max_steps=2)
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(s) for s in signals] == before
+
+
+def test_a_hang_up_that_nohup_ignores_does_not_stop(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        before_step(monkeypatch, 3, lambda trainer: signal.raise_signal(signal.SIGHUP))
+        run = train(runs.run_config(tmp_path, max_steps=6))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert run.metrics()[-1]["event"] == "end"
 
 
 # --- what cannot be resumed ----------------------------------------------------------------------
@@ -252,6 +264,23 @@ def test_data_that_changed_are_refused(stopped, tmp_path):
         resume(stopped)
 
 
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_other_data_of_the_same_length_are_refused(tmp_path, monkeypatch, split):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for seed, name in enumerate(("train", "valid", "test")):
+        text = runs.some_text(300, seed=seed)
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    run = killed_run(tmp_path, monkeypatch, dataset=str(folder))
+    file = folder / f"{split}.txt"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text[::-1], encoding="utf-8")
+    with pytest.raises(UserError, match=f"the data changed: the {split} split"):
+        resume(run)
+    file.write_text(text, encoding="utf-8")
+    assert resume(run).metrics()[-1]["event"] == "end"
+
+
 def test_an_edited_config_is_refused_by_key(stopped):
     file = stopped / "config.json"
     text = file.read_text(encoding="utf-8")
@@ -261,8 +290,9 @@ def test_an_edited_config_is_refused_by_key(stopped):
         edited = text.replace(f'"{key}": {old}', f'"{key}": {new}')
         assert edited != text
         file.write_text(edited, encoding="utf-8")
-        with pytest.raises(UserError, match=f"config.json: {key} is"):
+        with pytest.raises(UserError, match=f"config.json: {key} is") as caught:
             resume(stopped)
+        assert ("give --lr to --resume" in str(caught.value)) == (key == "lr")
 
 
 def test_places_may_be_edited(stopped, tmp_path):

@@ -3,12 +3,15 @@
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
 from tests.training import runs
 from wavelet_lm.errors import UserError
-from wavelet_lm.training.run import train
+from wavelet_lm.training import run_folder
+from wavelet_lm.training.run import resume, train
+from wavelet_lm.training.run_folder import command_line, commit
 from wavelet_lm.training.runs_table import COLUMNS, append_run
 
 
@@ -77,6 +80,67 @@ def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="cannot be written"):
         append_run(tmp_path / "file" / "runs.md", {})
+
+
+def unwritable(folder):
+    """Tables that no run could add its row to, root's neither."""
+    (folder / "file").write_text("", encoding="utf-8")
+    (folder / "folder.md").mkdir()
+    (folder / "latin.md").write_bytes(b"caf\xe9")
+    return [folder / "file" / "runs.md", folder / "folder.md", folder / "latin.md"]
+
+
+def test_a_table_or_folder_that_cannot_be_written_is_found_before_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("wavelet_lm.training.run.prepare_data", None)
+    for table in unwritable(tmp_path):
+        with pytest.raises(UserError, match="give --runs_file another name, or none"):
+            train(runs.run_config(tmp_path, runs_file=str(table)))
+    with pytest.raises(UserError, match="file is no folder"):
+        train(runs.run_config(tmp_path, out_dir=str(tmp_path / "file" / "logs")))
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_table_that_breaks_during_the_run_does_not_keep_it_from_ending(tmp_path, capsys):
+    def breaks(path, row):
+        raise UserError(f"{path}: the disk is full")
+
+    with mock.patch("wavelet_lm.training.run.append_run", breaks):
+        run = train(runs.run_config(tmp_path, max_steps=3))
+    assert run.metrics()[-1]["event"] == "end"
+    log = (run.path / "log.txt").read_text(encoding="utf-8")
+    assert "finished, but without a row" in log
+    assert f"| {run.name} | words |" in log
+    with pytest.raises(UserError, match="this run is finished"):
+        resume(run.path)
+
+
+def test_the_commands_of_a_row_can_be_typed_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b.txt").write_text("", encoding="utf-8")
+    words = ["--dataset", tmp_path / "a b.txt", f"--out_dir={tmp_path}", "--prompt", "/usr", "-x="]
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "train.py"), *map(str, words)])
+    assert command_line() == ("python train.py --dataset 'a b.txt' --out_dir=. --prompt /usr -x=")
+
+
+def test_a_row_does_not_mark_the_commit_as_changed(tmp_path, monkeypatch):
+    """In a checkout of its own, whose table and code are tracked."""
+    package = tmp_path / "package"
+    package.mkdir()
+    for name in ("runs.md", "results.json", "package/code.py", "train.py"):
+        (tmp_path / name).write_text("\n", encoding="utf-8")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(run_folder, "__file__", str(package / "code.py"))
+    clean = commit()
+    assert len(clean) == 12
+    append_run(tmp_path / "runs.md", {"name": "one"})
+    (tmp_path / "results.json").write_text("[]", encoding="utf-8")
+    assert commit() == clean
+    for name in ("train.py", "package/code.py"):
+        (tmp_path / name).write_text("pass\n", encoding="utf-8")
+        assert commit() == f"{clean}+"
+        (tmp_path / name).write_text("\n", encoding="utf-8")
 
 
 def test_the_row_of_a_run(tmp_path):

@@ -142,7 +142,7 @@ def test_the_real_thing_is_stopped_in_a_run(tmp_path):
         (["--set", "lr=0.1", "--set", "lr=0.2"], "lr is given twice"),
         (["--set", "lr=0.1", "--lr", "0.2"], "lr is given twice"),
         (["--set", "lr=0.1", "--benchmark_only", "--benchmark_run_dir", "x"], "benchmark_only"),
-        (["--set", "lr=0.1", "--resume", "x"], "takes no other option"),
+        (["--set", "lr=0.1", "--resume", "x"], "--resume does not take --config"),
         (["--set", "per_scale_mixer_widths=1,1,1;1,x"], "must be a list of numbers"),
         (["--sweep", "missing.json"], "missing.json: cannot be read"),
     ],

@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,11 @@ class TokenSplit:
     n_bytes: int
     n_words: int | None = None
 
+    @cached_property
+    def key(self) -> str:
+        """What identifies the tokens, wherever they lie."""
+        return hashlib.sha256(np.ascontiguousarray(self.tokens)).hexdigest()
+
 
 @dataclass(frozen=True)
 class TokenizedText:
@@ -69,6 +75,12 @@ class TokenizedText:
     train: TokenSplit
     valid: TokenSplit
     test: TokenSplit | None
+
+    @cached_property
+    def keys(self) -> dict[str, str | None]:
+        """The key of each split; None where there is none."""
+        splits = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: None if split is None else split.key for name, split in splits.items()}
 
 
 def prepare_data(

@@ -69,7 +69,7 @@ class Trainer:
         """Run from `step` to `total_steps`, then leave `last` and `best` checkpoints behind.
 
         Raises:
-            Interrupted: after Ctrl-C or SIGTERM, with everything saved.
+            Interrupted: after Ctrl-C, SIGTERM or SIGHUP, with everything saved.
             Diverged: the loss is NaN or exploded; nothing is saved, the last good files stay.
             UserError: the GPU's memory or the disk is full.
         """
@@ -212,14 +212,19 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM end the loop after the current step; a second one at once."""
+        """Let Ctrl-C, SIGTERM and SIGHUP end the loop after its step; a second one at once.
+
+        A terminal that closes hangs up, unless `nohup` has had that ignored.
+        """
 
         def stop(signum: int, frame: Any) -> None:
             if self._stop_signal:
                 raise Interrupted(signum, "stopped at once, without saving")
             self._stop_signal = signum
 
-        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signals = (signal.SIGINT, signal.SIGTERM, *(() if ignored else (signal.SIGHUP,)))
+        previous = {s: signal.signal(s, stop) for s in signals}
         try:
             yield
         finally:
@@ -292,7 +297,9 @@ class Trainer:
             "best_step": self.best_step,
             "smooth_loss": self.smooth_loss,
             "seconds": self.seconds,
+            "eval_windows": self.config.eval_batches * batch_size(self.config),
             "train_tokens": len(self.data.train.tokens),
+            "data": self.data.keys,
             "scaler": self.precision.scaler.state_dict(),
             "optimizer": scalars,
         }
@@ -302,19 +309,25 @@ class Trainer:
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise Diverged(self._diverged(f"the weights are not finite at step {self.step}"))
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint, changed: bool = False) -> None:
         """The inverse of `save`.
+
+        Args:
+            changed: whether the run goes on otherwise than it would have from this checkpoint.
 
         Raises:
             UserError: the checkpoint or the data are not those of this run.
         """
         saved = checkpoint.metadata
-        if saved["train_tokens"] != len(self.data.train.tokens):
-            raise UserError(
-                f"{checkpoint.path}: trained on {saved['train_tokens']} tokens but"
-                f" {self.config.dataset} now has {len(self.data.train.tokens)}: the data changed;"
-                " start a new run with --init_from"
-            )
+        self._refuse_other_data(checkpoint)
+        self.best_step = saved["best_step"]
+        self.best_loss = math.inf if saved["best_loss"] is None else saved["best_loss"]
+        then = checkpoint.config
+        # Before this was kept, a batch of validation was a micro-batch.
+        windows = saved.get("eval_windows", then.eval_batches * then.micro_batch_size)
+        revalidate = windows != self.config.eval_batches * batch_size(self.config)
+        if (changed or revalidate) and (self.best_step >= 0 or self.run.best.is_file()):
+            self._restore_best(revalidate)
         checkpoint.load_into(self.model)
         extra = checkpoint.extra()
         optimizer = {
@@ -326,10 +339,53 @@ class Trainer:
         torch.set_rng_state(extra["generator/cpu"])
         if "generator/cuda" in extra and self.device.type == "cuda":
             torch.cuda.set_rng_state(extra["generator/cuda"], self.device)
-        if "carry" in extra:
+        # One of another size is of before the streams were those of the whole batch.
+        if "carry" in extra and len(extra["carry"]) == batch_size(self.config):
             self.carry = extra["carry"].to(self.device)
-        self.precision.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # one that had nothing to scale, as on another device, has no state
+            self.precision.scaler.load_state_dict(saved["scaler"])
+        if self.config.grad_accum > 1 and "eval_windows" not in saved:
+            self.run.log(
+                f"the steps up to {saved['step']} drew their windows by micro-batch, as was done"
+                " then; from here on they are those of the whole batch"
+            )
         self.step, self.evaluated_step = saved["step"], saved["evaluated_step"]
-        self.best_step = saved["best_step"]
-        self.best_loss = math.inf if saved["best_loss"] is None else saved["best_loss"]
         self.smooth_loss, self.seconds = saved["smooth_loss"], saved["seconds"]
+
+    def _refuse_other_data(self, checkpoint: Checkpoint) -> None:
+        saved, data = checkpoint.metadata, self.data
+        advice = (
+            "put the old text back, or start a new run from this one with --init_from"
+            f" {self.run.path}"
+        )
+        if saved["train_tokens"] != len(data.train.tokens):
+            raise UserError(
+                f"{checkpoint.path}: trained on {saved['train_tokens']} tokens but"
+                f" {self.config.dataset} now has {len(data.train.tokens)}: the data changed;"
+                f" {advice}"
+            )
+        # A checkpoint of before the keys were kept has none to compare.
+        for split, key in saved.get("data", data.keys).items():
+            if key != data.keys[split]:
+                raise UserError(
+                    f"{checkpoint.path}: the data changed: the {split} split of"
+                    f" {self.config.dataset} is not the one that this run began with; {advice}"
+                )
+
+    def _restore_best(self, revalidate: bool) -> None:
+        """Take the best checkpoint for the one to beat, with its loss on today's windows.
+
+        It may be of a later step than the last checkpoint, which is now not trained again as it
+        was. It is written anew, for it says where the data lie.
+        """
+        best = Checkpoint(self.run.best)
+        best.load_into(self.model)
+        self.best_step, self.best_loss = best.metadata["step"], best.metadata["val_loss"]
+        if revalidate:
+            before, self.best_loss = self.best_loss, self.validate()
+            self.run.log(
+                f"validation reads other windows than before: {self.run.best.name} of step"
+                f" {self.best_step} has loss {self.best_loss:.4f} on them (had {before:.4f})"
+            )
+        metadata = {"step": self.best_step, "val_loss": self.best_loss}
+        save_checkpoint(self.run.best, self.model, metadata)

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import signal
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wavelet_lm.config import Config, show
+from wavelet_lm.config import Config
 from wavelet_lm.data.batches import batch_size, steps_per_epoch
 from wavelet_lm.data.dataset import TokenizedText, prepare_data
 from wavelet_lm.data.modalities import Modality
@@ -30,23 +31,13 @@ from wavelet_lm.models.checkpoint import Checkpoint, load_model
 from wavelet_lm.models.registry import build_model, model_without_weights, n_params
 from wavelet_lm.threads import use_threads
 from wavelet_lm.training import memory
+from wavelet_lm.training.changes import LENGTH, changed_config, refuse_other_flags, words
 from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.loop import Trainer
-from wavelet_lm.training.run_folder import RunFolder, command_line
-from wavelet_lm.training.runs_table import append_run
+from wavelet_lm.training.run_folder import RunFolder, check_folder, command_line
+from wavelet_lm.training.runs_table import append_run, check_table, row_line
 
 SAMPLE_TOKENS = 512
-# Keys of a run's config.json that may be edited before it is resumed.
-MAY_CHANGE = (
-    "dataset",
-    "cache_dir",
-    "device",
-    "threads",
-    "compile",
-    "out_dir",
-    "runs_file",
-    "init_from",
-)
 
 
 def train(config: Config) -> RunFolder:
@@ -54,9 +45,11 @@ def train(config: Config) -> RunFolder:
 
     Raises:
         UserError: anything that the user can mend, before or during the run.
-        Interrupted: Ctrl-C or SIGTERM, after saving.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP, after saving.
     """
     use_threads(config.threads)
+    check_table(config.runs_file)
+    check_folder(config.out_dir)
     device = resolve_device(config.device)
     source = find_own_checkpoint(config.init_from) if config.init_from else None
     # Before any data is fetched: could this machine train it at all?
@@ -89,39 +82,67 @@ def train(config: Config) -> RunFolder:
     return _finish(trainer)
 
 
-def resume(path: str | Path) -> RunFolder:
-    """Go on with a stopped run, as if it had never been stopped."""
+def resume(path: str | Path, flags: Mapping[str, Any] | None = None) -> RunFolder:
+    """Go on with a stopped run as if it had never been stopped, or with a run otherwise.
+
+    Args:
+        flags: new values of keys that `training/changes.py` allows; a finished run goes on with
+            more `max_steps` or `epochs`.
+
+    Raises:
+        UserError: anything that the user can mend, before or during the run.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP, after saving.
+    """
+    flags = dict(flags or {})
+    refuse_other_flags(path, flags)
     run = RunFolder.open(path)
-    if any(row["event"] == "end" for row in run.metrics()):
-        raise UserError(f"{path}: this run is finished; --init_from starts a new one from it")
+    ends = [row["step"] for row in run.metrics() if row["event"] == "end"]
     if not run.last.is_file():
+        if ends:
+            raise UserError(
+                f"{path}: this run is finished and has no {run.last.name} to train on from;"
+                f" --init_from {path} starts a new one"
+            )
         raise UserError(f"{path}: stopped before its first checkpoint; start it again")
-    config, checkpoint = Config.from_json(run.config_file), Checkpoint(run.last)
-    _refuse_changed_config(config, checkpoint, run)
+    checkpoint = Checkpoint(run.last)
+    config, changes = changed_config(run, checkpoint, flags)
+    saved = checkpoint.metadata
+    if "total_steps" not in saved:
+        raise UserError(f"{run.last}: holds weights only; start a new run with --init_from")
+    longer = any(key in changes for key in LENGTH)
+    if not longer and saved["total_steps"] in ends:
+        raise _finished(path, saved["step"])
+    check_table(config.runs_file)
     use_threads(config.threads)
     device = resolve_device(config.device)
     data = prepare_data(config, tokenizer=load_tokenizer(run.path))
+    steps = total_steps(config, data) if longer else saved["total_steps"]
+    if steps < saved["step"]:
+        raise UserError(
+            f"{path}: {steps} steps are asked for and step {saved['step']} is reached already;"
+            f" --max_steps {saved['step']} evaluates the run as it is"
+        )
+    if steps == saved["step"] and steps in ends:
+        raise _finished(path, steps)
     model = _build(config, data, device)
-    trainer = Trainer(config, model, data, run, device, checkpoint.metadata["total_steps"])
-    trainer.restore(checkpoint)
-    run.drop_metrics_after(trainer.step, trainer.evaluated_step)
+    trainer = Trainer(config, model, data, run, device, steps)
     run.remove_temporary_files()
+    trainer.restore(checkpoint, changed=bool(changes))
+    run.drop_metrics_after(trainer.step, trainer.evaluated_step)
     run.log(f"resumed at step {trainer.step} of {trainer.total_steps}: {command_line()}")
+    if changes:
+        # The checkpoint first: where it is newer than config.json, flags can still say what holds.
+        trainer.save()
+        run.write_config(config, [*run.changes(), {"step": trainer.step, **changes}])
+        run.log(f"from step {trainer.step} on: {words(changes)}")
     return _finish(trainer)
 
 
-def _refuse_changed_config(config: Config, checkpoint: Checkpoint, run: RunFolder) -> None:
-    """Only where things lie, and what runs, may have been edited since the checkpoint."""
-    now, then = config.to_dict(), checkpoint.config.to_dict()
-    changed = [key for key in now if now[key] != then[key] and key not in MAY_CHANGE]
-    if changed:
-        raise UserError(
-            f"{run.config_file}: {changed[0]} is {show(now[changed[0]])} but {run.last.name} is a"
-            f" checkpoint of {show(then[changed[0]])}; to change it, start a new run with"
-            " --init_from"
-        )
-    if "total_steps" not in checkpoint.metadata:
-        raise UserError(f"{run.last}: holds weights only; start a new run with --init_from")
+def _finished(path: str | Path, step: int) -> UserError:
+    return UserError(
+        f"{path}: this run is finished at step {step}; --max_steps N with N above {step} trains it"
+        " longer, --init_from starts a new one from it"
+    )
 
 
 def total_steps(config: Config, data: TokenizedText) -> int:
@@ -219,14 +240,25 @@ def _conclude(trainer: Trainer) -> None:
         run.log(line)
     _write_sample(trainer)
     if config.runs_file:
-        append_run(config.runs_file, _row(trainer, results))
-        run.log(f"added a row to {config.runs_file}")
+        _add_row(trainer, _row(trainer, results))
     run.write_metrics(event="end", step=trainer.step, seconds=round(trainer.seconds, 3))
     tokenizer, flags = trainer.data.tokenizer, ["--prompt", config.generation_prompt]
     if isinstance(tokenizer, Modality):
         flags = ["--out", f"more{tokenizer.output}"]
     command = ["python", "generate.py", "--checkpoint", str(run.path), *flags]
     run.log(f"more of it: {shlex.join(command)}")
+
+
+def _add_row(trainer: Trainer, row: dict[str, str]) -> None:
+    """Add the run's row; where that fails now, the run is finished all the same and keeps it."""
+    run, table = trainer.run, trainer.config.runs_file
+    try:
+        append_run(table, row)
+    except UserError as error:
+        run.log(f"the run is finished, but without a row in {table}: {error}; the row is")
+        run.log(row_line(row))
+    else:
+        run.log(f"added a row to {table}")
 
 
 def _write_sample(trainer: Trainer) -> None:

@@ -1,20 +1,26 @@
 """The folder of one run: config, environment, logs, metrics, checkpoints."""
 
+import errno
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 
-from wavelet_lm.config import Config
+from wavelet_lm.config import CHANGES, Config, read_json_object
 from wavelet_lm.errors import UserError
 from wavelet_lm.files import append_line, as_user_error, write_text
+
+# What a result depends on in a checkout, besides the config, which a run keeps itself.
+CODE = (":(top)*.py", ":(top)pyproject.toml", ":(top)constraints.txt")
 
 
 class RunFolder:
@@ -44,9 +50,21 @@ class RunFolder:
         except OSError as error:
             raise as_user_error(error, path) from error
         run = cls(path)
-        write_text(run.config_file, config.to_json())
+        run.write_config(config)
         write_text(run.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
         return run
+
+    def write_config(self, config: Config, changes: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Replace config.json by the values in force and the record of how they changed."""
+        text = config.to_json()
+        if changes:
+            rows = ",\n  ".join(map(json.dumps, changes))
+            text = text.removesuffix("\n}\n") + f',\n "{CHANGES}": [\n  {rows}\n ]\n}}\n'
+        write_text(self.config_file, text)
+
+    def changes(self) -> list[dict[str, Any]]:
+        """That record, in the order in which the run was resumed."""
+        return read_json_object(self.config_file).get(CHANGES, [])
 
     def remove_temporary_files(self) -> None:
         """What a process that was killed while it saved has left."""
@@ -94,9 +112,34 @@ class RunFolder:
 
         A checkpoint saved on Ctrl-C may stand before the evaluation that is due at its step.
         """
-        limits = {"train": step, "eval": evaluated_step, "test": -1}
-        kept = [row for row in self.metrics() if row["step"] <= limits[row["event"]]]
+        limits = {"train": step, "eval": evaluated_step}
+        rows = self.metrics()
+        # A run that is trained longer keeps the results of its first end, but not a half-written
+        # conclusion.
+        ends = {row["step"] for row in rows if row["event"] == "end"}
+        kept = [
+            row
+            for row in rows
+            if (
+                row["step"] <= limits[row["event"]]
+                if row["event"] in limits
+                else row["step"] in ends
+            )
+        ]
         write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def check_folder(path: str | Path) -> None:
+    """Raise `UserError` where no file could be made in this folder, or the folder itself."""
+    folder = Path(path).expanduser().absolute()
+    try:
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is no folder")
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise as_user_error(error, folder) from error
 
 
 def environment() -> dict[str, Any]:
@@ -116,16 +159,31 @@ def environment() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command as it was typed, starting with `python`."""
+    """The command as it was typed, starting with `python`; of paths in this folder what is in it.
+
+    It can then be typed again in another clone.
+    """
     program = [os.path.relpath(sys.argv[0])]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.origin == sys.argv[0]:  # run by -m
         program = ["-m", spec.name.removesuffix(".__main__")]
-    return shlex.join(["python", *program, *sys.argv[1:]])
+    return shlex.join(["python", *program, *map(_relative, sys.argv[1:])])
+
+
+def _relative(word: str) -> str:
+    """A word of a command line; the path of a file or folder in this one is made relative."""
+    flag, sign, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()) and os.path.lexists(path):
+        value = os.path.relpath(path)
+    return f"{flag}{sign}{value}"
 
 
 def commit() -> str | None:
-    """The commit of the code, with `+` where tracked files differ from it; None outside git."""
+    """The commit of the code, with `+` where the code differs from it; None outside git.
+
+    Tables and figures that runs and benchmarks add to are no code, nor are documents.
+    """
 
     def git(*arguments: str) -> str | None:
         try:
@@ -139,7 +197,8 @@ def commit() -> str | None:
     head = git("rev-parse", "--short=12", "HEAD")
     if head is None:
         return None
-    return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
+    return head + ("+" if changed else "")
 
 
 def processor() -> str:

@@ -35,6 +35,7 @@ from wavelet_lm.models.checkpoint import Checkpoint
 from wavelet_lm.training.memory import reset_peak
 from wavelet_lm.training.run import train
 from wavelet_lm.training.run_folder import RunFolder, command_line
+from wavelet_lm.training.runs_table import check_table
 
 Values = dict[str, Any]
 
@@ -99,7 +100,7 @@ def sweep(
 
     Raises:
         ConfigError: a value of the config that is not allowed; nothing is trained.
-        UserError: every member failed.
+        UserError: the table of runs cannot be written, or every member failed.
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
     configs = [values_of(member) for member in members]
@@ -107,6 +108,7 @@ def sweep(
         check_values(values, source)
         if values.get("benchmark_only"):
             raise ConfigError("a sweep trains and benchmark_only does not; give one of them")
+        check_table(values.get("runs_file", FIELDS["runs_file"].default))
     file = _new_file(configs[0].get("out_dir", FIELDS["out_dir"].default))
     title = f"# Sweep\n\n`{command_line()}`, {datetime.now():%Y-%m-%d}.\n\n"
     rows: list[dict[str, str]] = []

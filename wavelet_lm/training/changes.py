@@ -1,0 +1,85 @@
+"""What a run may be resumed with, so that it is still the same run.
+
+`--resume RUN --max_steps 2000 --lr 0.005` trains on from where the run stands, with other values of
+these keys. The run's config.json then has the values in force and, under `changes`, one object per
+resumption that changed any: its step, and `[before, after]` by key.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from wavelet_lm.config import Config, show
+from wavelet_lm.errors import UserError
+from wavelet_lm.models.checkpoint import Checkpoint
+from wavelet_lm.training.run_folder import RunFolder
+
+# Where things lie, and what computes: these may also be edited in the run's config.json.
+PLACES = (
+    "dataset",
+    "cache_dir",
+    "device",
+    "threads",
+    "compile",
+    "out_dir",
+    "runs_file",
+    "init_from",
+)
+# How long the run is trained, at which rate, and how closely it is watched.
+LENGTH = ("max_steps", "epochs")
+SCHEDULE = (
+    *LENGTH,
+    "lr",
+    "min_lr",
+    "eval_interval",
+    "eval_batches",
+    "save_interval",
+    "log_interval",
+)
+FLAGS = (*SCHEDULE, *(key for key in PLACES if key != "init_from"))
+
+Changes = dict[str, list[Any]]
+
+
+def refuse_other_flags(path: str | Path, flags: Iterable[str]) -> None:
+    """Raise `UserError` for a flag that would make another run of it."""
+    refused = [key for key in flags if key not in FLAGS]
+    if refused:
+        raise UserError(
+            f"--resume does not take --{refused[0]}, for the run would be another one; it takes"
+            f" {', '.join(FLAGS)}; start a new run from this one with --init_from {path}"
+        )
+
+
+def changed_config(
+    run: RunFolder, checkpoint: Checkpoint, flags: dict[str, Any]
+) -> tuple[Config, Changes]:
+    """The config to go on with, and how it differs from that of the run's last checkpoint.
+
+    Args:
+        flags: new values of `FLAGS`, by key.
+
+    Returns:
+        The config, and `[before, after]` of each key that differs.
+
+    Raises:
+        UserError: config.json was edited where it may not be, or a new value is not allowed.
+    """
+    now, then = Config.from_json(run.config_file).to_dict(), checkpoint.config.to_dict()
+    for key in now:
+        if now[key] != then[key] and key not in (*PLACES, *flags):
+            advice = f"give --{key} to --resume, or" if key in SCHEDULE else "to change it,"
+            raise UserError(
+                f"{run.config_file}: {key} is {show(now[key])} but {run.last.name} is a checkpoint"
+                f" of {show(then[key])}; {advice} start a new run with --init_from"
+            )
+    if "epochs" in flags:  # which max_steps would take the place of
+        flags = {"max_steps": None, **flags}
+    config = Config.from_dict({**now, **flags}, "--resume")
+    new = config.to_dict()
+    return config, {key: [then[key], new[key]] for key in new if new[key] != then[key]}
+
+
+def words(changes: Changes) -> str:
+    """The changes for people."""
+    return ", ".join(f"{key} {show(new)} (was {show(old)})" for key, (old, new) in changes.items())
