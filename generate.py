@@ -1,4 +1,4 @@
-"""Continue a prompt with a trained WaveletLM: `python generate.py --checkpoint logs/RUN`."""
+"""Continue a prompt with a trained WaveletLM: `python generate.py logs/RUN`."""
 
 if __name__ == "__main__":
     from wavelet_lm.environment import start
@@ -31,6 +31,7 @@ def main() -> None:
         checkpoint=find_checkpoint(options.checkpoint),
         command=command_line(),
         as_json=options.json or options.prompts is not None,
+        record=not options.no_record,
         metrics=bool(options.metrics),
     )
     use_threads(options.threads)
@@ -55,7 +56,7 @@ def main() -> None:
     if options.save_state is not None and reading is not None:
         writer.save(options.save_state, reading)
     if not options.interactive:
-        echo = options.prompt_file is None
+        echo = options.prompt is not None or not prompts
         write_samples(writer, reading, prompt, requests, output, batch_size=size, echo=echo)
 
 

@@ -242,9 +242,10 @@ def context_list(text: str) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(
+        run="a run folder or a checkpoint file", description=__doc__.splitlines()[0]
+    )
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="RUN", help="a run folder or a checkpoint file")
     add("--text", required=True, nargs="+", metavar="FILE", help="long held-out texts, UTF-8")
     add(
         "--contexts",

@@ -218,7 +218,7 @@ def cells(row: Row) -> list[str]:
 
 
 def sweep(args: Any, device: torch.device) -> tuple[list[Row], Row | None]:
-    model, tokenizer = load_model(args.run, device), load_tokenizer(args.run)
+    model, tokenizer = load_model(args.checkpoint, device), load_tokenizer(args.checkpoint)
     log: Callable[[str], None] = lambda line: print(line, file=sys.stderr)  # noqa: E731
     data = prepare_data(model.config, tokenizer=tokenizer, log=log)
     options = QuantizationOptions(ptq8=True, ptq_calibrate=args.calibrate)
@@ -350,8 +350,9 @@ def speed(args: Any, device: torch.device) -> tuple[list[Row], dict[str, float]]
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", metavar="RUN", nargs="?", help="run folder to sweep")
+    parser = OneLineParser(
+        run="run folder to sweep", needs_run=False, description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--calibrate", metavar="FILE", help="a text to calibrate on")
     parser.add_argument("--budget", type=float, default=0.005, help="bits per byte [0.005]")
     parser.add_argument(
@@ -371,9 +372,9 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--plot", metavar="FILE", help="draw the sweep there")
     args = parser.parse_args()
-    if (args.run is None) == (args.speed_config is None):
+    if (args.checkpoint is None) == (args.speed_config is None):
         raise UserError("give a RUN to sweep or a --speed_config to time, one of them")
-    if args.plot and args.run is None:
+    if args.plot and args.checkpoint is None:
         raise UserError("--plot draws the sweep of a RUN; leave it out")
     check_targets([args.json, args.plot])
     if args.plot:
@@ -381,7 +382,7 @@ def main() -> None:
     use_threads(args.threads)
     device = resolve_device(args.device)
     command = " ".join(["python", *sys.argv])
-    if args.run is not None:
+    if args.checkpoint is not None:
         rows, best = sweep(args, device)
         more = {"command": command, "budget": args.budget, "best": best and best["name"]}
         if args.plot:

@@ -13,8 +13,11 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -852,26 +855,117 @@ def cell_config(config: Config) -> Config:
 # --- command line --------------------------------------------------------------------------------
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line; an unknown flag gets the nearest one."""
+# Names from elsewhere that mean the same as one of ours; where a command has several of these, the
+# first is meant. nanoGPT and Hugging Face say them so.
+ALIASES = {
+    "max_new_tokens": ("num_tokens", "num_new_tokens"),
+    "num_samples": ("n",),
+    "num_return_sequences": ("n",),
+    "learning_rate": ("lr",),
+    "max_iters": ("max_steps",),
+    "gradient_accumulation_steps": ("grad_accum",),
+}
 
-    def __init__(self, **options: Any):
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser as every command of the project has one.
+
+    Complaints are one line, and an unknown flag gets the nearest one. Flags may be written with
+    hyphens, and by the names of `ALIASES`; `--version` is there.
+
+    Args:
+        run: what the run can be that the command needs, which is named first or by
+            `--checkpoint` and parsed as `checkpoint`; None = the command takes none.
+        needs_run: whether there must be one.
+    """
+
+    def __init__(self, *, run: str | None = None, needs_run: bool = True, **options: Any):
         super().__init__(**options, allow_abbrev=False)
+        self._takes_run, self._needs_run = run is not None, needs_run
+        if run is not None:
+            default = {"metavar": "RUN", "default": None}
+            self.add_argument("first", nargs="?", help=run, **default)
+            self.add_argument("--checkpoint", help="the same, as a flag", **default)
+        self.add_argument(
+            "--version",
+            action=_Version,
+            nargs=0,
+            dest=argparse.SUPPRESS,
+            default=argparse.SUPPRESS,
+            help="print the version and leave",
+        )
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message}; see --help")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        args = [self._ours(text) for text in (sys.argv[1:] if args is None else args)]
+        self._refuse_values_like_flags(args)
         known, unknown = self.parse_known_args(args, namespace)
         flags = [text.split("=")[0] for text in unknown if text.startswith("--")]
         if flags:
             names = [name for action in self._actions for name in action.option_strings]
             raise ConfigError(f"unknown option {flags[0]}{_nearest(flags[0], names)}")
+        if self._takes_run:
+            self._settle_run(known, unknown)
         if unknown:
             raise ConfigError(
                 f"unexpected argument {unknown[0]!r}; options are written --key value"
             )
         return known
+
+    def _ours(self, text: str) -> str:
+        """A flag as this parser knows it, anything else as it is."""
+        flag, equals, value = text.partition("=")
+        if not flag.startswith("--") or flag in self._option_string_actions:
+            return text
+        name = flag[2:].replace("-", "_")
+        for target in (name, *ALIASES.get(name, ())):
+            if f"--{target}" in self._option_string_actions:
+                return f"--{target}{equals}{value}"
+        return text
+
+    def _refuse_values_like_flags(self, args: Sequence[str]) -> None:
+        """Say how to write a text such as `---` or `-x`, which would be taken for a flag."""
+        for flag, value in pairwise(args):
+            action = self._option_string_actions.get(flag)
+            takes_one = action is not None and action.nargs is None
+            if not takes_one or not value.startswith("-") or value == "-":
+                continue
+            if value.split("=")[0] in self._option_string_actions:
+                raise ConfigError(f"{flag} needs a value, and {value} is an option")
+            if action.type in (None, str):
+                raise ConfigError(
+                    f"{flag} is followed by {value!r}, which looks like an option; write"
+                    f" {flag}={shlex.quote(value)}"
+                )
+
+    def _settle_run(self, known: argparse.Namespace, unknown: list[str]) -> None:
+        """The run, wherever it stands: one of first, last and `--checkpoint`."""
+        first, flag = known.first, known.checkpoint
+        del known.first
+        if first is flag is None and unknown:  # argparse sees an optional argument in front alone
+            first = unknown.pop(0)
+        if first is not None and flag is not None and first != flag:
+            raise ConfigError(
+                f"{first!r} and --checkpoint {flag!r} both name the run; give one, and put a text"
+                " of several words in quotes"
+            )
+        if self._needs_run and first is None and flag is None:
+            raise ConfigError("which run? give RUN first, a run folder or checkpoint file")
+        known.checkpoint = flag if first is None else first
+
+
+class _Version(argparse.Action):
+    """Print the version of the project and of what its results depend on."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        from wavelet_lm import __version__
+
+        print(f"WaveletLM {__version__} (PyTorch {version('torch')})")
+        parser.exit()
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:

@@ -172,6 +172,44 @@ def test_a_prompt_from_a_file_and_from_standard_input(run, tmp_path):
     assert text_of(*base) == text_of(*base, stdin=b"abc")  # it is not read unasked
 
 
+def piped(run, text, *arguments, stdin=subprocess.PIPE):
+    options = {"input": text} if stdin == subprocess.PIPE else {"stdin": stdin}
+    return subprocess.run(
+        command(run, "--seed", "3", *arguments), capture_output=True, timeout=300, **options
+    )
+
+
+def test_what_is_piped_in_is_the_prompt(run, tmp_path):
+    wanted = text_of("--checkpoint", run, "--prompt", "abc", "--seed", "3")
+    assert piped(run, b"abc\n").stdout.decode() == wanted.removeprefix("abc")
+    (tmp_path / "file").write_bytes(b"abc")
+    with (tmp_path / "file").open("rb") as file:
+        assert piped(run, b"", stdin=file).stdout.decode() == wanted.removeprefix("abc")
+
+
+def test_an_empty_pipe_and_no_pipe_leave_the_prompt_of_the_run(run):
+    wanted = text_of("--checkpoint", run, "--seed", "3")
+    assert wanted.startswith("bad")
+    assert piped(run, b"").stdout.decode() == wanted
+    assert piped(run, b"", stdin=subprocess.DEVNULL).stdout.decode() == wanted
+
+
+def test_a_given_prompt_leaves_standard_input_alone(run):
+    """As in `while read line; do generate.py … --prompt "$line"; done < prompts.txt`."""
+    line = 'read a; {}; read b; printf "%s|%s" "$a" "$b"'.format(
+        " ".join([*command(run, "--prompt", "abc"), ">", "/dev/null", "2>&1"])
+    )
+    done = subprocess.run(["sh", "-c", line], input=b"one\ntwo\n", capture_output=True)
+    assert done.stdout == b"one|two"
+
+
+def test_no_record_leaves_the_record_alone(run):
+    text_of("--checkpoint", run, "--prompt", "abc", "--no_record")
+    assert not (run / "generations.txt").exists()
+    text_of("--checkpoint", run, "--prompt", "abc")
+    assert (run / "generations.txt").exists()
+
+
 def test_a_batch_of_prompts(run, tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text(

@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import itertools
 import shlex
@@ -190,7 +191,7 @@ def test_a_part_needs_its_whole(flag, needed):
         ("--prompt '' --prompts b", "--prompt and --prompts both give the prompt"),
         ("--interactive --prompt_file -", "both read standard input"),
         ("--best_of 3", "unknown option --best_of; did you mean --best_of_n?"),
-        ("words", "unexpected argument 'words'"),
+        ("--seed 3 words", "'words' and --checkpoint 'RUN' both name the run; give one"),
     ],
 )
 def test_mistakes_are_one_line(line, words):
@@ -221,7 +222,8 @@ def test_help_names_every_flag_with_its_meaning():
     parser = build_parser("")
     options = dataclasses.fields(GenerationOptions), dataclasses.fields(QuantizationOptions)
     fields = {field.name for field in itertools.chain(*options)} - {"quantization"}
-    actions = [action for action in parser._actions if action.dest != "help"]
+    hidden = ("help", "first", argparse.SUPPRESS)
+    actions = [action for action in parser._actions if action.dest not in hidden]
     assert {action.dest for action in actions} == fields
     shown = {action.dest for action in actions if action.help and action.help != "==SUPPRESS=="}
     assert shown == fields

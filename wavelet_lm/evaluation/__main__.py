@@ -23,8 +23,11 @@ from wavelet_lm.threads import add_threads_flag, use_threads
 
 
 def main() -> None:
-    parser = OneLineParser(prog="python -m wavelet_lm.evaluation", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="run folder, or a checkpoint inside it")
+    parser = OneLineParser(
+        run="run folder, or a checkpoint inside it",
+        prog="python -m wavelet_lm.evaluation",
+        description=__doc__,
+    )
     parser.add_argument(
         "--split",
         choices=("train", "valid", "test"),
@@ -42,7 +45,7 @@ def main() -> None:
 
     use_threads(args.threads)
     results = evaluate_and_print(
-        args.run,
+        args.checkpoint,
         args.split,
         dataset=args.dataset,
         batch_size=args.batch_size,

@@ -15,7 +15,7 @@ from wavelet_lm.inference.coherence import WaveletCoherence
 from wavelet_lm.inference.completion import CoherenceOptions, Strategy
 from wavelet_lm.inference.contexts import parse_context
 from wavelet_lm.inference.generation import MAX_SEED, check_seed
-from wavelet_lm.inference.prompts import Prompt, read_prompts, read_text
+from wavelet_lm.inference.prompts import Prompt, read_piped, read_prompts, read_text
 from wavelet_lm.inference.quantization.options import (
     QuantizationOptions,
     add_quantization_flags,
@@ -96,6 +96,7 @@ class GenerationOptions:
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
 
     out: str | None = None
+    no_record: bool = False
     json: bool = False
     metrics: bool | None = None
     clean_spacing: bool | None = None
@@ -278,7 +279,10 @@ class GenerationOptions:
             return read_prompts(self.prompts)
         if self.prompt_file is not None:
             return [Prompt(read_text(self.prompt_file))]
-        return [] if self.prompt is None else [Prompt(self.prompt)]
+        if self.prompt is not None:
+            return [Prompt(self.prompt)]
+        piped = "" if self.interactive else read_piped()
+        return [Prompt(piped)] if piped else []
 
     def decoding(self, config: Config, device: torch.device) -> dict[str, Any]:
         """Arguments of a `Decoder`: context, dtype (None = the model's) and compile."""
@@ -315,11 +319,12 @@ def parse_options(description: str, arguments: list[str] | None = None) -> Gener
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    parser = OneLineParser(description=description, epilog=EPILOG)
-    parser.add_argument("--checkpoint", required=True, help="run folder, or checkpoint file")
+    parser = OneLineParser(
+        run="run folder, or checkpoint file", description=description, epilog=EPILOG
+    )
 
     flags = parser.add_argument_group(
-        "the prompt (one of these; without any, the run's generation_prompt)"
+        "the prompt (one of these; without any, what is piped in, else the run's generation_prompt)"
     )
     flags.add_argument("--prompt", metavar="TEXT", help="text to continue; may be empty")
     flags.add_argument("--prompt_file", metavar="FILE", help="a UTF-8 file; - = standard input")
@@ -505,6 +510,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         metavar="FILE",
         help="where a run on audio, music, codes or images writes: the prompt (--prompt_file, a"
         " file of its kind) and what follows it; with --n several files FILE_1, FILE_2, …",
+    )
+    flags.add_argument(
+        "--no_record",
+        action="store_true",
+        help="leave the run's generations.txt alone, to which every text is appended otherwise",
     )
     flags.add_argument(
         "--json",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import select
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,8 @@ from wavelet_lm.inference.generation import MAX_SEED
 from wavelet_lm.json_files import brief, parse_json
 
 STANDARD_INPUT = "-"
+# Seconds that a pipe may be silent before it is said that it is waited for.
+PATIENCE = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,28 @@ def read_text(path: str) -> str:
             f"{name}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x});"
             " convert it to UTF-8"
         ) from None
+
+
+def read_piped() -> str:
+    """What a pipe or a file gives on standard input, empty where nothing is piped in.
+
+    A terminal, a device such as /dev/null and a closed standard input give nothing. A pipe is read
+    to its end, with a line on standard error where nothing comes, and its last line break is not
+    part of the text, which goes on with that line.
+
+    Raises:
+        UserError: as `read_text`.
+    """
+    try:
+        descriptor = sys.stdin.fileno()
+        mode = os.fstat(descriptor).st_mode
+    except (AttributeError, OSError, ValueError):  # closed, or no file at all
+        return ""
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)):
+        return ""
+    if not select.select([descriptor], [], [], PATIENCE)[0]:
+        print("reading the prompt from standard input, up to its end", file=sys.stderr)
+    return read_text(STANDARD_INPUT).removesuffix("\n")
 
 
 def read_prompts(path: str) -> list[Prompt]:

@@ -34,6 +34,7 @@ class Output:
         checkpoint: the file that the model came from; the record lies beside it.
         command: what was typed.
         as_json: write one JSON object per completion in place of its text.
+        record: append every text to the run's `generations.txt`.
         metrics: log the figures of every text.
     """
 
@@ -43,6 +44,7 @@ class Output:
     command: str
     as_json: bool = False
     metrics: bool = False
+    record: bool = True
 
     def done(self, prompt: str, completion: Completion, sampling: SamplingOptions) -> None:
         """What is due for every completion, besides its text."""
@@ -50,6 +52,8 @@ class Output:
             self.write(json_line(prompt, completion))
         if self.metrics:
             self.log(format_metrics(completion.metrics))
+        if not self.record:
+            return
         try:
             record(self.checkpoint.parent / RECORD, self.command, prompt, completion, sampling)
         except (OSError, UserError) as error:  # the text is on the screen, which is what counts

@@ -293,10 +293,10 @@ def _tokenizer(name: str) -> Tokenizer:
 
 def main() -> None:
     parser = OneLineParser(
+        run="the .pt, with its config.json beside it",
         prog="python -m wavelet_lm.interop.published",
         description="Make a run folder of a published checkpoint.",
     )
-    parser.add_argument("file", metavar="FILE", help="the .pt, with its config.json beside it")
     parser.add_argument("--out", metavar="RUN", required=True, help="run folder to make")
     parser.add_argument(
         "--tokenizer",
@@ -304,7 +304,7 @@ def main() -> None:
         help="bytes, or a folder that holds a tokenizer [gpt2, for a vocabulary of its size]",
     )
     args = parser.parse_args()
-    run = convert(args.file, args.out, args.tokenizer, log=print)
+    run = convert(args.checkpoint, args.out, args.tokenizer, log=print)
     print(f"run folder {run}")
     print(f"try it: python generate.py --checkpoint {run}")
 

@@ -32,10 +32,10 @@ from wavelet_lm.threads import add_threads_flag, use_threads
 
 def main() -> None:
     parser = OneLineParser(
+        run="run folder, or checkpoint file",
         prog="python -m wavelet_lm.inference.quantization",
         description="Make a quantized checkpoint, which generate.py and evaluation read directly.",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, or checkpoint file")
     parser.add_argument("--out", metavar="RUN8", required=True, help="run folder to make")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     add_threads_flag(parser)
@@ -50,7 +50,7 @@ def main() -> None:
     use_threads(args.threads)
     adapt = True if args.fwpkm_inference_updates else None
     quantize_run(
-        args.run,
+        args.checkpoint,
         args.out,
         options,
         device=args.device,
