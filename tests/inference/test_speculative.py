@@ -197,22 +197,29 @@ def test_the_real_model_samples_as_it_reads():
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("source", [None, Moving(4)], ids=["fixed top_p", "moving top_p"])
 @pytest.mark.parametrize("options", [GREEDY, *OPTIONS.values()], ids=["greedy", *OPTIONS])
-def test_captured_steps_on_a_gpu_give_the_same_text(options):
+def test_captured_steps_on_a_gpu_give_the_same_text(options, source):
     texts = []
     for device in ("cpu", "cuda"):
         models = real_model().to(device), real_model(0.02).to(device)
-        texts.append([d.token for d in islice(continued(*models, [1, 2], options, 7, 3), 40)])
+        steps = continued(*models, [1, 2], options, 7, 3, None, source)
+        texts.append([d.token for d in islice(steps, 40)])
     assert texts[0] == texts[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [GREEDY, OPTIONS["penalty"]], ids=["greedy", "sampled"])
-def test_compiled_steps_give_the_same_text(options):
+@pytest.mark.parametrize(
+    ("options", "source"),
+    [(GREEDY, None), (OPTIONS["penalty"], None), (OPTIONS["penalty"], Moving(4))],
+    ids=["greedy", "sampled", "moving top_p"],
+)
+def test_compiled_steps_give_the_same_text(options, source):
     texts = []
     for compile in (False, True):
         models = [Decoder(m, compile=compile) for m in (real_model(), real_model(0.02))]
-        texts.append([d.token for d in islice(continued(*models, [1, 2], options, 7, 3), 20)])
+        steps = continued(*models, [1, 2], options, 7, 3, None, source)
+        texts.append([d.token for d in islice(steps, 20)])
     assert texts[0] == texts[1]
 
 
