@@ -50,7 +50,11 @@ def test_status_and_line(body, status, line):
 
 @pytest.mark.parametrize(
     ("signum", "status", "word"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGHUP, 129, "hung up"),
+    ],
 )
 def test_signals_clean_up_before_they_end_the_command(signum, status, word, tmp_path):
     path = tmp_path / "x"

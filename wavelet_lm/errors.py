@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 class Interrupted(BaseException):
-    """A stop that the user asked for (Ctrl-C, SIGTERM); the message says how to go on.
+    """A stop that the user asked for (Ctrl-C, SIGTERM, SIGHUP); the message says how to go on.
 
     Like `KeyboardInterrupt` it is no `Exception`, so that nothing takes it for a failure.
     """
@@ -33,6 +33,8 @@ def run_command(main: Callable[[], None]) -> None:
     spec = sys.modules["__main__"].__spec__  # of `python -m`, else None
     name = spec.name.removesuffix(".__main__") if spec else sys.argv[0].rsplit("/", 1)[-1]
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under `nohup`
+        signal.signal(signal.SIGHUP, _terminate)
     try:
         ready()
         main()
@@ -52,4 +54,4 @@ def run_command(main: Callable[[], None]) -> None:
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
     """End as by Ctrl-C, so that temporary files are removed."""
-    raise Interrupted(signum, "terminated")
+    raise Interrupted(signum, "terminated" if signum == signal.SIGTERM else "hung up")

@@ -59,7 +59,10 @@ def command(*arguments):
 def generate(*arguments, stdin=b""):
     """Run the script in this process: starting Python and PyTorch takes longer than the rest."""
     streams = [io.TextIOWrapper(io.BytesIO(data), "utf-8") for data in (stdin, b"", b"")]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     status = 0
     with (
         mock.patch.object(sys, "argv", ["generate.py", *map(str, arguments)]),

@@ -93,7 +93,8 @@ def error_line(*arguments, script: str = "train.py") -> str:
     The script runs in this process: starting Python and PyTorch takes longer than all the rest.
     """
     stdout, stderr = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-    handler, folder = signal.getsignal(signal.SIGTERM), Path.cwd()
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    folder = Path.cwd()
     with (
         mock.patch.object(sys, "argv", [script, *map(str, arguments)]),
         contextlib.redirect_stdout(stdout),
@@ -105,7 +106,8 @@ def error_line(*arguments, script: str = "train.py") -> str:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         finally:
             os.chdir(folder)
-            signal.signal(signal.SIGTERM, handler)
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
     stderr.seek(0)
     line = stderr.read()
     assert stop.value.code == 2
