@@ -124,6 +124,11 @@ def positives(text: str) -> tuple[int, ...]:
     return tuple(sorted({positive(part) for part in text.split(",")}))
 
 
+def naturals(text: str) -> tuple[int, ...]:
+    """Whole numbers from 0, separated by commas; sorted, each once."""
+    return tuple(sorted({natural(part) for part in text.split(",")}))
+
+
 def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
