@@ -99,7 +99,7 @@ def test_texts_that_cannot_be_trained_on(tmp_path, write, overrides, message):
         ({"amp_dtype": "fp16"}, "amp_dtype fp16 needs a CUDA GPU"),
         ({"device": "tpu"}, "it must be auto, cpu, cuda or cuda:N"),
         ({"lr": "fast"}, "--lr is 'fast'; it must be a number"),
-        ({"learning_rate": 1}, "unknown option --learning_rate"),
+        ({"lerning_rate": 1}, "unknown option --lerning_rate"),
         ({"init_from": "/nowhere"}, "/nowhere: "),
         ({"C": 2**20, "layers": 9}, "this config needs about"),
     ],
