@@ -2,6 +2,8 @@ import os
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure
 
 from tests.conftest import perturb, tiny_config
@@ -210,6 +212,36 @@ def test_what_is_no_state_is_one_line(tmp_path):
             continue
         with pytest.raises(UserError, match=rf"^{path}: [^\n]*(no such|not)[^\n]*$"):
             load(path, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokens", None),
+        ("logits", None),
+        ("tokens", torch.tensor([])),
+        ("tokens", torch.tensor([1.0, 2.0])),
+        ("tokens", torch.tensor([[1, 2]])),
+        ("tokens", torch.tensor(1)),
+        ("tokens", torch.tensor([1, V])),
+        ("tokens", torch.tensor([-1])),
+        ("logits", torch.zeros(V)),
+        ("logits", torch.zeros(1, V + 1)),
+        ("logits", torch.zeros(1, V, dtype=torch.int32)),
+        ("logits", torch.full((1, V), torch.nan)),
+    ],
+    ids=range(12),
+)
+def test_text_and_logits_of_a_damaged_file_are_one_line(tmp_path, name, value):
+    path, model = tmp_path / "s.safetensors", tiny_model()
+    save(path, model)
+    with safe_open(str(path), framework="pt") as file:
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        header = file.metadata()
+    tensors = {k: v for k, v in {**tensors, name: value}.items() if v is not None}
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(UserError, match=f"its {name} are missing or damaged"):
+        load(path, model)
 
 
 def test_a_failure_keeps_the_older_file_and_is_one_line(tmp_path, monkeypatch):

@@ -95,9 +95,37 @@ def load_state(
         raise UserError(
             f"{path}: belongs to another model; use the checkpoint that it was saved with"
         )
-    tokens = tensors.pop("tokens").tolist()
+    logits, tokens = _text(path, tensors, model.vocab_size)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return tensors.pop("logits"), _restored(path, tensors, template), tokens
+    return logits.to(device), _restored(path, tensors, template), tokens
+
+
+def _text(
+    path: str | Path, tensors: dict[str, Tensor], vocab_size: int
+) -> tuple[Tensor, list[int]]:
+    """Logits [1, V] and tokens, taken out of what a file holds.
+
+    Raises:
+        UserError: they are missing or cannot be what they should.
+    """
+    logits, tokens = tensors.pop("logits", None), tensors.pop("tokens", None)
+    has_logits = (
+        logits is not None
+        and logits.shape == (1, vocab_size)
+        and logits.is_floating_point()
+        and bool(logits.isfinite().all())
+    )
+    has_tokens = (
+        tokens is not None
+        and tokens.dtype == torch.int64
+        and tokens.dim() == 1
+        and len(tokens) > 0
+        and 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size
+    )
+    for name, found in (("logits", has_logits), ("tokens", has_tokens)):
+        if not found:
+            raise UserError(f"{path}: its {name} are missing or damaged; save the state again")
+    return logits, tokens.tolist()
 
 
 def fingerprint(model: nn.Module) -> str:
