@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from wavelet_lm import __version__
-from wavelet_lm.config import ConfigError, OneLineParser, add_config_flags, parse_flags
+from wavelet_lm.config import ALIASES, ConfigError, OneLineParser, add_config_flags, parse_flags
 from wavelet_lm.errors import UserError
-from wavelet_lm.inference.options import parse_options
+from wavelet_lm.inference.options import build_parser, parse_options
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = [
@@ -23,6 +23,7 @@ PROGRAMS = [
     "wavelet_lm/inference/quantization/__main__.py",
     "wavelet_lm/interop/published.py",
     "wavelet_lm/models/__main__.py",
+    "wavelet_lm/data/tasks/listops.py",
     *(
         f"benchmarks/{path.name}"
         for path in sorted((ROOT / "benchmarks").glob("*.py"))
@@ -64,6 +65,7 @@ NEEDED = {  # what each needs beside a flag
     "wavelet_lm/inference/quantization/__main__.py": ["RUN", "--out", "OUT"],
     "wavelet_lm/interop/published.py": ["RUN", "--out", "OUT"],
     "wavelet_lm/models/__main__.py": ["config.json"],
+    "wavelet_lm/data/tasks/listops.py": ["FOLDER"],
     "benchmarks/context_length.py": ["RUN", "--text", "TEXT"],
 }
 
@@ -129,10 +131,31 @@ def test_a_run_comes_first_or_as_a_flag_or_last(program, parsed):
         ("train.py", "--max-iters", "max_steps"),
         ("train.py", "--gradient_accumulation_steps", "grad_accum"),
         ("train.py", "--max_new_tokens", "num_new_tokens"),
+        ("train.py", "--max_grad_norm", "grad_clip"),
+        ("train.py", "--n_embd", "C"),
+        ("train.py", "--n-head", "heads"),
+        ("train.py", "--n_layer", "layers"),
+        ("train.py", "--num-train-epochs", "epochs"),
+        ("train.py", "--per_device_train_batch_size", "micro_batch_size"),
+        ("generate.py", "--speculate_k", "draft_tokens"),
     ],
 )
 def test_names_from_elsewhere(program, typed, meant, parsed):
     assert int(parsed(program, *NEEDED.get(program, []), typed, "3")[0][meant]) == 3
+
+
+def test_checkpoints_by_the_names_of_elsewhere(parsed):
+    found, _ = parsed("generate.py", "--checkpoint_path", "a", "--draft_checkpoint_path=b")
+    assert (found["checkpoint"], found["draft"]) == ("a", "b")
+
+
+def test_every_alias_stands_for_a_flag_and_hides_none():
+    parser = OneLineParser()
+    add_config_flags(parser)
+    known = {*build_parser("")._option_string_actions, *parser._option_string_actions}
+    for alias, names in ALIASES.items():
+        assert f"--{alias}" not in known
+        assert {f"--{name}" for name in names} <= known
 
 
 def test_a_boolean_is_turned_off_with_hyphens_too():
@@ -157,13 +180,20 @@ def test_help_shows_one_spelling():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (["--stop", "---"], "--stop is followed by '---', which looks like an option; write"),
+        (["--stop", "---"], "--stop needs a value, and '---' looks like an option; if it is the"),
         (["--stop", "---"], "--stop=---"),
+        (["--stop", "--"], "--stop=--"),
         (["--prompt", "-x"], "--prompt=-x"),
-        (["--prompt", "--json"], "--prompt needs a value, and --json is an option"),
-        (["--prompt", "- a"], "--prompt='- a'"),
+        (["--prompt", "--json"], "--prompt needs a value, and '--json' looks like an option"),
+        (["--prompt", "--top-k"], "--prompt needs a value, and '--top-k' looks like an option"),
+        (["--prompt", "--max-new-tokens"], "'--max-new-tokens' looks like an option"),
+        (["--prompt"], "expected one argument"),
+        (["--seed", "-1"], "seed is -1; it must be between"),
+        (["--top_p", "-1e-3"], "top_p is -0.001; it must be"),
         (["--num_tokes", "3"], "did you mean --num_tokens?"),
-        (["--num-tokes", "3"], "did you mean --num_tokens?"),
+        (["--num-tokes", "3"], "unknown option --num-tokes; did you mean --num_tokens?"),
+        (["--num-samplez", "3"], "did you mean --n?"),
+        (["--learning_rate", "3"], "unknown option --learning_rate"),
     ],
 )
 def test_a_mistake_says_what_to_write(line, words):
@@ -173,10 +203,16 @@ def test_a_mistake_says_what_to_write(line, words):
     assert "\n" not in str(error.value)
 
 
-def test_texts_like_flags_can_be_given():
-    options = parse_options("", ["RUN", "--stop=---", "--prompt=-x", "--seed", "3"])
-    assert options.stop == ("---",)
-    assert options.prompt == "-x"
+@pytest.mark.parametrize("text", ["---", "-x", "--", "-", "--json", "--top-k=3", "", "--a-b=c d"])
+def test_texts_like_flags_can_be_given(text):
+    options = parse_options("", ["RUN", f"--stop={text or '='}", f"--prompt={text}", "--seed", "3"])
+    assert (options.stop, options.prompt, options.seed) == ((text or "=",), text, 3)
+
+
+@pytest.mark.parametrize("text", ["- a", "-- a note", "--a-b c", "-5", "-1e-3", "-", "a--b-c", ""])
+def test_texts_that_are_no_flags_are_taken_as_they_are(text):
+    options = parse_options("", ["RUN", "--prompt", text, "--top-k", "3"])
+    assert (options.prompt, options.top_k) == (text, 3)
 
 
 def test_the_real_commands_say_their_version():

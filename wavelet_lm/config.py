@@ -17,7 +17,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -856,14 +855,23 @@ def cell_config(config: Config) -> Config:
 
 
 # Names from elsewhere that mean the same as one of ours; where a command has several of these, the
-# first is meant. nanoGPT and Hugging Face say them so.
+# first is meant. nanoGPT, Hugging Face and gpt-fast say them so.
 ALIASES = {
-    "max_new_tokens": ("num_tokens", "num_new_tokens"),
-    "num_samples": ("n",),
-    "num_return_sequences": ("n",),
-    "learning_rate": ("lr",),
-    "max_iters": ("max_steps",),
+    "checkpoint_path": ("checkpoint",),
+    "draft_checkpoint_path": ("draft",),
     "gradient_accumulation_steps": ("grad_accum",),
+    "learning_rate": ("lr",),
+    "max_grad_norm": ("grad_clip",),
+    "max_iters": ("max_steps",),
+    "max_new_tokens": ("num_tokens", "num_new_tokens"),
+    "n_embd": ("C",),
+    "n_head": ("heads",),
+    "n_layer": ("layers",),
+    "num_return_sequences": ("n",),
+    "num_samples": ("n",),
+    "num_train_epochs": ("epochs",),
+    "per_device_train_batch_size": ("micro_batch_size",),
+    "speculate_k": ("draft_tokens",),
 }
 
 
@@ -899,13 +907,11 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        args = [self._ours(text) for text in (sys.argv[1:] if args is None else args)]
-        self._refuse_values_like_flags(args)
+        args = self._settled(sys.argv[1:] if args is None else args)
         known, unknown = self.parse_known_args(args, namespace)
         flags = [text.split("=")[0] for text in unknown if text.startswith("--")]
         if flags:
-            names = [name for action in self._actions for name in action.option_strings]
-            raise ConfigError(f"unknown option {flags[0]}{_nearest(flags[0], names)}")
+            raise ConfigError(f"unknown option {flags[0]}{self._similar(flags[0])}")
         if self._takes_run:
             self._settle_run(known, unknown)
         if unknown:
@@ -925,20 +931,51 @@ class OneLineParser(argparse.ArgumentParser):
                 return f"--{target}{equals}{value}"
         return text
 
-    def _refuse_values_like_flags(self, args: Sequence[str]) -> None:
-        """Say how to write a text such as `---` or `-x`, which would be taken for a flag."""
-        for flag, value in pairwise(args):
+    def _similar(self, flag: str) -> str:
+        """A hint with the flag of ours that an unknown one may mean, by whichever of its names."""
+        names = [name for action in self._actions for name in action.option_strings]
+        typed = f"--{flag[2:].replace('-', '_')}"
+        if hint := _nearest(typed, names):
+            return hint
+        others = {f"--{name}": self._ours(f"--{name}") for name in ALIASES}
+        matches = difflib.get_close_matches(typed, others, n=1, cutoff=0.6)
+        ours = others[matches[0]] if matches else ""
+        return f"; did you mean {ours}?" if ours in names else ""
+
+    def _settled(self, args: Sequence[str]) -> list[str]:
+        """The arguments with our flags, and values that begin with a dash joined to theirs.
+
+        Raises:
+            ConfigError: a value such as `---` or `-x`, which would be taken for a flag; the line
+                says how it is written.
+        """
+        settled: list[str] = []
+        rest = iter(args)
+        for text in rest:
+            if text == "--":  # no flags follow
+                return [*settled, text, *rest]
+            flag = self._ours(text)
+            settled.append(flag)
             action = self._option_string_actions.get(flag)
-            takes_one = action is not None and action.nargs is None
-            if not takes_one or not value.startswith("-") or value == "-":
+            if action is None or action.nargs is not None or (value := next(rest, None)) is None:
                 continue
-            if value.split("=")[0] in self._option_string_actions:
-                raise ConfigError(f"{flag} needs a value, and {value} is an option")
-            if action.type in (None, str):
+            if not value.startswith("-") or value == "-":
+                settled.append(value)
+                continue
+            is_flag = self._ours(value).partition("=")[0] in self._option_string_actions
+            if is_flag or not (_reads_as_number(value) or any(map(str.isspace, value))):
                 raise ConfigError(
-                    f"{flag} is followed by {value!r}, which looks like an option; write"
-                    f" {flag}={shlex.quote(value)}"
+                    f"{flag} needs a value, and {value!r} looks like an option; if it is the"
+                    f" value, write {flag}={shlex.quote(value)}"
                 )
+            settled[-1] = f"{flag}={value}"
+        return settled
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # Up to Python 3.12 argparse drops a `--` that is a flag's value, then misses it.
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
 
     def _settle_run(self, known: argparse.Namespace, unknown: list[str]) -> None:
         """The run, wherever it stands: one of first, last and `--checkpoint`."""
@@ -954,6 +991,14 @@ class OneLineParser(argparse.ArgumentParser):
         if self._needs_run and first is None and flag is None:
             raise ConfigError("which run? give RUN first, a run folder or checkpoint file")
         known.checkpoint = flag if first is None else first
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class _Version(argparse.Action):
