@@ -1,9 +1,13 @@
 import io
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
 from wavelet_lm import UserError
+from wavelet_lm.inference import prompts
+from wavelet_lm.inference.options import parse_options
 from wavelet_lm.inference.prompts import Prompt, read_prompts, read_text
 
 
@@ -82,3 +86,74 @@ def test_a_file_without_prompts(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(UserError, match="holds no prompt"):
         read_prompts(str(tmp_path / name))
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """A pipe as standard input; the end to write to, as a file."""
+    reading, writing = os.pipe()
+    with (
+        os.fdopen(reading, encoding="utf-8") as stdin,
+        os.fdopen(writing, "wb", buffering=0) as end,
+    ):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        yield end
+
+
+def prompts_of(*arguments):
+    return [prompt.text for prompt in parse_options("", ["RUN", *arguments]).read_prompts()]
+
+
+@pytest.mark.parametrize(
+    ("piped", "prompt"),
+    [(b"a\n\n", ["a\n"]), ("\ufeffé".encode(), ["é"]), (b"", []), (b"\n", [])],
+)
+@pytest.mark.parametrize("others", [[], ["--load_state", "s"], ["--save_state", "s"], ["--json"]])
+def test_what_is_piped_in_is_the_prompt(pipe, piped, prompt, others):
+    pipe.write(piped)
+    pipe.close()
+    assert prompts_of(*others) == prompt
+
+
+@pytest.mark.parametrize("given", [["--prompt", "b"], ["--prompt", ""], ["--interactive"]])
+def test_a_pipe_that_stays_open_is_left_alone(pipe, given):
+    pipe.write(b"a")
+    assert prompts_of(*given) == given[1:]
+    assert os.read(sys.stdin.fileno(), 9) == b"a"
+
+
+def test_a_silent_pipe_is_said_to_be_waited_for(pipe, monkeypatch, capsys):
+    monkeypatch.setattr(prompts, "PATIENCE", 0)
+    waits = prompts.select.select
+
+    def silent_at_first(*arguments):
+        ready = waits(*arguments)
+        pipe.write(b"late")
+        pipe.close()
+        return ready
+
+    monkeypatch.setattr(prompts.select, "select", silent_at_first)
+    assert prompts_of() == ["late"]
+    assert capsys.readouterr().err == "reading the prompt from standard input, up to its end\n"
+
+
+def test_no_pipe_is_no_prompt(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # closed
+    assert prompts_of() == []
+    with Path(os.devnull).open(encoding="utf-8") as device:
+        monkeypatch.setattr(sys, "stdin", device)
+        assert prompts_of() == []
+    controller, terminal = os.openpty()
+    with (
+        os.fdopen(controller, "wb", buffering=0),
+        os.fdopen(terminal, encoding="utf-8") as keyboard,
+    ):
+        monkeypatch.setattr(sys, "stdin", keyboard)
+        assert prompts_of() == []
+
+
+def test_piped_bytes_that_are_no_text_are_refused(pipe):
+    pipe.write(b"ab\xff")
+    pipe.close()
+    with pytest.raises(UserError, match="standard input: not UTF-8 at byte 2"):
+        prompts_of()
