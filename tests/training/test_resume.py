@@ -5,6 +5,8 @@ import signal
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.training import runs
 from wavelet_lm.data import batches
@@ -301,6 +303,30 @@ def test_places_may_be_edited(stopped, tmp_path):
     text = file.read_text(encoding="utf-8").replace("words.txt", "elsewhere.txt")
     file.write_text(text, encoding="utf-8")
     assert resume(stopped).metrics()[-1]["event"] == "end"
+
+
+def test_a_damaged_saved_state_is_refused_in_one_line(stopped):
+    last = stopped / "last.safetensors"
+    before, metadata, tensors = last.read_bytes(), Checkpoint(last).metadata, runs.tensors(last)
+    with safe_open(str(last), framework="pt") as file:
+        header = file.metadata()
+
+    def refusal(tensors, **changes):
+        text = json.dumps({**metadata, **changes})
+        save_file(tensors, last, metadata={**header, "metadata": text})
+        with pytest.raises(UserError, match="its header is damaged") as caught:
+            resume(stopped)
+        last.write_bytes(before)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    for key in ("step", "total_steps", "best_step", "optimizer", "seconds", "best_loss"):
+        for value in ("7", [], True):
+            assert f"the {key} in its metadata is {value!r}" in refusal(tensors, **{key: value})
+    without = {name: t for name, t in tensors.items() if name != "training/generator/cpu"}
+    assert "do not fit" in refusal(without)
+    assert "do not fit" in refusal(tensors, optimizer={"0/nothing/step": 1})
+    assert "do not fit" in refusal({**tensors, "training/optimizer/0": torch.ones(1)})
 
 
 def test_weights_alone_are_refused(stopped):

@@ -8,6 +8,7 @@ more tensors, whose names start with a prefix that no parameter has (`training/l
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,22 +106,30 @@ class Checkpoint:
         self.metadata: dict[str, Any] = self._object(header, "metadata")
         size = header.get("vocab_size", "")
         if not re.fullmatch(r"[1-9][0-9]{0,8}", size):
-            raise self._damaged(f"its vocab_size is {brief(size)}, no whole number from 1")
+            raise self.damaged(f"its vocab_size is {brief(size)}, no whole number from 1")
         self.vocab_size = int(size)
         if (self.quantization is not None) != (header["format"] == QUANTIZED_FORMAT):
-            raise self._damaged(f"it is {header['format']}, and that does not fit its scheme")
+            raise self.damaged(f"it is {header['format']}, and that does not fit its scheme")
 
     def _object(self, header: dict[str, str], key: str) -> dict[str, Any]:
         """What the header has as JSON under this key."""
         if key not in header:
-            raise self._damaged(f"it has no {key}")
+            raise self.damaged(f"it has no {key}")
         value = parse_json(header[key], f"{self.path}: the {key} in its header")
         if not isinstance(value, dict):
-            raise self._damaged(f"its {key} is {brief(value)}, not an object")
+            raise self.damaged(f"its {key} is {brief(value)}, not an object")
         return value
 
-    def _damaged(self, problem: str) -> UserError:
+    def damaged(self, problem: str) -> UserError:
         return UserError(f"{self.path}: its header is damaged ({problem}); use another checkpoint")
+
+    def require(self, kinds: Mapping[str, tuple[type, ...]]) -> None:
+        """Raise `UserError` unless the metadata has these keys, each of one of its types."""
+        for key, types in kinds.items():
+            value = self.metadata.get(key)
+            # To Python, True is a whole number.
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                raise self.damaged(f"the {key} in its metadata is {brief(value)}")
 
     def without_weights(self) -> nn.Module:
         """The model that the header describes, on the meta device: shapes alone.

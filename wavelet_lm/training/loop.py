@@ -25,6 +25,13 @@ from wavelet_lm.training.schedule import learning_rate, warmup_steps
 # A loss this many times that of guessing uniformly has left the region from which it recovers.
 EXPLODED = 4.0
 SMOOTHING = 0.95
+# What `save` has written since the first version, and of which type.
+SAVED: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("step", "total_steps", "evaluated_step", "best_step", "train_tokens"), (int,)),
+    **dict.fromkeys(("best_loss", "smooth_loss"), (float, int, type(None))),
+    "seconds": (float, int),
+    **dict.fromkeys(("scaler", "optimizer"), (dict,)),
+}
 
 
 class Diverged(UserError):
@@ -335,8 +342,12 @@ class Trainer:
             for name, t in extra.items()
             if name.startswith("optimizer/")
         }
-        self.optimizer.load_state(optimizer, saved["optimizer"])
-        torch.set_rng_state(extra["generator/cpu"])
+        try:
+            self.optimizer.load_state(optimizer, saved["optimizer"])
+            torch.set_rng_state(extra["generator/cpu"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            problem = str(error).strip().split("\n")[0]
+            raise checkpoint.damaged(f"its optimizer or generators do not fit: {problem}") from None
         if "generator/cuda" in extra and self.device.type == "cuda":
             torch.cuda.set_rng_state(extra["generator/cuda"], self.device)
         # One of another size is of before the streams were those of the whole batch.

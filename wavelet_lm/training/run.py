@@ -33,7 +33,7 @@ from wavelet_lm.threads import use_threads
 from wavelet_lm.training import memory
 from wavelet_lm.training.changes import LENGTH, changed_config, refuse_other_flags, words
 from wavelet_lm.training.compilation import compiled
-from wavelet_lm.training.loop import Trainer
+from wavelet_lm.training.loop import SAVED, Trainer
 from wavelet_lm.training.run_folder import RunFolder, check_folder, command_line
 from wavelet_lm.training.runs_table import append_run, check_table, row_line
 
@@ -109,6 +109,7 @@ def resume(path: str | Path, flags: Mapping[str, Any] | None = None) -> RunFolde
     saved = checkpoint.metadata
     if "total_steps" not in saved:
         raise UserError(f"{run.last}: holds weights only; start a new run with --init_from")
+    checkpoint.require(SAVED)
     longer = any(key in changes for key in LENGTH)
     if not longer and saved["total_steps"] in ends:
         raise _finished(path, saved["step"])
