@@ -10,6 +10,7 @@ from wavelet_lm.data.tokenizers import ByteTokenizer, CharTokenizer, load_modali
 from wavelet_lm.inference.prompts import Prompt, read_prompts, read_text
 from wavelet_lm.interop.published_config import read_published_config
 from wavelet_lm.json_files import MAX_DEPTH, brief, parse_json, read_json
+from wavelet_lm.training.run_folder import RunFolder
 
 HOSTILE = {
     "deep lists": "[" * 100_000,
@@ -124,3 +125,9 @@ def test_tokenizers_come_back(tmp_path):
     for tokenizer in (CharTokenizer.of(["hello"]), ByteTokenizer()):
         tokenizer.save(tmp_path / tokenizer.name)
         assert load_tokenizer(tmp_path / tokenizer.name).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"step": ' + "9" * 5000 + "}", '{"step": 2'])
+def test_a_torn_line_of_metrics_ends_what_is_read(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n', encoding="utf-8")
+    assert RunFolder(tmp_path).metrics() == [{"step": 1}]

@@ -73,7 +73,7 @@ def _open_finished(path: Path, dtype: np.dtype) -> TokenFile | None:
         if path.stat().st_size != n_tokens * dtype.itemsize:
             return None
         return TokenFile(np.memmap(path, dtype=dtype, mode="r", shape=(n_tokens,)), n_bytes)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -103,7 +103,7 @@ class RunFolder:
             for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
                 try:
                     rows.append(json.loads(line))
-                except json.JSONDecodeError:
+                except (ValueError, RecursionError):
                     break
         return rows
 
