@@ -146,7 +146,7 @@ def test_a_long_prompt_is_read_in_bounded_chunks(monkeypatch):
 
     monkeypatch.setattr(decoder, "read", counting)
     logits, state = decoder.prefill([TEXT, TEXT[:30]])
-    assert [tuple(shape) for shape in lengths] == [(2, 8), (2, 8), (2, 8), (2, 6), (1, 10)]
+    assert [tuple(shape) for shape in lengths] == [(1, 16), (1, 16), (1, 8), (1, 16), (1, 14)]
     torch.testing.assert_close(logits, expected[0], **CLOSE)
     assert_same_state(state, expected[1])
 

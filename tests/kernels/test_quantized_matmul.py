@@ -100,6 +100,27 @@ def test_scales_in_float32_are_not_rounded():
         torch.testing.assert_close(y, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("bits", "group_size"), FORMATS)
+@pytest.mark.parametrize("K", [31, 64, 144])
+def test_rows_of_a_step_are_what_they_are_alone(bits, group_size, K):
+    weights = (*quantized(2, 48, K, bits, group_size), bits, group_size)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 64, K).to(dtype)
+        alone = torch.cat([quantized_matmul(x[:, i : i + 1], *weights) for i in range(64)], 1)
+        for M in (2, 16, 17, 33, 64):
+            assert torch.equal(quantized_matmul(x[:, :M], *weights, step=True), alone[:, :M])
+
+
+def test_many_rows_are_as_exact_as_one():
+    """The scales multiply a product that was rounded once, and nothing rounds it again."""
+    weights = (*quantized(1, 64, 256, 8, 0), 8, 0)
+    x = torch.randn(1, 200, 256).bfloat16().float()
+    exact = reference_quantized_matmul(x.double(), *weights)
+    few = torch.cat([quantized_matmul(part, *weights) for part in x.split(8, 1)], 1)
+    errors = [float((y - exact).norm()) for y in (few, quantized_matmul(x, *weights))]
+    assert errors[1] <= 1.1 * errors[0]
+
+
 def test_operands_may_be_parts_of_others():
     codes, scales = (t[::2, ::2] for t in quantized(4, 32, 64, 8, 0))
     x = torch.randn(4, 64, 3).mT[::2]

@@ -80,8 +80,10 @@ class Decoder:
     def prefill(self, texts: Texts, state: Any = None) -> tuple[Tensor, Any]:
         """Read one text per row, each of its own length (1 or more tokens).
 
-        Nothing is padded: all rows are read together up to the end of the shortest, the others on
-        to the end of the next, and so on. Fast weights are read but do not learn from a prompt.
+        On a CPU each is read as if it were alone, so that no text depends on the others. On a GPU,
+        where nothing is gained by that (`kernels/step_matmul.py`), all rows are read together up
+        to the end of the shortest, the others on to the end of the next, and so on: nothing is
+        padded. Fast weights are read but do not learn from a prompt.
 
         Args:
             texts: B lists of tokens.
@@ -92,6 +94,14 @@ class Decoder:
         """
         if state is not None and self.adapts:
             state = self.model.resting(state)
+        if self.device.type != "cpu":
+            return self._read_together(texts, state)
+        starts = [None if state is None else self.rows(state, [row]) for row in range(len(texts))]
+        read = [self._read_together([t], start) for t, start in zip(texts, starts, strict=True)]
+        logits, states = zip(*read, strict=True)
+        return torch.cat(logits), _stacked(states)
+
+    def _read_together(self, texts: Texts, state: Any) -> tuple[Tensor, Any]:
         going, at = list(range(len(texts))), 0
         ended: list[int] = []
         logits, states = [], []
@@ -108,8 +118,7 @@ class Decoder:
                 state, at = self.rows(state, further), end
                 going = [going[i] for i in further]
         order = [ended.index(row) for row in range(len(texts))]
-        state = tree_map(lambda *parts: parts[0] if parts[0] is None else torch.cat(parts), *states)
-        return torch.cat(logits)[order], self.rows(state, order)
+        return torch.cat(logits)[order], self.rows(_stacked(states), order)
 
     def rows(self, state: Any, rows: Sequence[int]) -> Any:
         """The state of these rows of a batch, in this order; a row may come more than once."""
@@ -290,6 +299,13 @@ class CapturedStep:
             self._step()
         for buffer, old in zip(self._buffers, before, strict=True):
             buffer.copy_(old)
+
+
+def _stacked(states: Sequence[Any]) -> Any:
+    """The states of several batches as that of one."""
+    if len(states) == 1:
+        return states[0]
+    return tree_map(lambda *parts: parts[0] if parts[0] is None else torch.cat(parts), *states)
 
 
 def _wide(logits: Tensor) -> Tensor:

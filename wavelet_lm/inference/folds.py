@@ -27,6 +27,7 @@ from wavelet_lm.inference.products import (
     as_parameter,
     shallow_copy,
 )
+from wavelet_lm.kernels.step_matmul import is_step
 from wavelet_lm.models.block import Block, FeedForward
 from wavelet_lm.models.layers import Gain
 from wavelet_lm.models.memory import ProductKeyMemory
@@ -132,15 +133,13 @@ class MixerGroups(nn.Module):
 
     def forward(self, bands: Tensor, routing: Tensor | None) -> Tensor:
         """Bands [S, B, T, Cp] -> mixed bands; gates are routed as in `mix_scales`."""
-        S, B, T, Cp = bands.shape
-        x = bands.reshape(S, B * T, Cp)
-        gates = x if routing is None else torch.tensordot(routing, x, dims=1)
+        gates = bands if routing is None else routed(routing, bands)
         mixed = [
-            mix(_take(x, scales), _take(gates, scales))
+            mix(_take(bands, scales), _take(gates, scales))
             for mix, scales in zip(self.groups, self.scales, strict=True)
         ]
         y = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-        return (y if self.order is None else y[self.order]).view(S, B, T, Cp)
+        return y if self.order is None else y[self.order]
 
 
 class MixerGroup(nn.Module):
@@ -176,10 +175,10 @@ class MixerGroup(nn.Module):
             )
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x and gate input [n, M, Cp] -> [n, M, Cp]."""
-        M = x.shape[1]
+        """x and gate input [n, B, T, Cp] -> [n, B, T, Cp]."""
+        B = x.shape[1]
         if self.down is not None and self.gate is not None:
-            x, gate = self.down(torch.cat((x, gate), 1)).split(M, dim=1)
+            x, gate = self.down(torch.cat((x, gate), 1)).split(B, dim=1)
         elif self.down is not None:
             x = self.down(x)
         value = self.value(x)
@@ -222,7 +221,7 @@ class UpdateNets(nn.Module):
             turn = nn.Identity()
         self.last = _batch([turn(m.weight) for m in lasts], lasts)
         factors = [-(2 ** (k / 2)) for k in reversed(range(len(nets)))]
-        self.factors = as_parameter(self.last.weight.new_tensor(factors)[:, None, None])
+        self.factors = as_parameter(self.last.weight.new_tensor(factors)[:, None, None, None])
 
     def decomposing(self, update: nn.ModuleList) -> nn.ModuleList:
         """The update nets of the decomposition, which read from here what is the same here.
@@ -242,11 +241,10 @@ class UpdateNets(nn.Module):
 
     def forward(self, details: Tensor) -> Tensor:
         """Details [L, B, T, Cp] -> [B, T, Cp], not in the Hadamard domain."""
-        _, B, T, Cp = details.shape
-        x = details.reshape(-1, B * T, Cp)
+        x = details
         if self.hidden is not None:
             x = nn.functional.gelu(self.hidden(x))
-        return (self.last(x) * self.factors).sum(0).view(B, T, -1)
+        return (self.last(x) * self.factors).sum(0)
 
 
 class FoldedReconstruction(nn.Module):
@@ -330,7 +328,9 @@ class FoldedFeedForward(nn.Module):
         if self.mlp is not None:
             h = next(parts)
             for matrix in self.mlp:
-                h = matrix(nn.functional.gelu(h))
+                # A CPU has another GELU, of other roundings, for what is not contiguous, as the
+                # part of one text is and that of several is not.
+                h = matrix(nn.functional.gelu(h.contiguous() if is_step(h) else h))
             total = h
         for branch in self.memories:
             total = total + branch(next(parts))
@@ -374,6 +374,17 @@ class FoldedMemory(nn.Module):
             a, b = memory.scores(x)
         rows, weights = memory.plan(a, b)
         return memory.read(rows, self.gain(weights))
+
+
+def routed(routing: Tensor, bands: Tensor) -> Tensor:
+    """Σ_j routing_ij · bands_j for bands [S, B, T, Cp]."""
+    S, B, T, Cp = bands.shape
+    x = bands.reshape(S, B * T, Cp)
+    if bands.is_cpu and is_step(bands) and B > 1:  # as for each text alone
+        gates = torch.stack([routing @ x[:, b].contiguous() for b in range(B)], 1)
+    else:
+        gates = torch.tensordot(routing, x, dims=1)
+    return gates.reshape(S, B, T, Cp)
 
 
 def _take(x: Tensor, scales: list[int]) -> Tensor:

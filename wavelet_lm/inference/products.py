@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from wavelet_lm.kernels.step_matmul import batched_matmul, is_step, step_linear, step_matmul
+
 
 class PreparedLinear(nn.Linear):
     """`nn.Linear` for reading."""
@@ -22,32 +24,31 @@ class PreparedLinear(nn.Linear):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is not None and bias_apart(x):
-            return linear(x, self.weight) + self.bias
-        return linear(x, self.weight, self.bias)
+        return _linear(x, self.weight, self.bias)
 
 
 class BatchedLinear(nn.Module):
-    """n products at once: x [n, M, in] -> [n, M, out], with a weight [n, out, in]."""
+    """n products at once: x [n, ..., T, in] -> [n, ..., T, out], with a weight [n, out, in].
+
+    T are positions of one text: in a step of one position each, rows are texts (`step_matmul.py`).
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
         self.weight, self.bias = as_parameter(weight), as_parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return torch.bmm(x, self.weight.mT)
-        bias = self.bias[:, None]
-        if bias_apart(x):
-            return torch.bmm(x, self.weight.mT) + bias
-        return torch.baddbmm(bias, x, self.weight.mT)
+        rows = x.flatten(1, -2)
+        if self.bias is not None and bias_apart(x):
+            y = torch.bmm(rows, self.weight.mT) + self.bias[:, None]
+        else:
+            product = step_matmul if is_step(x) else batched_matmul
+            y = product(rows, self.weight, self.bias)
+        return y.unflatten(1, x.shape[1:-1])
 
     def one(self, i: int, x: Tensor) -> Tensor:
-        """The i-th product alone: [..., in] -> [..., out]."""
-        bias = None if self.bias is None else self.bias[i]
-        if bias is not None and bias_apart(x):
-            return linear(x, self.weight[i]) + bias
-        return linear(x, self.weight[i], bias)
+        """The i-th product alone: [..., T, in] -> [..., T, out]."""
+        return _linear(x, self.weight[i], None if self.bias is None else self.bias[i])
 
 
 class OneOfBatch(nn.Module):
@@ -75,6 +76,15 @@ def bias_apart(x: Tensor) -> bool:
     also does what stands around it, but not a product with a bias inside.
     """
     return x.is_cuda and torch.compiler.is_compiling()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., T, in] -> [..., T, out]."""
+    if bias is not None and bias_apart(x):
+        return linear(x, weight) + bias
+    if is_step(x):
+        return step_linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    return linear(x, weight, bias)
 
 
 Leaf = Callable[[nn.Module, str], nn.Module | None]

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from wavelet_lm.errors import UserError
+from wavelet_lm.kernels.step_matmul import step_matmul
 
 # Most rows of x for which the codes are read by the product itself. On a GPU this is one tile of
 # the matrix units; beyond, the product is busy long enough that weights made once pay. On a CPU
-# (1024 × 1024, one thread) 8 bits took 0.32 ms with 16 rows and 0.94 ms with 64, the product with
-# weights made in bfloat16 0.35 and 0.38 ms.
+# (1024 × 1024, one thread with AMX) 8 bits took 0.53 ms with 16 rows and 2.1 ms with 64, the
+# product with weights made in bfloat16 0.48 and 0.60 ms; a step of decoding takes the first all the
+# same, since rows must not depend on their number.
 MAX_ROWS = 16
 # torch's product of 8 bits on a CPU reads beyond the rows of a matrix whose width is no multiple.
 CPU_WIDTH = 16
@@ -81,46 +83,49 @@ def reference_quantized_matmul(
 
 
 def quantized_matmul(
-    x: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int
+    x: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int, step: bool = False
 ) -> Tensor:
     """x [n, M, K] times the matrices of `codes` and `scales`, transposed: y [n, M, N] in x's dtype.
 
     x is floating, the sums are float32 (float64 for float64, which is exact). On a CPU every other
     x is rounded to bfloat16. Traced by torch.compile as one graph.
 
+    Args:
+        step: the rows are positions of different texts: on a CPU each becomes what it would be
+            alone, in any x but float64.
+
     Raises:
         ValueError: if bits are not 8, 4 or 2, or the sizes do not fit.
     """
     _check(x, codes, scales, bits, group_size)
     few = x.shape[1] <= MAX_ROWS
-    if x.dtype == torch.float64:
-        return _dequantized_matmul(x, codes, scales, bits, group_size)
-    if x.is_cpu:
-        product = _cpu_int8_matmul if bits == 8 else _dequantized_matmul
-        y = product(x.bfloat16(), codes, scales, bits, group_size)
-        return y.to(x.dtype)
-    if x.is_cuda and few:
+    if x.is_cpu and x.dtype != torch.float64:
+        if bits == 8:
+            return _cpu_int8_matmul(x, codes, scales, few or step)
+        W = dequantize(codes, scales, x.shape[2], bits, group_size, torch.bfloat16)
+        return step_matmul(x.bfloat16(), W).to(x.dtype) if step else _matmul(x, W)
+    if x.is_cuda and few and x.dtype != torch.float64:
         return torch.ops.wavelet_lm.quantized_matmul(x, codes, scales, bits, group_size)
-    return _dequantized_matmul(x, codes, scales, bits, group_size)
+    return _matmul(x, dequantize(codes, scales, x.shape[2], bits, group_size, x.dtype))
 
 
-def _dequantized_matmul(
-    x: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int
-) -> Tensor:
-    W = dequantize(codes, scales, x.shape[2], bits, group_size, x.dtype)
-    return torch.bmm(x, W.mT)
+def _matmul(x: Tensor, W: Tensor) -> Tensor:
+    return torch.bmm(x.to(W.dtype), W.mT).to(x.dtype)
 
 
-def _cpu_int8_matmul(
-    x: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int
-) -> Tensor:
-    """x in bfloat16, in which codes are exact: the scales multiply the products."""
-    n, M, K = x.shape
+def _cpu_int8_matmul(x: Tensor, codes: Tensor, scales: Tensor, few: bool) -> Tensor:
+    """x rounded to bfloat16, in which codes are exact: the scales multiply the products."""
+    n, _, K = x.shape
+    short = x.bfloat16()
     # torch's operator takes no scales but in x's dtype.
-    if M > MAX_ROWS or K % CPU_WIDTH or scales.dtype != x.dtype:
-        return torch.bmm(x, codes.to(x.dtype).mT) * scales.mT
-    x, codes, scales = x.contiguous(), codes.contiguous(), scales.flatten(1).contiguous()
-    return torch.stack([torch._weight_int8pack_mm(x[i], codes[i], scales[i]) for i in range(n)])
+    if few and K % CPU_WIDTH == 0 and scales.dtype == short.dtype:
+        rows, codes, scales = short.contiguous(), codes.contiguous(), scales.flatten(1).contiguous()
+        y = [torch._weight_int8pack_mm(rows[i], codes[i], scales[i]) for i in range(n)]
+        return torch.stack(y).to(x.dtype)
+    W = codes.to(short.dtype)
+    y = step_matmul(short, W) if few else torch.bmm(short, W.mT)
+    # The product is rounded to bfloat16 already; what follows need not be.
+    return (y.float() * scales.mT.float()).to(x.dtype)
 
 
 @torch.library.custom_op("wavelet_lm::quantized_matmul", mutates_args=())

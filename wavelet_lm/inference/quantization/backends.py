@@ -103,7 +103,7 @@ class LibraryWeight(nn.Module):
                 self.register_parameter(f"{name}_{i}", nn.Parameter(tensor, requires_grad=False))
 
     def matmul(self, x: Tensor) -> Tensor:
-        """x [n, M, K] -> [n, M, N], in x's dtype."""
+        """x [n, ..., K] -> [n, ..., N], in x's dtype."""
         return torch.stack([self.one(i, part) for i, part in enumerate(x)])
 
     def one(self, i: int, x: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ def _adding(moments: InputMoments, i: int | None = None) -> Callable[..., None]:
     def add(module: nn.Module, inputs: tuple[Tensor]) -> None:
         x = inputs[0]
         if i is None and isinstance(module, BatchedLinear):
-            moments.add(x)
+            moments.add(x.flatten(1, -2))
         else:
             moments.add(x.reshape(1, -1, x.shape[-1]), i or 0)
 

@@ -18,6 +18,7 @@ from wavelet_lm.kernels.quantized_matmul import (
     quantized_matmul_cpu4,
     to_cpu_layout,
 )
+from wavelet_lm.kernels.step_matmul import is_step
 
 # Elements of value rows that are made at once from their codes.
 CHUNK_ELEMENTS = 2**24
@@ -46,13 +47,16 @@ class QuantizedWeight(nn.Module):
         self.in_cpu_layout = False
 
     def matmul(self, x: Tensor) -> Tensor:
-        """x [n, M, K] -> [n, M, N], in x's dtype."""
+        """x [n, ..., T, K], T positions of each text -> [n, ..., T, N], in x's dtype."""
         if self.in_cpu_layout:
             return torch.stack([self.one(i, part) for i, part in enumerate(x)])
-        return quantized_matmul(x, self.codes, self.scales, self.bits, self.group_size)
+        y = quantized_matmul(
+            x.flatten(1, -2), self.codes, self.scales, self.bits, self.group_size, is_step(x)
+        )
+        return y.unflatten(1, x.shape[1:-1])
 
     def one(self, i: int, x: Tensor) -> Tensor:
-        """x [..., K] times the i-th matrix alone -> [..., N]."""
+        """x [..., T, K] times the i-th matrix alone -> [..., T, N]."""
         rows = x.reshape(-1, self.K)
         if self.in_cpu_layout:
             codes, scales = self.codes[i], self.scales[i]
@@ -60,7 +64,8 @@ class QuantizedWeight(nn.Module):
             y = y[:, : self.n_rows]
         else:
             codes, scales = self.codes[i : i + 1], self.scales[i : i + 1]
-            y = quantized_matmul(rows[None], codes, scales, self.bits, self.group_size)[0]
+            size, step = self.group_size, is_step(x)
+            y = quantized_matmul(rows[None], codes, scales, self.bits, size, step)[0]
         return y.reshape(*x.shape[:-1], -1)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -162,7 +167,7 @@ class QuantizedBatchedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.weight.matmul(x)
-        return y if self.bias is None else y + self.bias[:, None]
+        return y if self.bias is None else y + self.bias.view(len(x), *[1] * (x.ndim - 2), -1)
 
     def one(self, i: int, x: Tensor) -> Tensor:
         y = self.weight.one(i, x)
@@ -189,9 +194,7 @@ class QuantizedSubKeys(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         """Halves of queries [B, T, heads, half] -> scores [B, T, heads, n]."""
-        B, T, heads, half = q.shape
-        scores = self.weight.matmul(q.permute(2, 0, 1, 3).reshape(heads, B * T, half))
-        return scores.view(heads, B, T, -1).permute(1, 2, 0, 3)
+        return self.weight.matmul(q.permute(2, 0, 1, 3)).permute(1, 2, 0, 3)
 
 
 class QuantizedValueTable(nn.Module):
