@@ -10,6 +10,7 @@ import sys
 
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import run_command
+from wavelet_lm.files import check_writable
 from wavelet_lm.inference.files import continue_file, run_modality
 from wavelet_lm.inference.interactive import converse
 from wavelet_lm.inference.opening import open_writer
@@ -35,6 +36,8 @@ def main() -> None:
         metrics=bool(options.metrics),
     )
     use_threads(options.threads)
+    if options.save_state is not None:
+        check_writable(options.save_state)
     writer = open_writer(options, resolve_device(options.device), output.log)
     config, size = writer.model.config, options.batch_size
     before = None if options.load_state is None else writer.load(options.load_state)
@@ -51,13 +54,17 @@ def main() -> None:
     reading = before
     if prompts or not options.interactive:
         reading = read_prompt(writer, prompt, before, output.log)
+    save = functools.partial(writer.save, options.save_state) if options.save_state else _nowhere
     if options.interactive:
-        reading = converse(writer, requests[0], output, reading)
-    if options.save_state is not None and reading is not None:
-        writer.save(options.save_state, reading)
-    if not options.interactive:
+        converse(writer, requests[0], output, reading, save=save)
+    else:
+        save(reading)
         echo = options.prompt is not None or not prompts
         write_samples(writer, reading, prompt, requests, output, batch_size=size, echo=echo)
+
+
+def _nowhere(reading: object) -> None:
+    pass
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import sys
 
 from wavelet_lm.config import Config, OneLineParser, add_config_flags, parse_flags, read_json_object
 from wavelet_lm.errors import run_command
+from wavelet_lm.streams import output_is_optional
 
 
 def main() -> None:
@@ -35,6 +36,7 @@ def main() -> None:
     if "resume" in flags:
         from wavelet_lm.training.run import resume
 
+        output_is_optional()  # a run keeps what it says in its log.txt
         resume(flags.pop("resume"), flags)
         return
 
@@ -44,6 +46,7 @@ def main() -> None:
         from wavelet_lm.training.sweep import read_grid, sweep
 
         members = read_grid(sets or [], grid, fixed=flags)
+        output_is_optional()
         sweep(members, lambda member: config_values(file, {**flags, **member}), source)
     elif (config := Config.from_dict(config_values(file, flags), source)).benchmark_only:
         from wavelet_lm.evaluation.__main__ import evaluate_and_print
@@ -54,6 +57,7 @@ def main() -> None:
     else:
         from wavelet_lm.training.run import train
 
+        output_is_optional()
         train(config)
 
 

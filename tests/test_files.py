@@ -6,13 +6,21 @@ import resource
 import stat
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import append_line, as_user_error, atomic_path, write_text
+from wavelet_lm.files import (
+    append_line,
+    as_user_error,
+    atomic_path,
+    check_new_folder,
+    check_writable,
+    write_text,
+)
 
 
 @contextmanager
@@ -127,3 +135,90 @@ def test_lines_of_several_processes_do_not_mix(tmp_path):
         process.stdin.close()
     lines = path.read_text(encoding="utf-8").splitlines()
     assert sorted(lines) == ["a" * 700] * 300 + ["b" * 700] * 300
+
+
+def test_a_link_stays_a_link_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    target, link, dead = tmp_path / "folder" / "x", tmp_path / "link", tmp_path / "dead"
+    write_text(target, "old")
+    link.symlink_to(target)
+    dead.symlink_to("folder/y")
+    for path in (link, dead):
+        check_writable(path)
+        write_text(path, "new")
+        assert path.is_symlink()
+        assert path.read_text(encoding="utf-8") == "new"
+    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["x", "y"]
+
+
+def test_a_circle_of_links_is_an_error(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for write in (check_writable, lambda path: write_text(path, "text")):
+        with pytest.raises(UserError, match="a: cannot be written"):
+            write(tmp_path / "a")
+    assert (tmp_path / "a").is_symlink()
+
+
+def test_a_fifo_is_written_to_and_stays(tmp_path):
+    fifo, got = tmp_path / "fifo", []
+    os.mkfifo(fifo)
+    check_writable(fifo)
+    reader = threading.Thread(target=lambda: got.append(fifo.read_text(encoding="utf-8")))
+    reader.start()
+    write_text(fifo, "text" * 50_000)
+    reader.join()
+    assert got == ["text" * 50_000]
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
+    assert list(tmp_path.iterdir()) == [fifo]
+
+
+def test_a_device_is_written_to_and_stays(tmp_path):
+    node = tmp_path / "null"
+    try:
+        os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        node.write_text("text", encoding="utf-8")
+    except OSError:
+        pytest.skip("only root may make a device, and not everywhere")
+    check_writable(node)
+    write_text(node, "text")
+    assert stat.S_ISCHR(node.stat().st_mode)
+
+
+def test_where_standard_output_goes_is_not_replaced(tmp_path):
+    path = tmp_path / "x"
+    program = (
+        "from wavelet_lm.files import write_text\nprint('first', flush=True)\n"
+        "write_text('/dev/stdout', 'second\\n')\nprint('third')\n"
+    )
+    with path.open("a", encoding="utf-8") as file:
+        subprocess.run(
+            [sys.executable, "-c", program], stdout=file, check=True, cwd=Path(__file__).parents[1]
+        )
+    assert path.read_text(encoding="utf-8") == "first\nsecond\nthird\n"
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
+    path = tmp_path / ("é" * 127)
+    write_text(path, "text")
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(UserError, match="File name too long"):
+        check_writable(tmp_path / ("x" * 256))
+
+
+def test_places_that_cannot_be_written_are_found_before_there_is_anything_to_write(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    check_writable(file)
+    check_writable(tmp_path / "new")
+    check_new_folder(tmp_path / "new" / "newer")
+    assert list(tmp_path.iterdir()) == [file]
+    for path, words in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "none" / "x", "there is no folder"),
+        (file / "x", "Not a directory"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_writable(path)
+    with pytest.raises(UserError, match="Not a directory"):
+        check_new_folder(file / "x" / "y")

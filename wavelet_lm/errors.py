@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
+from wavelet_lm import streams
 from wavelet_lm.environment import ready
 
 
@@ -29,27 +30,39 @@ class Interrupted(BaseException):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main` and exit: 0, 2 for a user's error, 128 + signal when interrupted."""
+    """Run a command's `main` and exit: 0, 2 for a user's error, 128 + signal when interrupted.
+
+    Output that cannot be written is a user's error too; a reader that has left (`… | head`) is not.
+    """
     spec = sys.modules["__main__"].__spec__  # of `python -m`, else None
     name = spec.name.removesuffix(".__main__") if spec else sys.argv[0].rsplit("/", 1)[-1]
     signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under `nohup`
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as by nohup
         signal.signal(signal.SIGHUP, _terminate)
+    streams.guard()
+    status, line = 0, ""
     try:
         ready()
         main()
     except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status, line = 2, f"error: {error}"
     except Interrupted as stop:
-        print(f"{name}: {stop}", file=sys.stderr)
-        sys.exit(128 + stop.signum)
+        status, line = 128 + stop.signum, str(stop)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # `generate.py … | head`: the reader has left, which is not an error
-        sys.stderr.close()
-        sys.exit(0)
+        status, line = 128 + signal.SIGINT, "interrupted"
+    except streams.OutputFailed:
+        pass  # `finish` says why
+    except SystemExit as stop:  # of --help
+        if stop.code:
+            raise
+    finally:
+        lost = streams.finish()
+    if status == 0 and lost:
+        status, line = 2, f"error: {lost}"
+    if line:
+        print(f"{name}: {line}", file=sys.stderr)
+    if status:
+        sys.exit(status)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

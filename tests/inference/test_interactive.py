@@ -1,3 +1,4 @@
+import contextlib
 import io
 import signal
 import sys
@@ -7,13 +8,16 @@ import pytest
 from tests.inference.test_terminal import Terminal
 from tests.inference.writers import GREEDY, SAMPLED, Letters, small_model, small_writer, tokens
 from wavelet_lm import UserError
+from wavelet_lm.errors import Interrupted
+from wavelet_lm.inference.generation import NonFiniteOutput
 from wavelet_lm.inference.interactive import ask_terminal, converse, line_tokens
 from wavelet_lm.inference.rows import Request
+from wavelet_lm.streams import OutputFailed
 
 N = 9
 
 
-def talk(terminal, writer, *lines, before=None, num_tokens=N, stop=()):
+def talk(terminal, writer, *lines, before=None, num_tokens=N, stop=(), **options):
     """`lines` are typed one after another; an exception among them is raised in its place."""
     waiting = iter(lines)
 
@@ -23,7 +27,8 @@ def talk(terminal, writer, *lines, before=None, num_tokens=N, stop=()):
             raise line
         return line
 
-    return converse(writer, Request(5, num_tokens, stop), terminal.output, before, ask)
+    request = Request(5, num_tokens, stop)
+    return converse(writer, request, terminal.output, before, ask, **options)
 
 
 def answer(writer, text, seed=5, num_tokens=N):
@@ -177,3 +182,55 @@ def test_the_prompt_line_stays_out_of_redirected_text(monkeypatch, capsys):
     assert ask_terminal() == "bad"
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "> ")
+
+
+@pytest.mark.parametrize("end", ["", EOFError(), Interrupted(signal.SIGTERM, "terminated")])
+def test_however_it_ends_it_is_saved(tmp_path, end):
+    terminal, writer, saved = Terminal(tmp_path), small_writer(), []
+    with pytest.raises(Interrupted) if isinstance(end, Interrupted) else contextlib.nullcontext():
+        talk(terminal, writer, "bad", end, save=saved.append)
+    (reading,) = saved
+    assert reading.texts == [tokens("bad" + terminal.text.removesuffix("\n"))]
+
+
+@pytest.mark.parametrize(
+    ("error", "known"),
+    [
+        (Interrupted(signal.SIGHUP, "hung up"), "bad\ncab"),
+        (OutputFailed("full"), "bad\ncab"),
+        (NonFiniteOutput("not finite"), "bad"),
+    ],
+)
+def test_a_conversation_cut_off_in_an_answer_is_saved(tmp_path, monkeypatch, error, known):
+    terminal, writer, saved = Terminal(tmp_path), small_writer(), []
+    first = answer(writer, "bad")
+    write, n = writer.write, []
+
+    def fail(*arguments):
+        n.append(1)
+        if len(n) == 2:
+            raise error
+        return write(*arguments)
+
+    monkeypatch.setattr(writer, "write", fail)
+    with pytest.raises((Interrupted, OutputFailed, UserError)):
+        talk(terminal, writer, "bad", "cab", save=saved.append)
+    (reading,) = saved
+    whole = "bad" + first + ("" if first.endswith("\n") else "\n") + "cab"
+    assert reading.texts == [tokens(whole if known == "bad\ncab" else "bad" + first)]
+
+
+def test_a_line_too_long_for_the_context_is_not_read_and_the_talk_goes_on(tmp_path, monkeypatch):
+    terminal, writer, saved = Terminal(tmp_path), small_writer(), []
+
+    def check(n_tokens):
+        if n_tokens > 3 + N:
+            raise UserError("the context is full")
+
+    monkeypatch.setattr(writer.decoder, "check_length", check)
+    reading = talk(terminal, writer, "bad cab", "bad", "a", save=saved.append)
+    assert [line for line in terminal.lines if "full" in line] == [
+        "the context is full; nothing was read"
+    ] * 2
+    assert reading.texts == [tokens("bad" + terminal.text.removesuffix("\n"))]
+    assert saved == [reading]

@@ -13,7 +13,7 @@ from wavelet_lm.config import OneLineParser
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.evaluation.likelihood import evaluate_run
 from wavelet_lm.evaluation.report import table
-from wavelet_lm.files import write_text
+from wavelet_lm.files import check_writable, write_text
 from wavelet_lm.inference.quantization.options import (
     QuantizationOptions,
     add_quantization_flags,
@@ -43,17 +43,18 @@ def main() -> None:
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"batch_size is {args.batch_size}; it must be 1 or more")
 
+    if args.json:
+        check_writable(args.json)
     use_threads(args.threads)
-    results = evaluate_and_print(
+    evaluate_and_print(
         args.checkpoint,
         args.split,
         dataset=args.dataset,
         batch_size=args.batch_size,
         device=args.device,
         quantization=quantization_options(vars(args)),
+        json_file=args.json,
     )
-    if args.json:
-        write_text(args.json, json.dumps(results, indent=1) + "\n")
 
 
 def evaluate_and_print(
@@ -64,8 +65,12 @@ def evaluate_and_print(
     batch_size: int | None = None,
     device: str = "auto",
     quantization: QuantizationOptions | None = None,
+    json_file: str | None = None,
 ) -> dict[str, Any]:
-    """`evaluate_run` with a progress bar and the table on standard output; returns the results."""
+    """`evaluate_run` with a progress bar and the table on standard output; returns the results.
+
+    The file, if any, is written first, for standard output may turn out to be full or closed.
+    """
     from tqdm import tqdm
 
     with tqdm(unit=" tokens", unit_scale=True, disable=None, leave=False) as bar:
@@ -79,6 +84,8 @@ def evaluate_and_print(
             progress=bar.update,
             log=lambda message: print(message, file=sys.stderr),
         )
+    if json_file:
+        write_text(json_file, json.dumps(results, indent=1) + "\n")
     about = ", ".join(f"{key} {results[key]}" for key in ("run", "dataset", "split", "tokenizer"))
     print(f"{about}, {results['n_params']:,} parameters\n{table(results)}")
     return results

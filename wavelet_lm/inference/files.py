@@ -8,6 +8,7 @@ from pathlib import Path
 from wavelet_lm.data.modalities import Modality
 from wavelet_lm.data.tokenizers import load_modality
 from wavelet_lm.errors import UserError
+from wavelet_lm.files import check_writable
 from wavelet_lm.inference.completion import Reading, Writer
 from wavelet_lm.inference.options import GenerationOptions
 from wavelet_lm.inference.terminal import Output, speed, stop_if_interrupted
@@ -56,8 +57,7 @@ def _check_out(out: Path, modality: Modality) -> None:
         raise UserError(
             f"--out {out}: {modality.name} is written as {modality.output}; give such a name"
         )
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
+    check_writable(out)
 
 
 def continue_file(
@@ -102,7 +102,8 @@ def continue_file(
                 modality.write(file, tokens)
                 output.log(f"wrote {file}: {len(tokens):,} tokens")
             named = dataclasses.replace(completion, text=str(file or ""))
-            output.done(prompt, named, writer.strategy.sampling)
+            output.keep(prompt, named, writer.strategy.sampling)
+            output.done(prompt, named)
         output.log(speed(reading if first == 0 else None, completions))
         stop_if_interrupted(completions, group)
 

@@ -46,17 +46,23 @@ class Output:
     metrics: bool = False
     record: bool = True
 
-    def done(self, prompt: str, completion: Completion, sampling: SamplingOptions) -> None:
+    def done(self, prompt: str, completion: Completion) -> None:
         """What is due for every completion, besides its text."""
         if self.as_json:
             self.write(json_line(prompt, completion))
         if self.metrics:
             self.log(format_metrics(completion.metrics))
+
+    def keep(self, prompt: str, completion: Completion, sampling: SamplingOptions) -> None:
+        """Record a completion, before it is written: output may fail, and nothing should be lost.
+
+        A record that cannot be written is a line for the log, since the text is what counts.
+        """
         if not self.record:
             return
         try:
             record(self.checkpoint.parent / RECORD, self.command, prompt, completion, sampling)
-        except (OSError, UserError) as error:  # the text is on the screen, which is what counts
+        except (OSError, UserError) as error:
             self.log(f"not recorded: {error}")
 
     @contextmanager
@@ -128,12 +134,14 @@ def write_samples(
             begin(0)
         with output.naming_the_checkpoint():
             completions = writer.write(rows, group, show)
+        for completion in completions:
+            output.keep(prompt, completion, writer.strategy.sampling)
         for i, completion in enumerate(completions, first):
             if i > 0:
                 begin(i)
             if not output.as_json:
                 output.write((completion.text if i > 0 else "") + "\n")
-            output.done(prompt, completion, writer.strategy.sampling)
+            output.done(prompt, completion)
         output.log(speed(reading if first == 0 else None, completions))
         stop_if_interrupted(completions, group)
 
@@ -174,7 +182,9 @@ def write_batch(
         with output.naming_the_checkpoint():
             completions = writer.write(reading, [request for _, request in group])
         for (prompt, _), completion in zip(group, completions, strict=False):
-            output.done(prompt.text, completion, writer.strategy.sampling)
+            output.keep(prompt.text, completion, writer.strategy.sampling)
+        for (prompt, _), completion in zip(group, completions, strict=False):
+            output.done(prompt.text, completion)
         output.log(speed(reading, completions))
         stop_if_interrupted(completions, group)
 

@@ -29,7 +29,7 @@ from wavelet_lm.data.tokenizers import (
     named_tokenizer,
 )
 from wavelet_lm.errors import UserError, run_command
-from wavelet_lm.files import as_user_error, write_text
+from wavelet_lm.files import as_user_error, check_new_folder, write_text
 from wavelet_lm.interop.published_config import read_published_config
 from wavelet_lm.interop.published_names import Source, published_layout
 from wavelet_lm.models.checkpoint import check_finite, save_checkpoint
@@ -238,6 +238,7 @@ def convert(
     path, out = Path(path).expanduser(), Path(out).expanduser()
     if out.exists():
         raise UserError(f"{out}: already there; give --out a new folder")
+    check_new_folder(out)
     model = load_published(path, "cpu", log)
     check_finite(model, path)
     chosen = published_tokenizer(path, model.vocab_size, tokenizer)

@@ -15,7 +15,7 @@ from wavelet_lm.config import Config, OneLineParser, add_config_flags, parse_fla
 from wavelet_lm.data.hub import KNOWN
 from wavelet_lm.data.tokenizers import GPT2_VOCAB, check_tokenizer_name, sentencepiece_vocab
 from wavelet_lm.errors import UserError, run_command
-from wavelet_lm.files import write_text
+from wavelet_lm.files import check_writable, write_text
 from wavelet_lm.models.breakdown import as_dict, breakdown, table
 
 
@@ -33,15 +33,17 @@ def main() -> None:
     file, vocab_size, json_file = (flags.pop(key) for key in ("config", "vocab_size", "json"))
     if vocab_size is not None and vocab_size < 1:
         raise UserError(f"vocab_size is {vocab_size}; it must be 1 or more")
+    if json_file:
+        check_writable(json_file)
     config = Config.from_json(file, **flags)
     if vocab_size is None:
         vocab_size = known_vocabulary(config)
 
     result = breakdown(config, vocab_size)
-    print(f"{file}, vocabulary {vocab_size:,}\n\n{table(result)}")
     if json_file:
         figures = {"config": file, "vocab_size": vocab_size, **as_dict(result)}
         write_text(json_file, json.dumps(figures, indent=1) + "\n")
+    print(f"{file}, vocabulary {vocab_size:,}\n\n{table(result)}")
 
 
 def known_vocabulary(config: Config) -> int:

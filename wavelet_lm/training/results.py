@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import write_text
+from wavelet_lm.files import check_writable, write_text
 from wavelet_lm.training.run_folder import environment
 
 
@@ -37,5 +37,5 @@ def check_plot(path: str) -> None:
 def check_targets(paths: Iterable[str | None]) -> None:
     """Raise `UserError` before a long measurement whose results could not be written."""
     for path in paths:
-        if path is not None and not Path(path).parent.is_dir():
-            raise UserError(f"{path}: there is no folder {Path(path).parent}; make it first")
+        if path is not None:
+            check_writable(path)

@@ -16,7 +16,7 @@ from pathlib import Path
 from wavelet_lm.config import OneLineParser
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command
-from wavelet_lm.files import as_user_error, write_text
+from wavelet_lm.files import as_user_error, check_new_folder, write_text
 from wavelet_lm.inference.loading import load_model, load_tokenizer
 from wavelet_lm.inference.prepared import n_bytes
 from wavelet_lm.inference.quantization.checkpoint import save_quantized
@@ -81,6 +81,7 @@ def quantize_run(
     out = Path(out).expanduser()
     if out.exists():
         raise UserError(f"{out}: already there; give --out a new folder")
+    check_new_folder(out)
     checkpoint = find_checkpoint(run)
     model, tokenizer = load_model(checkpoint, resolve_device(device), log), load_tokenizer(run)
     if model.is_prepared:
