@@ -40,7 +40,7 @@ def run_command(main: Callable[[], None]) -> None:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as by nohup
         signal.signal(signal.SIGHUP, _terminate)
     streams.guard()
-    status, line = 0, ""
+    status, line, asked_to = 0, "", False
     try:
         ready()
         main()
@@ -55,13 +55,14 @@ def run_command(main: Callable[[], None]) -> None:
     except SystemExit as stop:  # of --help
         if stop.code:
             raise
+        asked_to = True
     finally:
         lost = streams.finish()
     if status == 0 and lost:
         status, line = 2, f"error: {lost}"
     if line:
         print(f"{name}: {line}", file=sys.stderr)
-    if status:
+    if status or asked_to:
         sys.exit(status)
 
 
