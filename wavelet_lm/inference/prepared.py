@@ -9,6 +9,7 @@ trained.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,13 @@ from wavelet_lm.inference.folds import (
     UpdateNets,
     mixer_band,
 )
-from wavelet_lm.inference.products import cast, computing_dtype, rebuilt, shallow_copy
+from wavelet_lm.inference.products import Cast, cast, computing_dtype, rebuilt, shallow_copy
 from wavelet_lm.models.block import Block, BlockState
 from wavelet_lm.models.language_model import LanguageModel
 from wavelet_lm.models.memory import ProductKeyMemory
 from wavelet_lm.models.multinodal import MultinodalLM
 from wavelet_lm.models.wavelet_lm import WaveletLM
+from wavelet_lm.models.weights import StoredModel
 from wavelet_lm.transforms.crawl import Crawl, Filter
 from wavelet_lm.transforms.lifting import LiftingWavelet
 
@@ -39,7 +41,7 @@ COMPONENTS = (*MIXER_BANDS, "mlp", "lifting", "embedding", "rest")
 
 @torch.no_grad()
 def prepare(
-    model: LanguageModel,
+    model: LanguageModel | StoredModel,
     dtype: torch.dtype | None = None,
     *,
     adapt: bool = False,
@@ -48,7 +50,8 @@ def prepare(
     """A twin of `model` for inference, in eval mode.
 
     Args:
-        model: one that is prepared already (a quantized one) keeps its folds.
+        model: one that is prepared already (a quantized one) keeps its folds; of one whose weights
+            are stored, never more than a part is in memory beside the twin.
         dtype: of its weights; None keeps the model's. Folds are computed in the model's own.
         adapt: the fast weights will learn, and the second memories are kept as they are.
         precision: parts of the model that differ in it are not put together.
@@ -56,6 +59,9 @@ def prepare(
     Raises:
         UserError: the model was prepared with another `adapt`.
     """
+    at_hand = _at_hand
+    if isinstance(model, StoredModel):
+        model, at_hand = model.model, model.at_hand
     if model.is_prepared:
         if adapt != model.config.fwpkm_inference_updates:
             given = "--fwpkm_inference_updates" if adapt else "--no_fwpkm_inference_updates"
@@ -64,44 +70,84 @@ def prepare(
                 f" quantize it again with {given}"
             )
         return cast(model, dtype or computing_dtype(model))
-    twin = _folded(model, adapt, precision)
-    twin = cast(twin, dtype or next(model.parameters()).dtype)
+    cast_part = Cast(dtype or next(model.parameters()).dtype)
+    twin = _Preparation(cast_part, adapt, precision, at_hand).twin(model)
     twin.is_prepared = True
     return twin.eval()
 
 
-def _folded(model: LanguageModel, adapt: bool, precision: Precision) -> LanguageModel:
-    twin = shallow_copy(model)
-    twin.config = model.config.replace(fwpkm_inference_updates=adapt)
-    if isinstance(model, MultinodalLM):
-        twin.cells = nn.ModuleList(_folded(cell, adapt, precision) for cell in model.cells)
-    elif isinstance(model, WaveletLM):
-        _fold_cell(twin, adapt, precision)
-    return twin
+def _at_hand(*parts: nn.Module) -> AbstractContextManager[None]:
+    """The weights of a model in memory always are."""
+    return nullcontext()
 
 
-def _fold_cell(twin: WaveletLM, adapt: bool, precision: Precision) -> None:
-    """Fold the blocks and wavelets of a model's shallow copy."""
-    blocks = twin.blocks
-    transform = blocks[0].mixer.rotate
-    if not FoldedMixer.leaves_rotated(blocks[0]):
-        transform = nn.Identity()
-    updates: list[UpdateNets | None] = []
-    wavelets = []
-    for wavelet in twin.wavelets:
-        updates.append(None)
-        folded = rebuilt(wavelet, _fixed_filter)
-        if isinstance(wavelet, LiftingWavelet) and wavelet.is_static:
-            updates[-1] = UpdateNets(wavelet, transform)
-            if wavelet.own_update is None:
-                folded.update = updates[-1].decomposing(folded.update)
-            folded.own_update = None
-        wavelets.append(folded)
-    twin.wavelets = nn.ModuleList(wavelets)
-    twin.blocks = nn.ModuleList(
-        PreparedBlock(block, updates[i % len(updates)], adapt, precision)
-        for i, block in enumerate(blocks)
-    )
+class _Preparation:
+    """Makes a twin part by part, so that of the model one part at a time needs its weights."""
+
+    def __init__(
+        self,
+        cast: Cast,
+        adapt: bool,
+        precision: Precision,
+        at_hand: Callable[..., AbstractContextManager[None]],
+    ):
+        self.cast, self.adapt, self.precision, self.at_hand = cast, adapt, precision, at_hand
+
+    def twin(self, model: LanguageModel) -> LanguageModel:
+        twin = shallow_copy(model)
+        twin.config = model.config.replace(fwpkm_inference_updates=self.adapt)
+        done = []
+        if isinstance(model, MultinodalLM):
+            done = ["cells"]
+        elif isinstance(model, WaveletLM):
+            done = ["wavelets", "blocks"]
+        # Tables and the head come first: they are the largest parts, and may share a weight.
+        names = [name for name in model._modules if name not in ("blocks", *done)]
+        rest = [model._modules[name] for name in names]
+        with self.at_hand(*rest):
+            twin._modules.update(zip(names, map(self.cast, rest), strict=True))
+        if isinstance(model, MultinodalLM):
+            twin.cells = nn.ModuleList(map(self.twin, model.cells))
+        elif isinstance(model, WaveletLM):
+            self._fold(model, twin)
+        else:
+            twin.blocks = nn.ModuleList(map(self._unfolded, model.blocks))
+        return twin
+
+    def _unfolded(self, part: nn.Module) -> nn.Module:
+        with self.at_hand(part):
+            return self.cast(part)
+
+    def _fold(self, model: WaveletLM, twin: WaveletLM) -> None:
+        """The blocks and wavelets of the twin."""
+        transform = model.blocks[0].mixer.rotate
+        if not FoldedMixer.leaves_rotated(model.blocks[0]):
+            transform = nn.Identity()
+        wavelets, blocks = [], []
+        updates: list[UpdateNets | None] = []
+        for wavelet in model.wavelets:
+            with self.at_hand(wavelet):
+                folded, nets = _folded_wavelet(wavelet, transform)
+                wavelets.append(self.cast(folded))
+                updates.append(None if nets is None else self.cast(nets))
+        for i, block in enumerate(model.blocks):
+            with self.at_hand(block):
+                nets = updates[i % len(updates)]
+                blocks.append(self.cast(PreparedBlock(block, nets, self.adapt, self.precision)))
+        twin.wavelets, twin.blocks = nn.ModuleList(wavelets), nn.ModuleList(blocks)
+
+
+def _folded_wavelet(
+    wavelet: nn.Module, transform: nn.Module
+) -> tuple[nn.Module, UpdateNets | None]:
+    """A wavelet for reading, and the nets of a reconstruction that can be folded."""
+    folded, nets = rebuilt(wavelet, _fixed_filter), None
+    if isinstance(wavelet, LiftingWavelet) and wavelet.is_static:
+        nets = UpdateNets(wavelet, transform)
+        if wavelet.own_update is None:
+            folded.update = nets.decomposing(folded.update)
+        folded.own_update = None
+    return folded, nets
 
 
 def _fixed_filter(module: nn.Module, _: str) -> nn.Module | None:

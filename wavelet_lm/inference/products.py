@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from wavelet_lm.kernels.step_matmul import batched_matmul, is_step, step_linear, step_matmul
 
@@ -88,18 +90,17 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 Leaf = Callable[[nn.Module, str], nn.Module | None]
+Memo = MutableMapping[nn.Module, nn.Module]
 
 
-def rebuilt(
-    module: nn.Module, leaf: Leaf, name: str = "", memo: dict[int, nn.Module] | None = None
-) -> nn.Module:
+def rebuilt(module: nn.Module, leaf: Leaf, name: str = "", memo: Memo | None = None) -> nn.Module:
     """A new tree of modules, in which `leaf(module, name)` takes the place of what it accepts.
 
     What stands in several places stays one module; parameters and buffers are shared.
     """
     memo = {} if memo is None else memo
-    if id(module) in memo:
-        return memo[id(module)]
+    if module in memo:
+        return memo[module]
     new = leaf(module, name)
     if new is None:
         new = shallow_copy(module)
@@ -107,34 +108,55 @@ def rebuilt(
             if child is not None:
                 path = f"{name}.{part}" if name else part
                 new._modules[part] = rebuilt(child, leaf, path, memo)
-    memo[id(module)] = new
+    memo[module] = new
     return new
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in another dtype, its linear layers as `PreparedLinear`; shared weights stay so.
+class Cast:
+    """Modules in another dtype, part by part, their linear layers as `PreparedLinear`.
 
-    Modules with `keeps_dtype` do: single learned factors (a 0-d tensor does not raise the dtype of
+    What parts share stays shared: weights, modules, and what was cast before. Modules with
+    `keeps_dtype` do keep theirs: single learned factors (a 0-d tensor does not raise the dtype of
     what it multiplies) and quantized weights, whose tables are told which dtype to answer in
     (`output_dtype`).
     """
-    new: dict[int, nn.Parameter] = {}
 
-    def leaf(module: nn.Module, _: str) -> nn.Module | None:
-        return PreparedLinear.of(module.weight, module.bias) if type(module) is nn.Linear else None
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        # Weak, since a part whose weights have been read lets them go.
+        self._modules: Memo = WeakKeyDictionary()
+        self._parameters = WeakTensorKeyDictionary()
 
-    twin = rebuilt(model, leaf)
-    for module in twin.modules():
+    def __call__(self, module: nn.Module) -> nn.Module:
+        """The module in the other dtype; itself, if this is what it came from."""
+        twin = rebuilt(module, _prepared_linear, memo=self._modules)
+        for part in twin.modules():
+            if self._modules.get(part) is not part:
+                self._modules[part] = part
+                self._cast(part)
+        return twin
+
+    def _cast(self, module: nn.Module) -> None:
         if hasattr(module, "output_dtype"):
-            module.output_dtype = dtype
+            module.output_dtype = self.dtype
         kept = getattr(module, "keeps_dtype", False)
         for name, p in module._parameters.items():
-            if p is not None and id(p) not in new:
-                value = p.detach() if kept else p.detach().to(dtype)
-                new[id(p)] = nn.Parameter(value, requires_grad=False)
-            if p is not None:
-                module._parameters[name] = new[id(p)]
-    return twin
+            if p is None:
+                continue
+            if p not in self._parameters:
+                value = p.detach() if kept else p.detach().to(self.dtype)
+                new = nn.Parameter(value, requires_grad=False)
+                self._parameters[p] = self._parameters[new] = new
+            module._parameters[name] = self._parameters[p]
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The whole model in another dtype (`Cast`)."""
+    return Cast(dtype)(model)
+
+
+def _prepared_linear(module: nn.Module, _: str) -> nn.Module | None:
+    return PreparedLinear.of(module.weight, module.bias) if type(module) is nn.Linear else None
 
 
 def computing_dtype(model: nn.Module) -> torch.dtype:

@@ -21,9 +21,14 @@ from wavelet_lm.files import atomic_path
 from wavelet_lm.json_files import brief, parse_json
 from wavelet_lm.models.registry import build_model, model_without_weights
 
+
+from wavelet_lm.models.registry import build_model
+from wavelet_lm.models.weights import StoredModel, TensorReader
+
 FORMAT = "wavelet_lm.1"
 QUANTIZED_FORMAT = "wavelet_lm.quantized.1"
 EXTRA = "training/"
+CHECKED_AT_ONCE = 2**20
 # What a model is trained in; whole numbers would be copied into its weights without a word.
 WEIGHT_DTYPES = ("F64", "F32", "BF16", "F16")
 
@@ -199,16 +204,34 @@ def find_checkpoint(path: str | Path) -> Path:
     return path
 
 
+<<<<<<< HEAD
 def check_finite(model: nn.Module, checkpoint: str | Path) -> None:
     """Raise `UserError` for weights that are NaN or infinite, with the name of the first ones."""
     for name, parameter in model.named_parameters():
-        n_bad = int((~parameter.detach().isfinite()).sum())
-        if n_bad:
-            raise UserError(
-                f"{checkpoint}: {n_bad:,} of the {parameter.numel():,} values of {name} are not"
-                " finite (NaN or infinite); its training diverged or the file is damaged: use"
-                " another checkpoint"
-            )
+        check_values(name, parameter.detach(), checkpoint)
+
+
+def check_values(name: str, values: Tensor, checkpoint: str | Path) -> None:
+    """As `check_finite`, for one tensor; a part at a time, since a sum of faults takes memory."""
+    n_bad = sum(int((~part.isfinite()).sum()) for part in values.flatten().split(CHECKED_AT_ONCE))
+    if n_bad:
+        raise UserError(
+            f"{checkpoint}: {n_bad:,} of the {values.numel():,} values of {name} are not"
+            " finite (NaN or infinite); its training diverged or the file is damaged: use"
+            " another checkpoint"
+        )
+=======
+def stored_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> StoredModel:
+    """The model of a checkpoint, whose weights stay in the file until a part is at work.
+
+    Raises:
+        UserError: the file does not fit its config.
+    """
+    read = TensorReader(checkpoint.path)
+    stored = StoredModel(checkpoint.config, checkpoint.vocab_size, read, device)
+    checkpoint.check_fits(stored.model)
+    return stored
+>>>>>>> b602d22 (Prepare a model part by part, its weights read from the file as each is at work)
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:

@@ -1,0 +1,147 @@
+"""Weights that stay in their file until a part of the model is at work on them.
+
+A model of 2 GB need not be in memory beside what is made of it: it is built without weights, and
+each part gets its own for as long as it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from wavelet_lm.config import Config
+from wavelet_lm.errors import UserError
+from wavelet_lm.models.language_model import LanguageModel
+from wavelet_lm.models.registry import build_model
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+class TensorReader:
+    """The tensors of a safetensors file, each read into memory of its own.
+
+    The library maps the file instead, and what was read of it counts as this process's memory until
+    it is closed. It has found the file whole before.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        with path.open("rb") as file:
+            n = int.from_bytes(file.read(8), "little")
+            self._entries = json.loads(file.read(n))
+        self._start = 8 + n
+
+    def __call__(self, name: str) -> Tensor:
+        """The tensor of this name, on the CPU."""
+        entry = self._entries[name]
+        begin, end = entry["data_offsets"]
+        data = torch.empty(end - begin, dtype=torch.uint8)
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(self._start + begin)
+            view, done = memoryview(data.numpy()), 0
+            while done < len(view):
+                n = file.readinto(view[done:])
+                if not n:
+                    raise UserError(f"{self._path}: was cut short while it was read; try again")
+                done += n
+        return data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+
+
+class StoredModel:
+    """A model without weights, and where those of its parts come from.
+
+    Args:
+        config, vocab_size: what it is built from.
+        read: from the name of a parameter to its values, on any device and in any dtype.
+        device: where the weights go.
+        dtype: of the weights.
+        see: gets every parameter's name and values, once, when they are first read.
+
+    Attributes:
+        model: in eval mode; its parameters are on the meta device, its buffers are not.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int,
+        read: Callable[[str], Tensor],
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        with torch.device(device), _without_weights():
+            self.model: LanguageModel = build_model(config, vocab_size)
+        self.model.to(dtype).eval()
+        self.device = torch.device(device)
+        self.see: Callable[[str, Tensor], object] = lambda name, values: None
+        self._read, self._seen = read, set[str]()
+        self._names = {id(p): name for name, p in self.model.named_parameters()}
+
+    @contextmanager
+    def at_hand(self, *parts: nn.Module) -> Iterator[None]:
+        """These parts of the model have their weights inside."""
+        places = [
+            (module, key, parameter)
+            for part in parts
+            for module in part.modules()
+            for key, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        real: dict[int, nn.Parameter] = {}
+        for module, key, empty in places:
+            if id(empty) not in real:
+                real[id(empty)] = self._parameter(empty)
+            module._parameters[key] = real[id(empty)]
+        del real
+        try:
+            yield
+        finally:
+            for module, key, empty in places:
+                module._parameters[key] = empty
+
+    def _parameter(self, empty: nn.Parameter) -> nn.Parameter:
+        name = self._names[id(empty)]
+        values = self._read(name).to(self.device, empty.dtype)
+        if name not in self._seen:
+            self._seen.add(name)
+            self.see(name, values)
+        return nn.Parameter(values, requires_grad=False)
+
+    def names(self) -> list[str]:
+        """The model's parameters, in its order."""
+        return list(self._names.values())
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Modules that this thread builds inside have their parameters on the meta device."""
+    thread = threading.get_ident()
+
+    def drop(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(drop)
+    try:
+        yield
+    finally:
+        handle.remove()
