@@ -18,7 +18,7 @@ from tests.inference.writers import (
 from wavelet_lm import UserError
 from wavelet_lm.inference import completion
 from wavelet_lm.inference.coherence import WaveletCoherence
-from wavelet_lm.inference.completion import CoherenceOptions, Strategy, token_embedding
+from wavelet_lm.inference.completion import CoherenceOptions, Strategy
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import sampled_tokens
 from wavelet_lm.inference.lookahead import lookahead_tokens
@@ -357,7 +357,7 @@ def test_output_that_is_not_finite_is_no_fault_of_the_compiler():
 
 def test_embeddings_of_cells_stand_side_by_side():
     model = small_model(multinodal_enabled=True, multinodal_num_cells=3, multinodal_cell_dim=16)
-    table = token_embedding(model)
+    table = Decoder(model).vectors[torch.arange(model.vocab_size)]
     assert table.shape == (len(LETTERS), 48)
     assert torch.equal(table[:, 16:32], model.cells[1].embedding.weight)
     (done,) = write(small_writer(model=model), ["bad"], Request(1, 5))

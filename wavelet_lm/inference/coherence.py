@@ -5,13 +5,19 @@ approximation (`transforms/haar.py`) of its token embeddings. Drift is 1 − the
 prompt's fingerprint and that of the last tokens.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from wavelet_lm.errors import UserError
+
+if TYPE_CHECKING:
+    from wavelet_lm.inference.decoder import TokenVectors
 from wavelet_lm.inference.sampling import LARGEST
 
 # However far a text has drifted, top_p stays at least this, or what it was if that is less.
@@ -24,7 +30,7 @@ class WaveletCoherence:
     """The top_p of every row of a batch, from its drift.
 
     Args:
-        embedding: [V, C], the token embeddings.
+        embedding: the token embeddings: [V, C], or what gives those of tokens likewise.
         prompts: one per row, 1 or more tokens each.
         top_p: without drift.
         weight: what a drift of 1 takes off top_p.
@@ -42,7 +48,7 @@ class WaveletCoherence:
 
     def __init__(
         self,
-        embedding: Tensor,
+        embedding: Tensor | TokenVectors,
         prompts: Texts,
         top_p: float,
         weight: float = 0.5,
@@ -56,7 +62,7 @@ class WaveletCoherence:
         ):
             if not allowed:
                 raise UserError(f"the {name} of wavelet_coherence is {value}; it must be {words}")
-        self.embedding = embedding.detach()
+        self.embedding = embedding
         self.full_top_p, self.weight, self.window, self.levels = top_p, weight, window, levels
         self.topics = fingerprints(self.embedding, prompts, levels)
 
@@ -80,7 +86,8 @@ class WaveletCoherence:
         return torch.where(norms > 0, (1 - cosine).clamp(0, 2), 0)
 
 
-def fingerprints(embedding: Tensor, texts: Texts, levels: int) -> Tensor:
+@torch.no_grad()
+def fingerprints(embedding: Tensor | TokenVectors, texts: Texts, levels: int) -> Tensor:
     """Mean Haar approximation of each text's embeddings: [B, C], float32 at least.
 
     The approximation at t is 2^(−levels/2) times the sum of the 2^levels embeddings that end at t,

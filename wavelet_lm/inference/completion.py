@@ -28,8 +28,7 @@ from wavelet_lm.inference.lookahead import lookahead_tokens
 from wavelet_lm.inference.rows import Completion, Request, Row
 from wavelet_lm.inference.sampling import SamplingOptions
 from wavelet_lm.inference.speculative import Counts, speculative_tokens
-from wavelet_lm.inference.state_file import load_state, save_state
-from wavelet_lm.models.multinodal import MultinodalLM
+from wavelet_lm.inference.state_file import ModelRecord, load_state, save_state
 
 if TYPE_CHECKING:
     from wavelet_lm.data.tokenizers import Tokenizer
@@ -100,7 +99,7 @@ class Writer:
 
     Args:
         decoder: of the model that writes.
-        model: that model, whose token embeddings tell topics apart.
+        model: that model, or what is known of it where it was let go.
         tokenizer: the model's.
         strategy: how texts are continued.
         draft: a smaller model with the same tokenizer, for speculative decoding.
@@ -114,7 +113,7 @@ class Writer:
     def __init__(
         self,
         decoder: Decoder,
-        model: nn.Module,
+        model: nn.Module | ModelRecord,
         tokenizer: Tokenizer,
         strategy: Strategy,
         draft: Decoder | None = None,
@@ -289,7 +288,7 @@ class Writer:
     def _coherence(self, reading: Reading) -> WaveletCoherence:
         options = self.strategy.coherence or CoherenceOptions()
         return WaveletCoherence(
-            token_embedding(self.model),
+            self.decoder.vectors,
             reading.texts,
             self.strategy.sampling.top_p,
             options.weight,
@@ -360,15 +359,6 @@ class Writer:
     def _synchronize(self) -> None:
         if self.decoder.device.type == "cuda":
             torch.cuda.synchronize(self.decoder.device)
-
-
-def token_embedding(model: nn.Module) -> Tensor:
-    """The vectors of all tokens, [V, C]; those of a multinodal model's cells side by side."""
-    cells = model.cells if isinstance(model, MultinodalLM) else [model]
-    every = torch.arange(model.vocab_size, device=next(model.parameters()).device)
-    with torch.no_grad():
-        weights = [cell.embedding(every) for cell in cells]
-    return weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)
 
 
 @contextmanager

@@ -23,6 +23,8 @@ from wavelet_lm.inference.quantization.weights import use_cpu_layout
 from wavelet_lm.inference.static_state import StaticState, is_block_state
 from wavelet_lm.models.gpt import check_length
 from wavelet_lm.models.language_model import LanguageModel
+from wavelet_lm.models.multinodal import MultinodalLM
+from wavelet_lm.models.weights import StoredModel
 
 # Positions of a prompt that are read at once: what bounds the memory that a long prompt needs.
 PREFILL_POSITIONS = 4096
@@ -36,7 +38,7 @@ class Decoder:
     """Reads texts with a prepared twin of `model`; every row of a batch is what it would be alone.
 
     Args:
-        model: left as it is.
+        model: left as it is; or one whose weights are stored (`models/weights.py`).
         context: what a token sees of the text: `stream` (as the model itself reads), `window:N`,
             `recompute:N` or `auto` (`contexts.py`).
         dtype: of the weights and the computation; None keeps the model's.
@@ -47,23 +49,26 @@ class Decoder:
         model: the twin, which `prepare` made.
         device: where its tensors are.
         vocab_size: V of the logits.
+        vectors: of the tokens, as the twin reads them; `vectors[tokens]` is [n, C].
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | StoredModel,
         *,
         context: str = "stream",
         dtype: torch.dtype | None = None,
         compile: bool = False,
         adapt: bool | None = None,
     ):
-        if isinstance(model, LanguageModel):
+        if isinstance(model, (LanguageModel, StoredModel)):
             if adapt is None:
-                adapt = model.config.fwpkm_inference_updates
+                original = model.model if isinstance(model, StoredModel) else model
+                adapt = original.config.fwpkm_inference_updates
             model = prepare(model, dtype, adapt=adapt)
             if next(model.parameters()).is_cpu and computing_dtype(model) != torch.float64:
                 use_cpu_layout(model)
+            self.vectors = TokenVectors(model)
             model = apply_context(model, context)
         self.model = model
         self.adapts = bool(adapt)
@@ -174,6 +179,20 @@ class Decoder:
     def weight_bytes_per_token(self) -> int:
         """Bytes of weights that one token of one text reads, as often as they are read again."""
         return weight_bytes_per_token(self.model)
+
+
+class TokenVectors:
+    """The embeddings of tokens; those of a multinodal model's cells side by side."""
+
+    def __init__(self, model: LanguageModel):
+        cells = model.cells if isinstance(model, MultinodalLM) else [model]
+        self._tables = [cell.embedding for cell in cells]
+        self.device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def __getitem__(self, tokens: Tensor) -> Tensor:
+        """Tokens [n] -> [n, C]."""
+        return torch.cat([table(tokens) for table in self._tables], dim=-1)
 
 
 class Session:

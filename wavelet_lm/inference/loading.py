@@ -14,6 +14,8 @@ from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.errors import UserError
 from wavelet_lm.inference.quantization.checkpoint import load_quantized
 from wavelet_lm.models import checkpoint
+from wavelet_lm.models.language_model import LanguageModel
+from wavelet_lm.models.weights import StoredModel
 
 
 def load_model(
@@ -38,6 +40,25 @@ def load_model(
     if opened.quantization is not None:
         return load_quantized(opened, device)
     return checkpoint.load_model(path, device)
+
+
+def open_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    log: Callable[[str], object] = lambda line: None,
+) -> LanguageModel | StoredModel:
+    """As `load_model`, for a twin to be made of it: the weights are left where they are stored.
+
+    Those of a quantized checkpoint are read at once, since its model is such a twin.
+    """
+    from wavelet_lm.interop.published import is_published, stored_published
+
+    if is_published(path):
+        return stored_published(path, device, log)
+    opened = checkpoint.Checkpoint(checkpoint.find_checkpoint(path))
+    if opened.quantization is not None:
+        return load_quantized(opened, device)
+    return checkpoint.stored_model(opened, device)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
+from wavelet_lm.allocator import returning_memory
 from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.errors import UserError
 from wavelet_lm.inference.completion import Writer
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import check_vocabulary
-from wavelet_lm.inference.loading import load_model, load_tokenizer
+from wavelet_lm.inference.loading import load_tokenizer, open_model
 from wavelet_lm.inference.options import GenerationOptions
 from wavelet_lm.inference.prepared import n_bytes
 from wavelet_lm.inference.quantization.options import QuantizationOptions
 from wavelet_lm.inference.quantization.quantize import quantize
-from wavelet_lm.models.checkpoint import check_finite, find_checkpoint
+from wavelet_lm.inference.state_file import Fingerprint, ModelRecord
+from wavelet_lm.models.checkpoint import check_finite, check_values, find_checkpoint
+from wavelet_lm.models.language_model import LanguageModel
+from wavelet_lm.models.weights import StoredModel
 
 
 def open_writer(
@@ -29,48 +34,86 @@ def open_writer(
         UserError: a checkpoint is missing, damaged, has no tokenizer or weights that are not
             finite; the draft's tokenizer is another one; options that the model cannot follow.
     """
-    model, tokenizer = _load(options.checkpoint, device, log)
-    strategy = options.strategy(model.config)
-    how = options.decoding(model.config, device)
-    adapts = options.adapts(model.config)
-    scheme = options.quantization.scheme(model, options.checkpoint)
-    if scheme is not None:
-        model = quantize(
-            model,
+    with returning_memory():
+        return _open_writer(options, device, log)
+
+
+def _open_writer(
+    options: GenerationOptions, device: torch.device, log: Callable[[str], object]
+) -> Writer:
+    opened = _open(options.checkpoint, device, log)
+    empty, tokenizer = opened.empty, opened.tokenizer
+    strategy = options.strategy(empty.config)
+    how = options.decoding(empty.config, device)
+    adapts = options.adapts(empty.config)
+    scheme = options.quantization.scheme(empty, options.checkpoint)
+    if scheme is None:
+        decoder = Decoder(opened.model, **how, adapt=adapts)
+        record = opened.record()
+    else:
+        twin = quantize(
+            opened.model,
             scheme,
             # The decoder casts; a library's layers are made for the dtype that they are to read.
             dtype=None if scheme.backend == "native" else how["dtype"],
             adapt=adapts,
-            calibration=options.quantization.calibration(model.config, tokenizer),
+            calibration=options.quantization.calibration(empty.config, tokenizer),
             progress=lambda stage: log(f"calibrating {stage}"),
         )
-        log(f"{scheme.describe()}: {n_bytes(model) / 1e6:,.2f} MB")
-    decoder = Decoder(model, **how, adapt=adapts)
+        log(f"{scheme.describe()}: {n_bytes(twin) / 1e6:,.2f} MB")
+        record = ModelRecord.of(twin)
+        decoder = Decoder(twin, **how, adapt=adapts)
     draft = None
     if options.draft is not None:
-        draft_model, draft_tokenizer = _load(options.draft, device, log)
-        if draft_tokenizer.fingerprint != tokenizer.fingerprint:
+        other = _open(options.draft, device, log)
+        if other.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(
-                f"{options.draft}: its tokenizer ({draft_tokenizer.name}) is not that of"
+                f"{options.draft}: its tokenizer ({other.tokenizer.name}) is not that of"
                 f" {options.checkpoint} ({tokenizer.name}); a draft needs the very same one"
             )
-        scheme = QuantizationOptions().scheme(draft_model, options.draft)
+        scheme, draft_model = QuantizationOptions().scheme(other.empty, options.draft), other.model
         if scheme is not None:
             draft_model = quantize(draft_model, scheme, dtype=how["dtype"])
         draft = Decoder(draft_model, **how, adapt=False)
     auto = options.compile == "auto"
-    return Writer(decoder, model, tokenizer, strategy, draft, auto_compile=auto, log=log)
+    return Writer(decoder, record, tokenizer, strategy, draft, auto_compile=auto, log=log)
 
 
-def _load(
-    path: str, device: torch.device, log: Callable[[str], object]
-) -> tuple[nn.Module, Tokenizer]:
+class _Opened:
+    """A checkpoint whose weights are looked at as they are read.
+
+    Attributes:
+        model: to make a twin of; `empty` is that model with or without weights.
+    """
+
+    def __init__(self, model: LanguageModel | StoredModel, tokenizer: Tokenizer, path: Path):
+        self.model, self.tokenizer = model, tokenizer
+        self._path, self._fingerprint = path, Fingerprint()
+        if isinstance(model, StoredModel):
+            self.empty = model.model
+            model.see = self._see
+        else:
+            self.empty = model
+            check_finite(model, path)
+
+    def _see(self, name: str, values: Tensor) -> None:
+        check_values(name, values, self._path)
+        self._fingerprint.add(name, values)
+
+    def record(self) -> ModelRecord:
+        """What stays of the model once its twin is made."""
+        if not isinstance(self.model, StoredModel):
+            return ModelRecord.of(self.model)
+        fingerprint = self._fingerprint.of(self.empty)
+        return ModelRecord(self.empty.config, self.empty.vocab_size, fingerprint)
+
+
+def _open(path: str, device: torch.device, log: Callable[[str], object]) -> _Opened:
     checkpoint = find_checkpoint(path)
-    model = load_model(checkpoint, device, log)
-    check_finite(model, checkpoint)
-    tokenizer = load_tokenizer(path)
+    model, tokenizer = open_model(checkpoint, device, log), load_tokenizer(path)
+    opened = _Opened(model, tokenizer, checkpoint)
     try:
-        check_vocabulary(model, tokenizer)
+        check_vocabulary(opened.empty, tokenizer)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return model, tokenizer
+    return opened

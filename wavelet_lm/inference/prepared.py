@@ -96,20 +96,18 @@ class _Preparation:
     def twin(self, model: LanguageModel) -> LanguageModel:
         twin = shallow_copy(model)
         twin.config = model.config.replace(fwpkm_inference_updates=self.adapt)
-        done = []
-        if isinstance(model, MultinodalLM):
-            done = ["cells"]
-        elif isinstance(model, WaveletLM):
-            done = ["wavelets", "blocks"]
-        # Tables and the head come first: they are the largest parts, and may share a weight.
-        names = [name for name in model._modules if name not in ("blocks", *done)]
-        rest = [model._modules[name] for name in names]
-        with self.at_hand(*rest):
-            twin._modules.update(zip(names, map(self.cast, rest), strict=True))
+        # What shrinks most is put together first, while little else is in memory.
+        parts = ("cells", "wavelets", "blocks")
+        if isinstance(model, WaveletLM):
+            updates = self._fold_wavelets(model, twin)
+        # Tables and the head together, since they may share a weight.
+        rest = {name: part for name, part in model._modules.items() if name not in parts}
+        with self.at_hand(*rest.values()):
+            twin._modules.update({name: self.cast(part) for name, part in rest.items()})
         if isinstance(model, MultinodalLM):
             twin.cells = nn.ModuleList(map(self.twin, model.cells))
         elif isinstance(model, WaveletLM):
-            self._fold(model, twin)
+            self._fold_blocks(model, twin, updates)
         else:
             twin.blocks = nn.ModuleList(map(self._unfolded, model.blocks))
         return twin
@@ -118,23 +116,29 @@ class _Preparation:
         with self.at_hand(part):
             return self.cast(part)
 
-    def _fold(self, model: WaveletLM, twin: WaveletLM) -> None:
-        """The blocks and wavelets of the twin."""
+    def _fold_wavelets(self, model: WaveletLM, twin: WaveletLM) -> list[UpdateNets | None]:
+        """The twin's wavelets; the nets of the reconstructions that can be folded."""
         transform = model.blocks[0].mixer.rotate
         if not FoldedMixer.leaves_rotated(model.blocks[0]):
             transform = nn.Identity()
-        wavelets, blocks = [], []
-        updates: list[UpdateNets | None] = []
+        wavelets, updates = [], []
         for wavelet in model.wavelets:
             with self.at_hand(wavelet):
                 folded, nets = _folded_wavelet(wavelet, transform)
                 wavelets.append(self.cast(folded))
                 updates.append(None if nets is None else self.cast(nets))
+        twin.wavelets = nn.ModuleList(wavelets)
+        return updates
+
+    def _fold_blocks(
+        self, model: WaveletLM, twin: WaveletLM, updates: list[UpdateNets | None]
+    ) -> None:
+        blocks = []
         for i, block in enumerate(model.blocks):
             with self.at_hand(block):
                 nets = updates[i % len(updates)]
                 blocks.append(self.cast(PreparedBlock(block, nets, self.adapt, self.precision)))
-        twin.wavelets, twin.blocks = nn.ModuleList(wavelets), nn.ModuleList(blocks)
+        twin.blocks = nn.ModuleList(blocks)
 
 
 def _folded_wavelet(

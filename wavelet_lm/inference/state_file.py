@@ -5,6 +5,8 @@ leaves of the state, each under its place in it (`state[0].mean.total`); its hea
 and has the fingerprint of the model, since a state means nothing to another one.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
@@ -15,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
-from wavelet_lm.config import ModelConfig
+from wavelet_lm.config import Config, ModelConfig
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.checkpoint import write_tensors
+from wavelet_lm.models.language_model import LanguageModel
 from wavelet_lm.models.memory import FastWeights
 
 FORMAT = "wavelet_lm.state.1"
@@ -29,7 +32,7 @@ READING = "fwpkm_inference_updates"
 
 
 def save_state(
-    path: str | Path, state: Any, logits: Tensor, tokens: list[int], model: nn.Module
+    path: str | Path, state: Any, logits: Tensor, tokens: list[int], model: nn.Module | ModelRecord
 ) -> None:
     """Write the state of one text, atomically.
 
@@ -53,7 +56,7 @@ def save_state(
 
 
 def load_state(
-    path: str | Path, model: nn.Module, template: Any, device: str | torch.device
+    path: str | Path, model: nn.Module | ModelRecord, template: Any, device: str | torch.device
 ) -> tuple[Tensor, Any, list[int]]:
     """Read what `save_state` wrote.
 
@@ -128,26 +131,62 @@ def _text(
     return logits, tokens.tolist()
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of what a state depends on: the network's options, its vocabulary, its weights.
+@dataclasses.dataclass(frozen=True)
+class ModelRecord:
+    """What is known of a model that is in memory no more.
+
+    fingerprint: what the function of this name gave.
+    """
+
+    config: Config
+    vocab_size: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> ModelRecord:
+        return cls(model.config, model.vocab_size, fingerprint(model))
+
+
+class Fingerprint:
+    """Takes the parameters of a model one by one, in any order.
 
     Of every parameter up to `N_SAMPLES` values count, evenly spread, so that a large model need not
     be read whole; training moves all of them. Options at their defaults do not count, so that a
     state outlives the day on which a new option comes up, and nor does the one of `READING`.
     """
-    options = {
-        field.name: getattr(model.config, field.name)
-        for field in dataclasses.fields(ModelConfig)
-        if getattr(model.config, field.name) != field.default and field.name != READING
-    }
-    digest = hashlib.sha256()
-    digest.update(json.dumps([options, model.vocab_size], sort_keys=True).encode())
+
+    def __init__(self) -> None:
+        self._samples: dict[str, tuple[str, Tensor]] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        flat = values.detach().flatten()
+        step = max(1, -(-flat.numel() // N_SAMPLES))
+        self._samples[name] = f"{name} {values.dtype} {list(values.shape)}", flat[::step].clone()
+
+    def of(self, model: nn.Module) -> str:
+        """The hash for this model, all of whose parameters have been added."""
+        options = {
+            field.name: getattr(model.config, field.name)
+            for field in dataclasses.fields(ModelConfig)
+            if getattr(model.config, field.name) != field.default and field.name != READING
+        }
+        digest = hashlib.sha256()
+        digest.update(json.dumps([options, model.vocab_size], sort_keys=True).encode())
+        for name, _ in model.named_parameters():
+            kind, samples = self._samples[name]
+            digest.update(kind.encode())
+            digest.update(samples.double().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def fingerprint(model: nn.Module | ModelRecord) -> str:
+    """A hash of what a state depends on: the network's options, its vocabulary, its weights."""
+    if isinstance(model, ModelRecord):
+        return model.fingerprint
+    parts = Fingerprint()
     for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        step = max(1, -(-values.numel() // N_SAMPLES))
-        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
-        digest.update(values[::step].double().cpu().numpy().tobytes())
-    return digest.hexdigest()
+        parts.add(name, parameter)
+    return parts.of(model)
 
 
 def _restored(path: str | Path, tensors: dict[str, Tensor], template: Any) -> Any:

@@ -34,6 +34,7 @@ from wavelet_lm.interop.published_config import read_published_config
 from wavelet_lm.interop.published_names import Source, published_layout
 from wavelet_lm.models.checkpoint import check_finite, save_checkpoint
 from wavelet_lm.models.registry import build_model, model_without_weights
+from wavelet_lm.models.weights import StoredModel
 
 SUFFIXES = (".pt", ".pth")
 # What torch.compile and DistributedDataParallel put before the names, in any order.
@@ -52,9 +53,24 @@ def load_published(
     device: str | torch.device = "cpu",
     log: Callable[[str], object] = lambda line: None,
 ) -> nn.Module:
-    """The model of a published checkpoint, in eval mode on `device`.
+    """The model of a published checkpoint, in eval mode on `device`; as `stored_published`."""
+    stored = stored_published(path, device, log)
+    with torch.device(device):
+        model = build_model(stored.model.config, stored.model.vocab_size).to(stored.dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(stored.read(name))
+    return model.eval()
 
-    Its parameters are float32, or float64 where the file has such tensors.
+
+def stored_published(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    log: Callable[[str], object] = lambda line: None,
+) -> StoredModel:
+    """A published checkpoint, whose weights are read when a part of its model is at work on them.
+
+    They are float32, or float64 where the file has such tensors.
 
     Args:
         log: gets a line each for the config's ignored keys and for the tensors that nothing reads.
@@ -91,14 +107,9 @@ def load_published(
         log(f"{path.with_name('config.json')}: ignored keys of training: {', '.join(ignored)}")
     if unread := sorted(layout.unread & tensors.keys()):
         log(f"{path}: dropped tensors that nothing reads: {_some(unread)}")
-    with torch.device(device):
-        model = build_model(config, vocab_size)
-    if any(value.dtype == torch.float64 for value in values.values()):
-        model.double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(values[name])
-    return model.eval()
+    is_double = any(value.dtype == torch.float64 for value in values.values())
+    dtype = torch.float64 if is_double else torch.float32
+    return StoredModel(config, vocab_size, values.__getitem__, device, dtype)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

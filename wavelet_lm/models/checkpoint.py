@@ -20,15 +20,14 @@ from wavelet_lm.errors import UserError
 from wavelet_lm.files import atomic_path
 from wavelet_lm.json_files import brief, parse_json
 from wavelet_lm.models.registry import build_model, model_without_weights
-
-
-from wavelet_lm.models.registry import build_model
 from wavelet_lm.models.weights import StoredModel, TensorReader
 
 FORMAT = "wavelet_lm.1"
 QUANTIZED_FORMAT = "wavelet_lm.quantized.1"
 EXTRA = "training/"
 CHECKED_AT_ONCE = 2**20
+# A tensor of a model that is no weight has fewer values than this and the bytes of its file.
+BUFFER_VALUES = 2**27
 # What a model is trained in; whole numbers would be copied into its weights without a word.
 WEIGHT_DTYPES = ("F64", "F32", "BF16", "F16")
 
@@ -204,7 +203,6 @@ def find_checkpoint(path: str | Path) -> Path:
     return path
 
 
-<<<<<<< HEAD
 def check_finite(model: nn.Module, checkpoint: str | Path) -> None:
     """Raise `UserError` for weights that are NaN or infinite, with the name of the first ones."""
     for name, parameter in model.named_parameters():
@@ -220,18 +218,22 @@ def check_values(name: str, values: Tensor, checkpoint: str | Path) -> None:
             " finite (NaN or infinite); its training diverged or the file is damaged: use"
             " another checkpoint"
         )
-=======
+
+
 def stored_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> StoredModel:
-    """The model of a checkpoint, whose weights stay in the file until a part is at work.
+    """The model of a checkpoint, whose weights stay in the file until a part is at work on them.
 
     Raises:
         UserError: the file does not fit its config.
     """
-    read = TensorReader(checkpoint.path)
-    stored = StoredModel(checkpoint.config, checkpoint.vocab_size, read, device)
+    path, read = checkpoint.path, TensorReader(checkpoint.path)
+    config, vocab_size, most = checkpoint.config, checkpoint.vocab_size, path.stat().st_size
+    try:
+        stored = StoredModel(config, vocab_size, read, device, most=most + BUFFER_VALUES)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     checkpoint.check_fits(stored.model)
     return stored
->>>>>>> b602d22 (Prepare a model part by part, its weights read from the file as each is at work)
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:

@@ -7,14 +7,17 @@ each part gets its own for as long as it is read.
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
@@ -22,12 +25,6 @@ from wavelet_lm.models.language_model import LanguageModel
 from wavelet_lm.models.registry import build_model
 
 DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -36,10 +33,10 @@ DTYPES = {
 
 
 class TensorReader:
-    """The tensors of a safetensors file, each read into memory of its own.
+    """The weights in a safetensors file, each read into memory of its own.
 
     The library maps the file instead, and what was read of it counts as this process's memory until
-    it is closed. It has found the file whole before.
+    it is closed. It has found the file whole, and the names, shapes and types right, before.
     """
 
     def __init__(self, path: Path):
@@ -73,10 +70,14 @@ class StoredModel:
         read: from the name of a parameter to its values, on any device and in any dtype.
         device: where the weights go.
         dtype: of the weights.
-        see: gets every parameter's name and values, once, when they are first read.
+        most: values that a tensor may have.
+
+    Raises:
+        UserError: no such model can be built.
 
     Attributes:
         model: in eval mode; its parameters are on the meta device, its buffers are not.
+        see: gets every parameter's name and values, once, when they are first read.
     """
 
     def __init__(
@@ -86,13 +87,19 @@ class StoredModel:
         read: Callable[[str], Tensor],
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        most: float = math.inf,
     ):
-        with torch.device(device), _without_weights():
-            self.model: LanguageModel = build_model(config, vocab_size)
+        try:
+            with torch.device(device), _NoDraws(most), _dropped_weights():
+                self.model: LanguageModel = build_model(config, vocab_size)
+        except (ValueError, RuntimeError, TypeError, OverflowError, MemoryError) as error:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise UserError(f"no model of these sizes can be built ({reason})") from None
         self.model.to(dtype).eval()
         self.device = torch.device(device)
         self.see: Callable[[str, Tensor], object] = lambda name, values: None
-        self._read, self._seen = read, set[str]()
+        self.read, self.dtype = read, dtype
+        self._seen = set[str]()
         self._names = {id(p): name for name, p in self.model.named_parameters()}
 
     @contextmanager
@@ -119,7 +126,7 @@ class StoredModel:
 
     def _parameter(self, empty: nn.Parameter) -> nn.Parameter:
         name = self._names[id(empty)]
-        values = self._read(name).to(self.device, empty.dtype)
+        values = self.read(name).to(self.device, empty.dtype)
         if name not in self._seen:
             self._seen.add(name)
             self.see(name, values)
@@ -130,15 +137,60 @@ class StoredModel:
         return list(self._names.values())
 
 
+class _NoDraws(TorchFunctionMode):
+    """Inside, initial values are not drawn, which takes time, and memory is not touched for them.
+
+    (On the meta device that would be so by itself, but its arithmetic loads PyTorch's reference
+    implementations, 900 modules that take a second or two and 160 MB; and buffers need values.)
+
+    most: a tensor of more values is refused.
+    """
+
+    IN_PLACE = frozenset(
+        (
+            Tensor.normal_,
+            Tensor.uniform_,
+            nn.init.normal_,
+            nn.init.uniform_,
+            nn.init.kaiming_uniform_,
+            nn.init.trunc_normal_,
+        )
+    )
+
+    def __init__(self, most: float):
+        super().__init__()
+        self.most = most
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self.IN_PLACE:
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.randn:
+            func = torch.zeros  # which the system gives without touching them
+        if func is torch.eye and args[0] ** 2 > self.most:
+            raise self._too_large([args[0]] * 2)
+        made = func(*args, **kwargs)
+        if isinstance(made, Tensor) and made.numel() > self.most:
+            raise self._too_large(list(made.shape))
+        return made
+
+    @staticmethod
+    def _too_large(shape: list[int]) -> ValueError:
+        return ValueError(f"a tensor of {shape} is larger than all of the file")
+
+
 @contextmanager
-def _without_weights() -> Iterator[None]:
+def _dropped_weights() -> Iterator[None]:
     """Modules that this thread builds inside have their parameters on the meta device."""
     thread = threading.get_ident()
 
     def drop(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta or threading.get_ident() != thread:
             return None
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        empty = torch.empty_like(parameter, device="meta")
+        return nn.Parameter(empty, requires_grad=parameter.requires_grad)
 
     handle = register_module_parameter_registration_hook(drop)
     try:

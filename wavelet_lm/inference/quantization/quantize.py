@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.inference.prepared import prepare
-from wavelet_lm.inference.products import BatchedLinear, OneOfBatch, PreparedLinear, cast
+from wavelet_lm.inference.products import (
+    BatchedLinear,
+    OneOfBatch,
+    PreparedLinear,
+    cast,
+    computing_dtype,
+)
 from wavelet_lm.inference.quantization.backends import backend_layer
 from wavelet_lm.inference.quantization.gptq import InputMoments, quantize_compensated
 from wavelet_lm.inference.quantization.scheme import Scheme
@@ -24,6 +30,7 @@ from wavelet_lm.inference.quantization.weights import (
 )
 from wavelet_lm.models.language_model import LanguageModel
 from wavelet_lm.models.memory import SubKeys, ValueTable
+from wavelet_lm.models.weights import StoredModel
 
 MATRICES = (PreparedLinear, BatchedLinear)
 TABLES = (nn.Embedding, SubKeys, ValueTable)
@@ -33,7 +40,7 @@ CALIBRATION_BATCH = 8
 
 @torch.no_grad()
 def quantize(
-    model: LanguageModel,
+    model: LanguageModel | StoredModel,
     scheme: Scheme,
     *,
     dtype: torch.dtype | None = None,
@@ -52,8 +59,8 @@ def quantize(
         calibration: [n, T] tokens, which weights below 8 bits are compensated on; else None.
         progress: called with the name of each part that is calibrated.
     """
-    dtype = dtype or next(model.parameters()).dtype
     twin = prepare(model, adapt=adapt, precision=scheme.precision)
+    dtype = dtype or computing_dtype(twin)
     quantizer = _Quantizer(twin, scheme, dtype)
     if calibration is not None:
         for stage, names in _stages(twin, quantizer.compensable()):

@@ -1,0 +1,40 @@
+"""Memory that is given back when it is freed."""
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# glibc's parameter, and the sizes from which a block gets pages of its own: while a model is put
+# together, and after it (the largest that glibc itself would come to).
+M_MMAP_THRESHOLD = -3
+LOADING, COMPUTING = 256 * 1024, 32 * 1024 * 1024
+
+
+@contextmanager
+def returning_memory() -> Iterator[None]:
+    """Inside, tensors that are let go leave no holes behind that only small ones fit into.
+
+    glibc's heap keeps what was freed below what is in use, which for a model that is read part by
+    part comes to as much as the model. Other C libraries do as they like.
+    """
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, LOADING)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, COMPUTING)
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        libc = ctypes.CDLL(None)
+        return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    except OSError:
+        return None
