@@ -10,6 +10,9 @@ model = wavelet_lm.load_model("logs/RUN")
 tokenizer = wavelet_lm.load_tokenizer("logs/RUN")
 text = wavelet_lm.generate(model, tokenizer, "def main", num_tokens=64, seed=1)
 
+engine = wavelet_lm.Engine(model, tokenizer)  # the thing to keep: also streams and batches
+text = engine.generate("def main", num_tokens=64, seed=1)
+
 Importing the package loads nothing else of it: a name is fetched when it is first asked for.
 """
 
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wavelet_lm.config import Config, ConfigError
     from wavelet_lm.errors import UserError
-    from wavelet_lm.inference.generation import generate
+    from wavelet_lm.inference.engine import Engine, generate
     from wavelet_lm.inference.loading import load_model, load_tokenizer
     from wavelet_lm.models.registry import build_model
 
@@ -27,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Config",
     "ConfigError",
+    "Engine",
     "UserError",
     "build_model",
     "generate",
@@ -39,7 +43,8 @@ _HOMES = {
     "ConfigError": "wavelet_lm.config",
     "UserError": "wavelet_lm.errors",
     "build_model": "wavelet_lm.models.registry",
-    "generate": "wavelet_lm.inference.generation",
+    "Engine": "wavelet_lm.inference.engine",
+    "generate": "wavelet_lm.inference.engine",
     "load_model": "wavelet_lm.inference.loading",
     "load_tokenizer": "wavelet_lm.inference.loading",
 }

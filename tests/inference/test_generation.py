@@ -8,14 +8,13 @@ from torch import nn
 
 from tests.conftest import perturb, tiny_config
 from tests.models.test_properties import configs
-from wavelet_lm import UserError, build_model
+from wavelet_lm import UserError, build_model, generate
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import (
     NonFiniteOutput,
     TextStream,
     check_vocabulary,
     encode_prompt,
-    generate,
     sampled_tokens,
     start_token,
 )

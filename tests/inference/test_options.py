@@ -8,8 +8,8 @@ import torch
 
 from tests.conftest import tiny_config
 from wavelet_lm import UserError
+from wavelet_lm.inference.checks import MAX_SEED
 from wavelet_lm.inference.completion import CoherenceOptions, Strategy
-from wavelet_lm.inference.generation import MAX_SEED
 from wavelet_lm.inference.options import GenerationOptions, build_parser, parse_options
 from wavelet_lm.inference.prompts import Prompt
 from wavelet_lm.inference.quantization.options import QuantizationOptions

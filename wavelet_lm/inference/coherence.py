@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wavelet_lm.errors import UserError
+from wavelet_lm.inference.checks import check_number, check_whole
 
 if TYPE_CHECKING:
     from wavelet_lm.inference.decoder import TokenVectors
@@ -55,6 +56,9 @@ class WaveletCoherence:
         window: int = 64,
         levels: int = 3,
     ):
+        for name, value in (("window", window), ("levels", levels)):
+            check_whole(f"the {name} of wavelet_coherence", value, 0)
+        check_number("the weight of wavelet_coherence", weight)
         for name, value, allowed, words in (
             ("weight", weight, 0 <= weight <= LARGEST, f"between 0 and {LARGEST:g}"),
             ("window", window, window >= 1, "1 or more"),

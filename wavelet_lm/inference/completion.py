@@ -7,15 +7,12 @@ stop conditions. What text is shown as it comes, and where, is the caller's affa
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +21,7 @@ from wavelet_lm.errors import UserError
 from wavelet_lm.inference.coherence import WaveletCoherence
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import Drawn, check_vocabulary, sampled_tokens
+from wavelet_lm.inference.interrupts import ctrl_c_as_flag
 from wavelet_lm.inference.lookahead import lookahead_tokens
 from wavelet_lm.inference.rows import Completion, Request, Row
 from wavelet_lm.inference.sampling import SamplingOptions
@@ -37,6 +35,10 @@ if TYPE_CHECKING:
 LINE_TOKENS = 256
 # Gets the row of a batch and the text that it has grown by.
 Show = Callable[[int, str], object]
+
+
+# The row of a batch and the text that it has grown by; the completions at its end.
+Pieces: TypeAlias = "Generator[tuple[int, str], None, list[Completion]]"
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ class Writer:
         started = time.perf_counter()
         old = [[]] * len(texts) if before is None else before.texts
         whole = [[*a, *b] for a, b in zip(old, texts, strict=True)]
+        for decoder in filter(None, (self.decoder, self.draft)):
+            decoder.check_length(max(map(len, whole)))
         logits, state = self.decoder.prefill(texts, None if before is None else before.state)
         draft = None
         if self.draft is not None:
@@ -208,11 +212,26 @@ class Writer:
             NonFiniteOutput: where the model's logits are.
             UserError: the compiler failed, or a text would be longer than the model can read.
         """
-        self.check_lengths(reading.texts, requests)
         with ctrl_c_as_flag() as pressed:
-            if self.strategy.best_of_n > 1:
-                return self._write_best(reading, requests, show, pressed)
-            return self._write_rows(reading, requests, show, pressed)
+            pieces = self.pieces(reading, requests, pressed)
+            while True:
+                try:
+                    row, piece = next(pieces)
+                except StopIteration as end:
+                    return end.value
+                show(row, piece)
+
+    def pieces(
+        self, reading: Reading, requests: Sequence[Request], pressed: Sequence[int] = ()
+    ) -> Pieces:
+        """As `write`: the pieces as they come, and the completions as the generator's value.
+
+        pressed: all texts end where they are once there is something in it.
+        """
+        self.check_lengths(reading.texts, requests)
+        if self.strategy.best_of_n > 1:
+            return self._write_best(reading, requests, pressed)
+        return self._write_rows(reading, requests, pressed)
 
     def check_lengths(self, texts: Sequence[Sequence[int]], requests: Sequence[Request]) -> None:
         """Raise `UserError` where a text and what is asked for is more than the models can read."""
@@ -223,8 +242,8 @@ class Writer:
                 decoder.check_length(n_read)
 
     def _write_best(
-        self, reading: Reading, requests: Sequence[Request], show: Show, pressed: list[int]
-    ) -> list[Completion]:
+        self, reading: Reading, requests: Sequence[Request], pressed: Sequence[int]
+    ) -> Pieces:
         n, best = self.strategy.best_of_n, []
         for row, request in enumerate(requests):
             tries = [replace(request, seed=request.seed + i) for i in range(n)]
@@ -232,31 +251,31 @@ class Writer:
             while len(found) < n and not pressed:
                 group = tries[len(found) :][: self.strategy.batch_size]
                 forks = self.fork(reading, [row] * len(group))
-                found += self._write_rows(forks, group, lambda row, piece: None, pressed)
+                found += yield from _as_row(None, self._write_rows(forks, group, pressed))
             if not found:
                 break
             best.append(max(found, key=lambda completion: completion.mean_log_prob))
             figures = ", ".join(f"{c.seed}: {c.mean_log_prob:.4f}" for c in found)
             self._log(f"best of {n}: seed {best[-1].seed}; mean log-probabilities {figures}")
-            show(row, best[-1].text)
+            yield row, best[-1].text
         return best
 
     def _write_rows(
-        self, reading: Reading, requests: Sequence[Request], show: Show, pressed: list[int]
-    ) -> list[Completion]:
+        self, reading: Reading, requests: Sequence[Request], pressed: Sequence[int]
+    ) -> Pieces:
         if len(requests) == 1 or self.draft is None:
-            return self._write_batch(reading, requests, show, pressed)
+            return (yield from self._write_batch(reading, requests, pressed))
         completions = []  # a draft writes one text at a time
         for row, request in enumerate(requests):
             if not pressed:
                 alone = self.fork(reading, [row])
-                shown = lambda _, piece, row=row: show(row, piece)  # noqa: E731
-                completions += self._write_batch(alone, [request], shown, pressed)
+                pieces = self._write_batch(alone, [request], pressed)
+                completions += yield from _as_row(row, pieces)
         return completions
 
     def _write_batch(
-        self, reading: Reading, requests: Sequence[Request], show: Show, pressed: list[int]
-    ) -> list[Completion]:
+        self, reading: Reading, requests: Sequence[Request], pressed: Sequence[int]
+    ) -> Pieces:
         end_of_text = None if self.strategy.ignore_eot else self.tokenizer.end_of_text
         clean_after = map(self._line_before, reading.texts)
         rows = [
@@ -269,10 +288,10 @@ class Writer:
             for step in self._steps(reading, requests, coherence, counts):
                 for i, (row, drawn) in enumerate(zip(rows, step, strict=True)):
                     if row.reason is None:
-                        show(i, row.take(drawn))
+                        yield i, row.take(drawn)
                 for i, row in enumerate(rows) if pressed else ():
                     if row.reason is None:
-                        show(i, row.end("interrupted"))
+                        yield i, row.end("interrupted")
                 if all(row.reason for row in rows):
                     break
         texts = [text + row.tokens for text, row in zip(reading.texts, rows, strict=True)]
@@ -361,21 +380,12 @@ class Writer:
             torch.cuda.synchronize(self.decoder.device)
 
 
-@contextmanager
-def ctrl_c_as_flag() -> Iterator[list[int]]:
-    """A list that Ctrl-C makes non-empty, so that no token is cut in two; a second one raises."""
-    pressed: list[int] = []
-
-    def note(signum: int, frame: object) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)
+def _as_row(row: int | None, pieces: Pieces) -> Pieces:
+    """The pieces of one text as those of another row; none at all for None."""
+    while True:
+        try:
+            _, piece = next(pieces)
+        except StopIteration as end:
+            return end.value
+        if row is not None:
+            yield row, piece

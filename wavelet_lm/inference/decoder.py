@@ -61,6 +61,7 @@ class Decoder:
         compile: bool = False,
         adapt: bool | None = None,
     ):
+        prepared = model
         if isinstance(model, (LanguageModel, StoredModel)):
             if adapt is None:
                 original = model.model if isinstance(model, StoredModel) else model
@@ -68,9 +69,10 @@ class Decoder:
             model = prepare(model, dtype, adapt=adapt)
             if next(model.parameters()).is_cpu and computing_dtype(model) != torch.float64:
                 use_cpu_layout(model)
-            self.vectors = TokenVectors(model)
+            prepared = model
             model = apply_context(model, context)
         self.model = model
+        self.vectors = TokenVectors(prepared)
         self.adapts = bool(adapt)
         self.compile = compile
         for given, what in ((compile, "compile"), (context.startswith("recompute"), context)):
@@ -97,7 +99,9 @@ class Decoder:
         Returns:
             Next-token logits [B, V], float32 at least, and the state after every row's own end.
         """
-        if state is not None and self.adapts:
+        if state is None:
+            self.check_length(max(map(len, texts)))
+        elif self.adapts:
             state = self.model.resting(state)
         if self.device.type != "cpu":
             return self._read_together(texts, state)
@@ -182,16 +186,23 @@ class Decoder:
 
 
 class TokenVectors:
-    """The embeddings of tokens; those of a multinodal model's cells side by side."""
+    """The embeddings of tokens; those of a multinodal model's cells side by side.
 
-    def __init__(self, model: LanguageModel):
+    Of a model that is none of the project's nothing is known, and its tokens are all alike.
+    """
+
+    def __init__(self, model: nn.Module):
         cells = model.cells if isinstance(model, MultinodalLM) else [model]
-        self._tables = [cell.embedding for cell in cells]
+        self._tables = (
+            [cell.embedding for cell in cells] if isinstance(model, LanguageModel) else []
+        )
         self.device = next(model.parameters()).device
 
     @torch.no_grad()
     def __getitem__(self, tokens: Tensor) -> Tensor:
         """Tokens [n] -> [n, C]."""
+        if not self._tables:
+            return torch.zeros(len(tokens), 1, device=self.device)
         return torch.cat([table(tokens) for table in self._tables], dim=-1)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.errors import UserError
+from wavelet_lm.inference.checks import check_seed
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.random_numbers import uniforms
 from wavelet_lm.inference.sampling import SamplingOptions, draw, entropy, log_probs_of
@@ -18,7 +19,6 @@ from wavelet_lm.inference.sampling import SamplingOptions, draw, entropy, log_pr
 if TYPE_CHECKING:
     from wavelet_lm.data.tokenizers import Tokenizer
 
-MAX_SEED = 2**63 - 1
 # Random numbers that one token may take: plain sampling needs one, speculative sampling more.
 NUMBERS_PER_TOKEN = 4
 
@@ -50,42 +50,6 @@ class TopPSource(Protocol):
     every: int
 
     def top_p(self, texts: Sequence[Sequence[int]]) -> Tensor: ...
-
-
-def generate(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    prompt: str,
-    num_tokens: int = 64,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    seed: int = 1,
-    ignore_eot: bool = False,
-) -> str:
-    """Continue `prompt`; returns the new text only, without the prompt.
-
-    It ends after `num_tokens` tokens, or where the model ends the text (end-of-text token) unless
-    `ignore_eot`. The same seed gives the same text. Raises `UserError` for options out of range, a
-    prompt that the tokenizer cannot encode, and output that is not finite.
-    """
-    options = SamplingOptions(temperature, top_k, top_p, repetition_penalty)
-    check_seed(seed)
-    text = TextStream(tokenizer)
-    pieces: list[str] = []
-    if num_tokens > 0:
-        decoder = Decoder(model, context="auto")
-        prompt_ids = encode_prompt(tokenizer, prompt)
-        decoder.check_length(len(prompt_ids) + num_tokens - 1)
-        logits, state = decoder.prefill([prompt_ids])
-        steps = sampled_tokens(decoder, logits, state, [prompt_ids], options, [seed])
-        for _, (drawn,) in zip(range(num_tokens), steps, strict=False):
-            if drawn.token == tokenizer.end_of_text and not ignore_eot:
-                break
-            pieces.append(text.feed(drawn.token))
-    return "".join(pieces) + text.finish()
 
 
 def sampled_tokens(
@@ -212,13 +176,6 @@ def seen_tokens(texts: Sequence[Sequence[int]], vocab_size: int, device: torch.d
     for row, text in zip(seen, texts, strict=True):
         row[torch.tensor(list(text), dtype=torch.int64)] = True
     return seen.to(device)
-
-
-def check_seed(seed: int) -> int:
-    """The seed, if it is one that every generator takes."""
-    if not 0 <= seed <= MAX_SEED:
-        raise UserError(f"seed is {seed}; it must be between 0 and {MAX_SEED}")
-    return seed
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

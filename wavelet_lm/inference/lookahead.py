@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wavelet_lm.errors import UserError
+from wavelet_lm.inference.checks import check_seed
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import (
     NUMBERS_PER_TOKEN,
@@ -21,7 +22,6 @@ from wavelet_lm.inference.generation import (
     NonFiniteOutput,
     Readout,
     TopPSource,
-    check_seed,
     seen_tokens,
 )
 from wavelet_lm.inference.random_numbers import uniforms

@@ -41,7 +41,7 @@ def open_writer(
 def _open_writer(
     options: GenerationOptions, device: torch.device, log: Callable[[str], object]
 ) -> Writer:
-    opened = _open(options.checkpoint, device, log)
+    opened = open_checkpoint(options.checkpoint, device, log)
     empty, tokenizer = opened.empty, opened.tokenizer
     strategy = options.strategy(empty.config)
     how = options.decoding(empty.config, device)
@@ -65,7 +65,7 @@ def _open_writer(
         decoder = Decoder(twin, **how, adapt=adapts)
     draft = None
     if options.draft is not None:
-        other = _open(options.draft, device, log)
+        other = open_checkpoint(options.draft, device, log)
         if other.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(
                 f"{options.draft}: its tokenizer ({other.tokenizer.name}) is not that of"
@@ -79,7 +79,7 @@ def _open_writer(
     return Writer(decoder, record, tokenizer, strategy, draft, auto_compile=auto, log=log)
 
 
-class _Opened:
+class OpenedCheckpoint:
     """A checkpoint whose weights are looked at as they are read.
 
     Attributes:
@@ -108,10 +108,17 @@ class _Opened:
         return ModelRecord(self.empty.config, self.empty.vocab_size, fingerprint)
 
 
-def _open(path: str, device: torch.device, log: Callable[[str], object]) -> _Opened:
+def open_checkpoint(
+    path: str, device: torch.device, log: Callable[[str], object]
+) -> OpenedCheckpoint:
+    """The model and the tokenizer of a run folder or a checkpoint.
+
+    Raises:
+        UserError: it is missing, damaged, has no tokenizer or another model's.
+    """
     checkpoint = find_checkpoint(path)
     model, tokenizer = open_model(checkpoint, device, log), load_tokenizer(path)
-    opened = _Opened(model, tokenizer, checkpoint)
+    opened = OpenedCheckpoint(model, tokenizer, checkpoint)
     try:
         check_vocabulary(opened.empty, tokenizer)
     except UserError as error:

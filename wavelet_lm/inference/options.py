@@ -11,10 +11,10 @@ import torch
 
 from wavelet_lm.config import Config, OneLineParser
 from wavelet_lm.errors import UserError
+from wavelet_lm.inference.checks import MAX_SEED, check_seed, check_stop, check_whole
 from wavelet_lm.inference.coherence import WaveletCoherence
 from wavelet_lm.inference.completion import CoherenceOptions, Strategy
 from wavelet_lm.inference.contexts import parse_context
-from wavelet_lm.inference.generation import MAX_SEED, check_seed
 from wavelet_lm.inference.prompts import Prompt, read_piped, read_prompts, read_text
 from wavelet_lm.inference.quantization.options import (
     QuantizationOptions,
@@ -128,14 +128,13 @@ class GenerationOptions:
             ("draft_tokens", 1),
         ):
             value = getattr(self, name)
-            if value is not None and not value >= lowest:
-                raise UserError(f"{name} is {value}; it must be {lowest} or more")
+            if value is not None:
+                check_whole(name, value, lowest)
         for name, choices in (("dtype", ("auto", *DTYPES)), ("compile", ("auto", "true", "false"))):
             if getattr(self, name) not in choices:
                 allowed = ", ".join(choices[:-1]) + f" or {choices[-1]}"
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
-        if "" in self.stop:
-            raise UserError("stop is empty, which every text holds; give some text or leave it out")
+        check_stop(self.stop)
         self._check_seeds(self.seed)
         self._sampling({})  # checks its own values
 
@@ -183,7 +182,11 @@ class GenerationOptions:
     def _given(self) -> set[str]:
         """The flags that ask for something."""
         values = dataclasses.asdict(self)
-        unset = {key for key, v in values.items() if v is None or v is False or v == ()}
+        unset = {
+            k
+            for k, v in values.items()
+            if v is None or v is False or (isinstance(v, tuple) and not v)
+        }
         return values.keys() - unset - {key for key in ("n", "best_of_n") if values[key] == 1}
 
     # --- what they come to, with the config of the run -------------------------------------------

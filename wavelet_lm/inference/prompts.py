@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wavelet_lm.errors import UserError
-from wavelet_lm.inference.generation import MAX_SEED
+from wavelet_lm.inference.checks import MAX_SEED
 from wavelet_lm.json_files import brief, parse_json
 
 STANDARD_INPUT = "-"

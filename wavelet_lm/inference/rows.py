@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from wavelet_lm.inference.checks import check_seed, check_stop, check_whole
 from wavelet_lm.inference.generation import Drawn, TextStream
 from wavelet_lm.inference.metrics import text_metrics
 from wavelet_lm.inference.spacing import CleanContinuation
@@ -24,6 +25,11 @@ class Request:
     seed: int
     num_tokens: int
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        check_whole("num_tokens", self.num_tokens, 0)
+        check_stop(self.stop)
 
 
 class Timings(NamedTuple):

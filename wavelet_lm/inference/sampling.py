@@ -8,6 +8,7 @@ Every option has a range in which no step leaves float32: from finite logits com
 that is finite and sums to 1, whatever the options.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from wavelet_lm.errors import UserError
+from wavelet_lm.inference.checks import check_number, check_whole
 
 # What an option may be, with room to spare in float32, in which it is computed with. As a factor of
 # logits the largest puts all but the first of them out of reach anyway.
@@ -45,9 +47,12 @@ class SamplingOptions:
     entropy_temp_max: float = 1.5
 
     def __post_init__(self) -> None:
+        check_whole("top_k", self.top_k, 0)
+        for field in dataclasses.fields(self):
+            if field.name not in ("top_k", "entropy_adaptive"):
+                check_number(field.name, getattr(self, field.name))
         for name, allowed, words in (
             ("temperature", 0 <= self.temperature <= LARGEST, f"between 0 and {LARGEST:g}"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("top_p", SMALLEST <= self.top_p <= 1, f"between {SMALLEST:g} and 1"),
             (
                 "repetition_penalty",
