@@ -67,6 +67,7 @@ NEEDED = {  # what each needs beside a flag
     "wavelet_lm/models/__main__.py": ["config.json"],
     "wavelet_lm/data/tasks/listops.py": ["FOLDER"],
     "benchmarks/context_length.py": ["RUN", "--text", "TEXT"],
+    "benchmarks/plot_run.py": ["RUN"],
 }
 
 
