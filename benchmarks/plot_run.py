@@ -1,7 +1,7 @@
 """Draw what runs wrote while they trained: losses, bits per byte, learning rate, speed.
 
     python benchmarks/plot_run.py logs/RUN --plot run.png
-    python benchmarks/plot_run.py logs/ONE logs/OTHER --plot both.png
+    python benchmarks/plot_run.py logs/ONE --beside logs/OTHER --plot both.png
 
 Reads `metrics.jsonl` of each run folder, of one that is still training too. The training loss is
 that of single batches, drawn pale, and their moving median over some steps.
@@ -30,13 +30,13 @@ MEDIAN_OF = 15  # lines of metrics.jsonl in a moving median
 
 
 def main() -> None:
-    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser = OneLineParser(run="run folder", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--beside", nargs="+", default=[], metavar="RUN", help="other run folders")
     parser.add_argument("--plot", default="run.png", metavar="FILE", help="[run.png]")
     args = parser.parse_args()
     check_plot(args.plot)
     check_targets([args.plot])
-    plot(args.plot, {name: metrics(name) for name in args.runs})
+    plot(args.plot, {name: metrics(name) for name in [args.checkpoint, *args.beside]})
     print(args.plot)
 
 

@@ -28,8 +28,9 @@ def test_runs_are_drawn_side_by_side_also_while_they_train(tmp_path, monkeypatch
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(lines(n, torn='{"event": "tr'))
     target = tmp_path / f"both{ending}"
-    runs = [str(tmp_path / name) for name in ("one", "other")]
-    monkeypatch.setattr("sys.argv", ["plot_run.py", *runs, "--plot", str(target)])
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    arguments = ["plot_run.py", one, "--beside", other, "--plot", str(target)]
+    monkeypatch.setattr("sys.argv", arguments)
     plot_run.main()
     assert target.stat().st_size > 1000
     assert capsys.readouterr().out.strip() == str(target)
