@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from wavelet_lm.transforms.exponential_mean import ExponentialMean, linear_recurrence
+from wavelet_lm.transforms.means import ExponentialMean, linear_recurrence
 
 
 def make(C: int = 3) -> ExponentialMean:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wavelet_lm.errors import UserError
+from wavelet_lm.transforms.history import Clock, Ring
 from wavelet_lm.transforms.moving_averages import (
     MovingAverages,
     channel_levels,
@@ -17,7 +18,6 @@ from wavelet_lm.transforms.moving_averages import (
     haar_kernels,
     wavelet_kernels,
 )
-from wavelet_lm.transforms.ring import Clock, Ring
 
 KINDS = ("haar", "learnable", "ema", "db2", "sym4", "coif1", "bior2.2", "dmey")
 

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wavelet_lm.transforms.running_mean import running_mean
+from wavelet_lm.transforms.means import running_mean
 
 
 def test_equals_slow_loop():

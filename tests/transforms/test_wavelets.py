@@ -8,8 +8,9 @@ from torch.autograd import gradcheck
 from torch.utils._pytree import tree_leaves
 
 from tests.conftest import perturb, tiny_config
+from wavelet_lm.models.wavelets import build_wavelet
 from wavelet_lm.transforms.haar import HaarWavelet
-from wavelet_lm.transforms.lifting import LiftingWavelet, build_wavelet
+from wavelet_lm.transforms.lifting import LiftingWavelet
 from wavelet_lm.transforms.packets import WaveletPackets
 
 VARIANTS = {
@@ -158,7 +159,7 @@ def test_data_dependent_nets_are_their_formula():
 
 @pytest.mark.parametrize("init", ["haar", "zero", "random"])
 def test_data_dependent_nets_start_as_the_static_ones(init):
-    net = LiftingWavelet(tiny_config(lifting_data_dependent=2), 8, init).predict[2]
+    net = LiftingWavelet(3, 8, init, rank=2).predict[2]
     c = torch.randn(3, 8)
     assert torch.equal(net(c), net.net(c))
     net(c).sum().backward()
@@ -176,13 +177,13 @@ def test_haar_bands_are_scaled_block_sums():
 
 def test_initial_nets():
     eye = torch.eye(8)
-    haar = LiftingWavelet(tiny_config(lifting_hidden_mult=2), 8, "haar")
+    haar = LiftingWavelet(3, 8, "haar", hidden_mult=2)
     first, last = haar.update[0][0], haar.update[0][3]
     assert torch.equal(first.weight[:8], eye)
     assert torch.equal(last.weight[:, :8], 0.5 * eye)
     assert 0.005 < first.weight[8:].std() < 0.02
     assert torch.equal(haar.predict[1][3].weight[:, :8], eye)
-    zero = LiftingWavelet(tiny_config(), 8, "zero")
+    zero = LiftingWavelet(3, 8, "zero")
     assert not zero.predict[0][3].weight.any()
     for wavelet in (haar, zero):
         assert not any(p.any() for n, p in wavelet.named_parameters() if n.endswith("bias"))
@@ -210,9 +211,9 @@ def test_a_new_multi_basis_wavelet_nearly_inverts():
 
 def test_level_scaling():
     torch.manual_seed(0)
-    plain = LiftingWavelet(tiny_config(), 8, "haar")
+    plain = LiftingWavelet(3, 8, "haar")
     torch.manual_seed(0)
-    scaled = LiftingWavelet(tiny_config(stable_parametrization=True), 8, "haar")
+    scaled = LiftingWavelet(3, 8, "haar", level_scaling=True)
     for k in range(3):
         expected = plain.update[k][3].weight / (1 + 0.1 * k)
         torch.testing.assert_close(scaled.update[k][3].weight, expected)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.language_model import LanguageModel
 from wavelet_lm.models.multinodal import MultinodalLM
-from wavelet_lm.transforms.windowed_mean import WindowedMean
+from wavelet_lm.transforms.means import WindowedMean
 
 
 class Context(NamedTuple):

@@ -20,7 +20,7 @@ from wavelet_lm.inference.contexts import apply_context
 from wavelet_lm.inference.prepared import prepare, weight_bytes_per_token
 from wavelet_lm.inference.products import computing_dtype
 from wavelet_lm.inference.quantization.weights import use_cpu_layout
-from wavelet_lm.inference.static_state import StaticState, is_block_state
+from wavelet_lm.inference.static_state import StaticState
 from wavelet_lm.models.gpt import check_length
 from wavelet_lm.models.language_model import LanguageModel
 from wavelet_lm.models.multinodal import MultinodalLM
@@ -140,7 +140,7 @@ class Decoder:
 
     def start(self, state: Any, max_step: int = 1) -> Session:
         """Decode on from a state, up to `max_step` tokens at once."""
-        if not all(map(is_block_state, tree_leaves(state, is_leaf=is_block_state))):
+        if not isinstance(self.model, LanguageModel):
             return FunctionalSession(self, state, max_step)
         if self.adapts and max_step > 1:
             raise UserError("fast weights that learn cannot be taken back: fwpkm_inference_updates")
@@ -243,7 +243,7 @@ class StaticSession(Session):
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         self._check_length()
-        logits, self._state.blocks = self.decoder.model(tokens, self._state.blocks)
+        logits, self._state.state = self.decoder.model(tokens, self._state.state)
         self._state.clock.advance(tokens.shape[1])
         return _wide(logits)
 

@@ -30,7 +30,7 @@ from wavelet_lm.models.memory import ProductKeyMemory
 from wavelet_lm.models.multinodal import MultinodalLM
 from wavelet_lm.models.wavelet_lm import WaveletLM
 from wavelet_lm.models.weights import StoredModel
-from wavelet_lm.transforms.crawl import Crawl, Filter
+from wavelet_lm.transforms.delays import Crawl, Filter
 from wavelet_lm.transforms.lifting import LiftingWavelet
 
 # What the weights of a component are kept in, by its name (`COMPONENTS`): weights of one kind can

@@ -14,8 +14,13 @@ from wavelet_lm.models.layers import Gain, PhaseGate, ScaleNorm
 from wavelet_lm.models.memory import FastWeightMemory, FastWeights, ProductKeyMemory
 from wavelet_lm.models.mixer import SpectralMixer
 from wavelet_lm.models.mlp import MLP
-from wavelet_lm.transforms.exponential_mean import ExponentialMean, ExponentialMeanState
-from wavelet_lm.transforms.running_mean import RunningMeanState, running_mean
+from wavelet_lm.transforms.means import (
+    ExponentialMean,
+    ExponentialMeanState,
+    RunningMeanState,
+    WindowedMeanState,
+    running_mean,
+)
 
 PROJECTION_GAIN = 1e-3
 
@@ -28,7 +33,7 @@ class BlockState(NamedTuple):
     """
 
     wavelet: tuple[Tensor, ...]
-    mean: RunningMeanState | ExponentialMeanState | None
+    mean: RunningMeanState | WindowedMeanState | ExponentialMeanState | None
     memory: FastWeights | None
 
 

@@ -18,9 +18,7 @@ from wavelet_lm.models.memory import ProductKeyMemory
 from wavelet_lm.models.mixer import SpectralMixer
 from wavelet_lm.models.registry import model_without_weights, n_params
 from wavelet_lm.models.wavelet_lm import WaveletLM
-from wavelet_lm.transforms.lifting import MultiBasisWavelet
 from wavelet_lm.transforms.moving_averages import LearnedFilters
-from wavelet_lm.transforms.packets import WaveletPackets
 
 # The first pattern that a parameter's name matches says what it is a part of.
 COMPONENTS = {
@@ -122,7 +120,7 @@ def breakdown(config: Config, vocab_size: int) -> Breakdown:
             flops = BACKWARD * 2 * size * runs * len(cells)
             components["routing and bypass"] += Cost(0, size, flops, size, size * runs)
     applications = len(cells[0].order) * config.loop_iterations
-    reach = _wavelet_reach(cells[0].wavelets[0])
+    reach = cells[0].wavelets[0].reach
     return Breakdown(
         n_params=n_params(model),
         components={name: cost for name, cost in components.items() if cost != Cost()},
@@ -258,14 +256,6 @@ def _hadamard_flops(model: WaveletLM) -> int:
         inward = signal if mixer.reads_rotated else min(signal, mixer.n_weight_rows)
         flops += 2 * 2 * config.padded_channels * sum(mixer.rotate.sizes) * (signal + inward)
     return flops * config.loop_iterations // positions
-
-
-def _wavelet_reach(wavelet: nn.Module) -> int:
-    if isinstance(wavelet, MultiBasisWavelet):
-        wavelet = wavelet.bases[0]
-    if isinstance(wavelet, WaveletPackets):
-        wavelet = wavelet.wavelet
-    return sum(delay.max_lag for delay in wavelet.delays)
 
 
 def as_dict(result: Breakdown) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.attention import Attention
 from wavelet_lm.models.language_model import LanguageModel
+from wavelet_lm.transforms.history import Clock, Ring, counted
 from wavelet_lm.transforms.moving_averages import MovingAverages
-from wavelet_lm.transforms.ring import Ring
 
 INIT_STD = 0.02
 
@@ -22,12 +22,11 @@ class GPTBlockState(NamedTuple):
 
     attention: keys and values [B, block_size − 1, 2C]; average: of the moving averages after the
     block, None where there are none; count: [B] int64, the positions read, of all blocks the same.
-    In decoding `Ring`s stand in place of the first two and the clock's position in that of count.
     """
 
-    attention: Tensor | Ring
+    attention: Tensor | Ring | None
     average: Tensor | Ring | None
-    count: Tensor
+    count: Tensor | Clock
 
 
 State = tuple[GPTBlockState, ...]
@@ -103,12 +102,12 @@ class GPT(LanguageModel):
         if state is None:
             check_length(T, self.longest)
             return offsets
-        positions = state[0].count[:, None] + offsets
-        if isinstance(state[0].attention, Ring):
-            # Decoding reads ahead of a text's end and takes back: what comes there is not used.
-            return positions.clamp(max=self.longest - 1)
-        check_length(int(state[0].count.max()) + T, self.longest)
-        return positions
+        count = counted(state[0].count)
+        n_read = count.largest()
+        if n_read is not None:
+            check_length(n_read + T, self.longest)
+        # Decoding reads ahead of a text's end and takes back: what comes there is not used.
+        return (count.position[:, None] + offsets).clamp(max=self.longest - 1)
 
 
 class GPTBlock(nn.Module):
@@ -132,17 +131,16 @@ class GPTBlock(nn.Module):
 
     def forward(self, x: Tensor, state: GPTBlockState | None) -> tuple[Tensor, GPTBlockState]:
         """[B, T, C] -> [B, T, C], a text or its next chunk, and the state after it."""
-        cache, average, count = (None, None, None) if state is None else state
+        B, T, _ = x.shape
+        if state is None:
+            state = GPTBlockState(None, None, torch.zeros(B, dtype=torch.int64, device=x.device))
+        cache, average, count = state
         update, cache = self.attention(self.norm1(x), cache, count)
         x = x + update
         x = x + self.mlp(self.norm2(x))
         if self.average is not None:
             x, average = self.average(x, average)
-        if not isinstance(cache, Ring):
-            B, T, _ = x.shape
-            read = torch.full((B,), T, dtype=torch.int64, device=x.device)
-            count = read if count is None else count + read
-        return x, GPTBlockState(cache, average, count)
+        return x, GPTBlockState(cache, average, counted(count).after(T))
 
 
 class GPTMLP(nn.Module):

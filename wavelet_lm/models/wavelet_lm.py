@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from wavelet_lm.config import Config
 from wavelet_lm.models.block import Block, BlockState
 from wavelet_lm.models.language_model import LanguageModel
-from wavelet_lm.transforms.lifting import build_wavelet
+from wavelet_lm.models.wavelets import build_wavelet
 
 State = tuple[BlockState, ...]
 

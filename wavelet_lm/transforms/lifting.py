@@ -13,54 +13,54 @@ The inverse needs no past: c_k = √2 c_{k+1} − U_k(d_k).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from wavelet_lm.config import ModelConfig
-from wavelet_lm.transforms.crawl import Crawl, Shift
-from wavelet_lm.transforms.haar import HaarWavelet
-from wavelet_lm.transforms.packets import WaveletPackets
+from wavelet_lm.transforms.delays import Crawl, Shift
+from wavelet_lm.transforms.history import Ring
+from wavelet_lm.transforms.wavelet import Histories, Wavelet
 
 INIT_NOISE = 0.01
+INITS = ("haar", "zero", "random")
 
 
-def build_wavelet(config: ModelConfig, channels: int) -> nn.Module:
-    """The decomposition that the config names, for signals [B, T, channels]."""
-    if config.wavelet_mode == "haar":
-        wavelet: nn.Module = HaarWavelet(config.levels)
-        return WaveletPackets(wavelet) if config.wavelet_packets else wavelet
-    if config.multi_basis_lifting:
-        return MultiBasisWavelet(config, channels)
-    return build_lifting(config, channels, config.lifting_init)
-
-
-def build_lifting(config: ModelConfig, channels: int, init: str) -> nn.Module:
-    """A lifting wavelet, or the packets of one."""
-    wavelet = LiftingWavelet(config, channels, init)
-    return WaveletPackets(wavelet) if config.wavelet_packets else wavelet
-
-
-class LiftingWavelet(nn.Module):
-    """`decompose` into levels + 1 bands and `reconstruct` from them.
+class LiftingWavelet(Wavelet):
+    """A wavelet whose predict and update nets are learned.
 
     The reconstruction uses the decomposition's own update nets, and then inverts it exactly, or
-    nets of its own (`untied_reconstruction`).
+    nets of its own.
+
+    Args:
+        levels: L.
+        channels: C of the signal.
+        init: how the nets start (`lifting_net`).
+        crawl: lags of the learned mixture that delays a level; 0 = a plain shift by 2^k.
+        untied: own update nets for the reconstruction.
+        net: further arguments of `lifting_net`.
     """
 
-    def __init__(self, config: ModelConfig, channels: int, init: str):
+    def __init__(
+        self,
+        levels: int,
+        channels: int,
+        init: str = "haar",
+        *,
+        crawl: int = 0,
+        untied: bool = False,
+        **net: int | float | bool,
+    ):
         super().__init__()
-        levels = range(config.levels)
         self.delays = nn.ModuleList(
-            Crawl(k, config.wavelet_crawl_k) if config.wavelet_crawl else Shift(2**k)
-            for k in levels
+            Crawl(k, crawl) if crawl else Shift(2**k) for k in range(levels)
         )
 
         def nets(gain: float) -> nn.ModuleList:
-            return nn.ModuleList(lifting_net(config, channels, k, init, gain) for k in levels)
+            return nn.ModuleList(lifting_net(channels, k, init, gain, **net) for k in range(levels))
 
         self.predict, self.update = nets(1.0), nets(0.5)
-        self.own_update = nets(0.5) if config.untied_reconstruction else None
+        self.own_update = nets(0.5) if untied else None
 
     @property
     def is_static(self) -> bool:
@@ -68,43 +68,15 @@ class LiftingWavelet(nn.Module):
         return not isinstance(self.update[0], DataDependentNet)
 
     def split(
-        self, k: int, x: Tensor, history: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Level k of x [B, T, …, C]: approximation, detail, and the history of the delay."""
+        self, k: int, x: Tensor, history: Tensor | Ring | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | Ring]:
         past, history = self.delays[k](x.flatten(2), history)
         detail = (past.view_as(x) - self.predict[k](x)) / math.sqrt(2)
         return (x + self.update[k](detail)) / math.sqrt(2), detail, history
 
     def merge(self, k: int, approximation: Tensor, detail: Tensor) -> Tensor:
-        """The inverse of `split`, pointwise in time."""
         updates = self.update if self.own_update is None else self.own_update
         return math.sqrt(2) * approximation - updates[k](detail)
-
-    def decompose(
-        self, x: Tensor, state: tuple[Tensor, ...] | None = None
-    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """Split a signal into bands.
-
-        Args:
-            x: [B, T, C], a whole signal or its next chunk.
-            state: per level the positions that its delay still needs; None starts a text.
-
-        Returns:
-            The bands [a, d_{L−1}, …, d_0], coarse to fine, each [B, T, C], and the state.
-        """
-        details, histories = [], []
-        for k in range(len(self.delays)):
-            x, detail, history = self.split(k, x, None if state is None else state[k])
-            details.append(detail)
-            histories.append(history)
-        return [x, *reversed(details)], tuple(histories)
-
-    def reconstruct(self, bands: list[Tensor]) -> Tensor:
-        """Bands, coarse to fine, back to [B, T, C]: exact when they are what `decompose` gave."""
-        x, *details = bands
-        for k, detail in zip(reversed(range(len(self.delays))), details, strict=True):
-            x = self.merge(k, x, detail)
-        return x
 
 
 class MultiBasisWavelet(nn.Module):
@@ -115,20 +87,28 @@ class MultiBasisWavelet(nn.Module):
     Every basis reconstructs from the same mixed bands, and their results are averaged with the
     approximation's weights softmax(w)_{b,0}. `weights` [K, S] start at 10 for the first basis and
     0 for the others, so that a new model has one basis.
+
+    Args:
+        bases: lifting wavelets of one depth, or the packets of them.
+        n_scales: S, the bands that each of them has.
     """
 
-    def __init__(self, config: ModelConfig, channels: int):
+    def __init__(self, bases: Sequence[nn.Module], n_scales: int):
         super().__init__()
-        inits = config.multi_basis_inits
-        self.bases = nn.ModuleList(build_lifting(config, channels, init) for init in inits)
-        weights = torch.zeros(len(inits), config.n_scales)
+        self.bases = nn.ModuleList(bases)
+        weights = torch.zeros(len(bases), n_scales)
         weights[0] = 10.0
         self.weights = nn.Parameter(weights)
 
+    @property
+    def reach(self) -> int:
+        """How many positions back the coarsest band sees."""
+        return max(basis.reach for basis in self.bases)
+
     def decompose(
-        self, x: Tensor, state: tuple[tuple[Tensor, ...], ...] | None = None
-    ) -> tuple[list[Tensor], tuple[tuple[Tensor, ...], ...]]:
-        """As `LiftingWavelet.decompose`; the state is one per basis."""
+        self, x: Tensor, state: tuple[Histories, ...] | None = None
+    ) -> tuple[list[Tensor], tuple[Histories, ...]]:
+        """As `Wavelet.decompose`; the state is one per basis."""
         states = [None] * len(self.bases) if state is None else state
         results = [basis.decompose(x, s) for basis, s in zip(self.bases, states, strict=True)]
         weights = self.weights.softmax(0).to(x.dtype)
@@ -147,16 +127,33 @@ class MultiBasisWavelet(nn.Module):
 
 
 def lifting_net(
-    config: ModelConfig, channels: int, level: int, init: str, gain: float
+    channels: int,
+    level: int,
+    init: str,
+    gain: float,
+    *,
+    linear: bool = False,
+    hidden_mult: int = 1,
+    dropout: float = 0.0,
+    rank: int = 0,
+    level_scaling: bool = False,
 ) -> nn.Module:
-    """A predict (gain 1) or update (gain ½) net; `haar` starts it near gain times the identity."""
-    hidden = channels * config.lifting_hidden_mult
-    if config.lifting_linear_only:
+    """A predict (gain 1) or update (gain ½) net, [..., C] -> [..., C].
+
+    Args:
+        init: `haar` starts it near gain times the identity, `random` at N(0, 0.01), `zero` at 0.
+        linear: one matrix in place of two layers with GELU, `hidden_mult` · C wide inside.
+        dropout: of what is inside.
+        rank: of a term that the input chooses (`DataDependentNet`), 0 = none.
+        level_scaling: its last matrix starts over 1 + 0.1 level.
+    """
+    hidden = channels * hidden_mult
+    if linear:
         net: nn.Module = nn.Linear(channels, channels)
         layers = [net]
     else:
         first, last = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
-        net = nn.Sequential(first, nn.GELU(), nn.Dropout(config.lifting_dropout), last)
+        net = nn.Sequential(first, nn.GELU(), nn.Dropout(dropout), last)
         layers = [first, last]
     with torch.no_grad():
         for layer in layers:
@@ -170,9 +167,8 @@ def lifting_net(
             for layer in layers:
                 layer.weight[:channels, :channels] = torch.eye(channels)
             layers[-1].weight[:, :channels] *= gain
-        if config.stabilized("lifting_level_scaling"):
+        if level_scaling:
             layers[-1].weight.mul_(1 / (1 + 0.1 * level))
-    rank = config.lifting_data_dependent
     return DataDependentNet(net, channels, rank) if rank else net
 
 

@@ -18,10 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.errors import UserError
-from wavelet_lm.transforms.crawl import MAX_SHIFTED_TAPS, extend
-from wavelet_lm.transforms.exponential_mean import linear_recurrence
-from wavelet_lm.transforms.ring import Ring
-from wavelet_lm.transforms.running_mean import wide
+from wavelet_lm.transforms.history import MAX_SHIFTED_TAPS, Ring, carried, remember
+from wavelet_lm.transforms.means import linear_recurrence, wide
 
 MIN_BLOCK = 64
 NO_PYWAVELETS = (
@@ -164,21 +162,11 @@ class Filters(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, state: Tensor | Ring | None) -> tuple[Tensor, Tensor | Ring]:
-        T = x.shape[1]
-        if isinstance(state, Ring):
-            state.write(x)
-            return self._step(state, T), state
-        extended = extend(x, state, self.max_lag)
-        return self._whole(wide(extended), T), extended[:, T:]
+        """[B, T, n] -> averages [B, T, n] in float32 at least, and the state after them."""
+        signal = remember(x, state, self.max_lag)
+        return self._averages(wide(signal.whole()), x.shape[1]), signal.state
 
-    def _step(self, ring: Ring, T: int) -> Tensor:
-        signal = wide(ring.buffer)
-        room = ring.size - self.max_lag - 1
-        kernels = nn.functional.pad(self.kernels().to(signal.dtype), (0, 0, 0, room))
-        lags = ring.clock.lags(ring.size, T)
-        return (kernels[lags] * signal[:, None]).sum(2)
-
-    def _whole(self, extended: Tensor, T: int) -> Tensor:
+    def _averages(self, extended: Tensor, T: int) -> Tensor:
         """[B, max_lag + T, n] -> [B, T, n]."""
         kernels = self.kernels().to(extended.dtype)
         return torch.cat(
@@ -204,8 +192,8 @@ class FixedFilters(Filters):
     def kernels(self) -> Tensor:
         return self.table
 
-    def _whole(self, extended: Tensor, T: int) -> Tensor:
-        return self._means(extended, T) if self.are_means else super()._whole(extended, T)
+    def _averages(self, extended: Tensor, T: int) -> Tensor:
+        return self._means(extended, T) if self.are_means else super()._averages(extended, T)
 
     def _means(self, extended: Tensor, T: int) -> Tensor:
         """Means over 2^j positions by doubling: a sum over 2m is one over m and the one before."""
@@ -288,13 +276,7 @@ class ExponentialMeans(nn.Module):
         """[B, T, n] -> means [B, T, n] in float32 at least, and the last of them [B, 1, n]."""
         x = wide(x)
         alpha = self.alpha.to(x.dtype)
-        if state is None:
-            before = x[:, 0]
-        else:
-            before = (state.delayed(1, 1) if isinstance(state, Ring) else state)[:, 0]
+        scan = carried(x[:, :1] if state is None else state)
         keep = (1 - alpha).expand(1, x.shape[1], -1)
-        y = linear_recurrence(keep, alpha * x, before.to(x.dtype))
-        if isinstance(state, Ring):
-            state.write(y)
-            return y, state
-        return y, y[:, -1:]
+        y = linear_recurrence(keep, alpha * x, scan.before()[:, 0].to(x.dtype))
+        return y, scan.after(y)

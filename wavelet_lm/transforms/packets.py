@@ -11,6 +11,8 @@ All nodes of a level are split by the same step, with the lag of that level.
 import torch
 from torch import Tensor, nn
 
+from wavelet_lm.transforms.wavelet import Histories, Wavelet
+
 
 class WaveletPackets(nn.Module):
     """The full tree of a `wavelet`, whose `split` and `merge` it calls level by level.
@@ -21,14 +23,18 @@ class WaveletPackets(nn.Module):
     two halves of the detail before it, and the last 2^(L−1) bands come from the finest detail.
     """
 
-    def __init__(self, wavelet: nn.Module):
+    def __init__(self, wavelet: Wavelet):
         super().__init__()
         self.wavelet = wavelet
-        self.levels = len(wavelet.delays)
+
+    @property
+    def reach(self) -> int:
+        """How many positions back the coarsest band sees."""
+        return self.wavelet.reach
 
     def decompose(
-        self, x: Tensor, state: tuple[Tensor, ...] | None = None
-    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        self, x: Tensor, state: Histories | None = None
+    ) -> tuple[list[Tensor], Histories]:
         """Split a signal into 2^levels bands.
 
         Args:
@@ -40,7 +46,7 @@ class WaveletPackets(nn.Module):
             The bands in natural order, each [B, T, C], and the state.
         """
         nodes, histories = x[:, :, None], []  # [B, T, 2^k, C]
-        for k in range(self.levels):
+        for k in range(self.wavelet.levels):
             past = None if state is None else state[k]
             *halves, history = self.wavelet.split(k, nodes, past)
             # The two children of a node follow each other: 2n and 2n + 1.
@@ -51,6 +57,6 @@ class WaveletPackets(nn.Module):
     def reconstruct(self, bands: list[Tensor]) -> Tensor:
         """Bands back to [B, T, C], pointwise in time; exact where the wavelet's own way is."""
         nodes = torch.stack(bands, 2)
-        for k in reversed(range(self.levels)):
+        for k in reversed(range(self.wavelet.levels)):
             nodes = self.wavelet.merge(k, nodes[:, :, 0::2], nodes[:, :, 1::2])
         return nodes[:, :, 0]

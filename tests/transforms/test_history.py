@@ -4,12 +4,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
-from wavelet_lm.transforms.crawl import Crawl, Filter, Shift
-from wavelet_lm.transforms.exponential_mean import ExponentialMean
-from wavelet_lm.transforms.ring import Clock, Ring
-from wavelet_lm.transforms.running_mean import running_mean
-from wavelet_lm.transforms.windowed_mean import WindowedMean
+from wavelet_lm.transforms.delays import Crawl, Filter, Shift
+from wavelet_lm.transforms.history import Clock, Ring, remember
+from wavelet_lm.transforms.means import (
+    ExponentialMean,
+    ExponentialMeanState,
+    RunningMeanState,
+    WindowedMean,
+    WindowedMeanState,
+    running_mean,
+)
 
 B, C, MAX_STEP = 3, 4, 4
 
@@ -32,7 +38,8 @@ def in_chunks(layer, x, state, clock, sizes):
     outputs = []
     for part in x.split(sizes, dim=1):
         y, new = layer(part, state)
-        assert new is state
+        for old, same in zip(tree_leaves(state), tree_leaves(new), strict=True):
+            assert old is same, "a buffer was replaced, not written"
         clock.advance(part.shape[1])
         outputs.append(y)
     return torch.cat(outputs, 1)
@@ -64,7 +71,8 @@ def test_windowed_means_are_the_slow_ones(N, sizes):
     torch.testing.assert_close(y, slow[:, :7])
     clock = Clock(state.count.clone())
     ring = Ring(state.history, clock, MAX_STEP)
-    torch.testing.assert_close(in_chunks(mean, x[:, 7:], ring, clock, sizes), slow[:, 7:])
+    static = WindowedMeanState(ring, clock)
+    torch.testing.assert_close(in_chunks(mean, x[:, 7:], static, clock, sizes), slow[:, 7:])
     rest, state = mean(x[:, 7:], state)
     torch.testing.assert_close(rest, slow[:, 7:])
     torch.testing.assert_close(ring.history(), state.history)
@@ -83,16 +91,58 @@ def test_a_windowed_mean_does_not_drift():
 def test_running_and_exponential_means(sizes):
     exponential = ExponentialMean(C).double()
     x = signal(5 + sum(sizes))
-    for mean, history in (
-        (running_mean, lambda state: state.total[:, None]),
-        (exponential, lambda state: torch.cat(state, -1)[:, None]),
-    ):
-        expected, _ = mean(x)
+    for mean in (running_mean, exponential):
+        expected, after = mean(x)
         _, state = mean(x[:, :5])
         clock = Clock(torch.full((B,), 5))
-        ring = Ring(history(state), clock, MAX_STEP)
-        y = in_chunks(mean, x[:, 5:], ring, clock, sizes)
+        rings = [Ring(part, clock, MAX_STEP) for part in state if part.ndim == 2]
+        if isinstance(state, RunningMeanState):
+            static = RunningMeanState(*rings, clock)
+        else:
+            static = ExponentialMeanState(*rings)
+        y = in_chunks(mean, x[:, 5:], static, clock, sizes)
         torch.testing.assert_close(y, expected[:, 5:])
+        for ring, part in zip(rings, after, strict=False):
+            torch.testing.assert_close(ring.history(), part)
+
+
+@given(max_lag=st.integers(0, 9), sizes=chunks, start=st.integers(0, 20))
+def test_both_forms_of_a_signal_say_the_same(max_lag, sizes, start):
+    """Every view of a signal, from a ring as from the tensors themselves."""
+    past = signal(max_lag)
+    clock = Clock(torch.tensor([start, start + 1, start + 7]))
+    ring, taps = Ring(past, clock, MAX_STEP), torch.arange(1.0, max_lag + 2).double()
+    for part in signal(sum(sizes)).split(sizes, dim=1):
+        still, moving = remember(part, past, max_lag), remember(part, ring, max_lag)
+        assert torch.equal(still.whole(), moving.whole())
+        assert torch.equal(still.delayed(max_lag), moving.delayed(max_lag))
+        for min_lag in range(max_lag + 1):
+            some = taps[: max_lag + 1 - min_lag]
+            torch.testing.assert_close(
+                still.filtered(some, min_lag), moving.filtered(some, min_lag)
+            )
+        clock.advance(part.shape[1])
+        past = still.state
+
+
+@given(sizes=chunks)
+def test_both_forms_show_attention_the_same(sizes):
+    """Of a text that fits: every position sees all up to itself, whatever the form."""
+    T = sum(sizes)
+    x, at = signal(T), 0
+    clock = Clock(torch.zeros(B, dtype=torch.int64))
+    past, ring = None, Ring(torch.zeros(B, T, C, dtype=torch.float64), clock, MAX_STEP)
+    for part in x.split(sizes, dim=1):
+        expected = x.cumsum(1)[:, at : at + part.shape[1]]
+        for state in (past, ring):
+            seen = remember(part, state, T)
+            values, mask = seen.visible(clock)
+            if mask is None:
+                mask = torch.ones(len(part[0]), len(part[0])).tril().bool()
+            torch.testing.assert_close(mask.double() @ values, expected)
+            past = past if state is ring else seen.state
+        clock.advance(part.shape[1])
+        at += part.shape[1]
 
 
 @given(st.integers(1, 9), st.integers(1, MAX_STEP))

@@ -1,0 +1,325 @@
+"""What a layer knows of a signal's past: one small interface, in two forms.
+
+A layer is called as `y, state = layer(x, state)`. It never asks what its state is made of:
+
+    signal = remember(x, state, max_lag)      x [B, T, C] with what came before it
+    y = signal.delayed(lag)                   or .filtered(taps), .whole(), .visible(count)
+    return y, signal.state
+
+    scan = carried(state)                     of a recurrence, whose past is its last output
+    y = …scan.before…
+    return y, scan.after(y)
+
+    count = counted(state)                    how many positions there were
+    count.up_to(T), count.after(T)
+
+The functional form makes new tensors and leaves its state alone. Decoding token by token would copy
+the whole past for every token, so a session puts buffers of fixed size in place of the tensors: a
+`Ring` for a history, one `Clock` for all counts. They are written in place and returned as they
+came.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+# Up to this many taps a sum of shifted views is quickest (and fuses into its neighbours under
+# torch.compile); above, a banded product reads each position once per block instead of once a tap.
+MAX_SHIFTED_TAPS = 8
+BLOCK = 64
+
+
+class Signal(Protocol):
+    """The next T positions of a signal with the `max_lag` ones before them.
+
+    Attributes:
+        state: the past of what comes next, to be returned by the layer.
+    """
+
+    state: Tensor | Ring
+
+    def delayed(self, lag: int) -> Tensor:
+        """The signal `lag` ≤ max_lag positions before each of the T: [B, T, C]."""
+
+    def filtered(self, taps: Tensor, min_lag: int = 0) -> Tensor:
+        """Σ_j taps_j x_{t−min_lag−j} for each of the T, taps [K], K + min_lag ≤ max_lag + 1.
+
+        Returns [B, T, C]; the taps are the same for every channel.
+        """
+
+    def whole(self) -> Tensor:
+        """All of it in the order of time, zeros before the text: [B, max_lag + T, C]."""
+
+    def visible(self, count: Count) -> tuple[Tensor, Tensor | None]:
+        """What attention may look at in a text of up to `max_lag` positions, of which `count` came.
+
+        Returns positions [B, N, C] in any order, and whether each of the T may see each of them,
+        [B, T, N] bool; None: the T positions are all there is, each sees those up to itself.
+        """
+
+
+def remember(x: Tensor, state: Tensor | Ring | None, max_lag: int) -> Signal:
+    """x [B, T, C] after its past, [B, max_lag, C]; None: nothing came before (zeros)."""
+    if isinstance(state, Ring):
+        state.write(x)
+        return RingSignal(state, x.shape[1])
+    return Window(x, state, max_lag)
+
+
+class Carry(Protocol):
+    """The last output of a recurrence; `state` is a tensor [B, C] or [B, 1, C], or a ring of it."""
+
+    def before(self) -> Tensor:
+        """It, in the shape that the state was given."""
+
+    def after(self, y: Tensor) -> Tensor | Ring:
+        """The state when the recurrence has given y [B, T, C]."""
+
+
+def carried(state: Tensor | Ring) -> Carry:
+    return state if isinstance(state, Ring) else LastOutput(state)
+
+
+def counted(state: Tensor | Clock) -> Count | Clock:
+    """The count of [B] texts' positions behind a state."""
+    return state if isinstance(state, Clock) else Count(state)
+
+
+# --- the functional form -------------------------------------------------------------------------
+
+
+class Window:
+    """A `Signal` of tensors, which are never changed."""
+
+    def __init__(self, x: Tensor, past: Tensor | None, max_lag: int):
+        self._x, self._past, self._max_lag = x, past, max_lag
+        self._whole: Tensor | None = None
+
+    @property
+    def state(self) -> Tensor:
+        T = self._x.shape[1]
+        if self._whole is None and T >= self._max_lag:  # nothing need be put together
+            return self._x[:, T - self._max_lag :]
+        return self.whole()[:, T:]
+
+    def whole(self) -> Tensor:
+        if self._whole is None:
+            x = self._x
+            if self._past is None:
+                self._whole = nn.functional.pad(x, (0, 0, self._max_lag, 0))
+            else:
+                self._whole = torch.cat((self._past.to(x.dtype), x), dim=1)
+        return self._whole
+
+    def delayed(self, lag: int) -> Tensor:
+        start = self._max_lag - lag
+        return self.whole()[:, start : start + self._x.shape[1]]
+
+    def filtered(self, taps: Tensor, min_lag: int = 0) -> Tensor:
+        T, K = self._x.shape[1], len(taps)
+        start = self._max_lag - min_lag - K + 1
+        # The largest lag comes first in time.
+        signal = self.whole()[:, start : start + T + K - 1]
+        return correlate(signal, taps.flip(0).to(signal.dtype), T)
+
+    def visible(self, count: Count) -> tuple[Tensor, Tensor | None]:
+        if self._past is None:
+            return self._x, None
+        T = self._x.shape[1]
+        n_known = min(int(count.position.max()), self._max_lag)
+        known = self.whole()[:, self._max_lag - n_known :]
+        positions = torch.arange(n_known + T, device=known.device)
+        lags = positions[n_known:, None] - positions
+        # Of what looks older than the text nothing belongs to it.
+        return known, (lags >= 0) & (lags < count.up_to(T)[..., None])
+
+
+class LastOutput:
+    """A `Carry` of a tensor."""
+
+    def __init__(self, state: Tensor):
+        self._state = state
+
+    def before(self) -> Tensor:
+        return self._state
+
+    def after(self, y: Tensor) -> Tensor:
+        return y[:, -1] if self._state.ndim == 2 else y[:, -1:]
+
+
+class Count:
+    """`position` [B] int64: how many positions of each text came before."""
+
+    def __init__(self, position: Tensor):
+        self.position = position
+
+    def up_to(self, T: int) -> Tensor:
+        """[B, T]: how many positions there are up to and with each of the next T."""
+        return self.position[:, None] + torch.arange(1, T + 1, device=self.position.device)
+
+    def after(self, T: int) -> Tensor | Clock:
+        """The state T positions on."""
+        return self.position + T
+
+    def largest(self) -> int | None:
+        """The most positions of a text; None where to know would make the host wait."""
+        return int(self.position.max())
+
+
+def correlate(x: Tensor, taps: Tensor, length: int) -> Tensor:
+    """y_t = Σ_j taps_j · x_{t+j} for t = 0 … length − 1, the same taps for every channel.
+
+    Args:
+        x: [B, length + K − 1, C].
+        taps: [K].
+
+    Returns:
+        [B, length, C]. Cost is linear in `length`.
+    """
+    K = taps.shape[0]
+    if K <= MAX_SHIFTED_TAPS:
+        return sum(taps[j] * x[:, j : j + length] for j in range(K))
+    block = min(BLOCK, length)
+    n_blocks = -(-length // block)
+    x = nn.functional.pad(x, (0, 0, 0, n_blocks * block - length))
+    # band[p, q] = taps[q − p]: one block of outputs from the positions that it can see.
+    columns = torch.arange(block, device=x.device)[:, None] + torch.arange(K, device=x.device)
+    band = taps.new_zeros(block, block + K - 1).scatter(1, columns, taps.expand(block, K))
+    windows = x.unfold(1, block + K - 1, block)  # [B, n_blocks, C, block + K − 1], a view
+    y = torch.matmul(band, windows.transpose(2, 3))  # [B, n_blocks, block, C]
+    return y.reshape(x.shape[0], n_blocks * block, -1)[:, :length]
+
+
+# --- buffers of fixed size -----------------------------------------------------------------------
+
+
+class Clock(Count):
+    """A count that is moved in place, one for all rings of a batch."""
+
+    def __init__(self, position: Tensor):
+        super().__init__(position)
+        self._known: dict[tuple[str, int, int], Tensor] = {}
+
+    def after(self, T: int) -> Clock:
+        """Itself: its owner moves it when the whole model has read the T positions."""
+        return self
+
+    def largest(self) -> None:
+        return None
+
+    def advance(self, n: int) -> None:
+        """n tokens on; a negative n takes tokens back."""
+        self.position.add_(n)
+        if self._known:
+            self._known.clear()
+
+    def set(self, position: Tensor) -> None:
+        self.position.copy_(position)
+        self._known.clear()
+
+    def slots(self, size: int, T: int) -> Tensor:
+        """[B, T]: where a ring of `size` holds the next T positions."""
+        return self._once("slots", size, T)
+
+    def lags(self, size: int, T: int) -> Tensor:
+        """[B, T, size]: how far each slot lies back, seen from each of the next T positions."""
+        return self._once("lags", size, T)
+
+    def _once(self, what: str, size: int, T: int) -> Tensor:
+        """All rings of one size need the same numbers in one step."""
+        if torch.compiler.is_compiling():
+            return self._compute(what, size, T)
+        key = (what, size, T)
+        if key not in self._known:
+            self._known[key] = self._compute(what, size, T)
+        return self._known[key]
+
+    def _compute(self, what: str, size: int, T: int) -> Tensor:
+        device = self.position.device
+        if what == "slots":
+            return (self.position[:, None] + torch.arange(T, device=device)) % size
+        return (self.slots(size, T)[..., None] - torch.arange(size, device=device)) % size
+
+
+class Ring:
+    """The last positions of a signal: position p lies in slot p mod R of `buffer` [B, R, C].
+
+    R is `max_lag` + `max_step`: the past that the layer looks back to, and room for the most
+    positions that are written at once. The same room lets that many be taken back: what was
+    written after them is overwritten later, and never read. It is the `Carry` of a recurrence too.
+    """
+
+    def __init__(self, history: Tensor, clock: Clock, max_step: int):
+        """history: [B, max_lag, C], the positions before the clock's, or [B, C], the last one."""
+        self._is_one = history.ndim == 2
+        B, self.max_lag, C = (history[:, None] if self._is_one else history).shape
+        self.clock = clock
+        self.buffer = history.new_zeros(B, self.max_lag + max_step, C)
+        self._rows = torch.arange(B, device=history.device)[:, None]
+        self.load(history)
+
+    @property
+    def size(self) -> int:
+        return self.buffer.shape[1]
+
+    def load(self, history: Tensor) -> None:
+        """Start from another past, in the shape of the first one."""
+        history = history[:, None] if self._is_one else history
+        self.buffer[self._rows, self._past_slots()] = history.to(self.buffer.dtype)
+
+    def history(self) -> Tensor:
+        """The positions before the clock's, in the shape of what the ring began with: a copy."""
+        history = self.buffer[self._rows, self._past_slots()]
+        return history[:, 0] if self._is_one else history
+
+    def write(self, x: Tensor) -> None:
+        """Put x [B, T, C] at the next T ≤ max_step positions; the clock is moved by its owner."""
+        slots = self.clock.slots(self.size, x.shape[1])
+        self.buffer.index_put_((self._rows, slots), x.to(self.buffer.dtype))
+
+    def at(self, lag: int, T: int) -> Tensor:
+        """What stands `lag` ≤ max_lag positions before each of the next T: [B, T, C]."""
+        return self.buffer[self._rows, (self.clock.slots(self.size, T) - lag) % self.size]
+
+    def before(self) -> Tensor:
+        last = self.at(1, 1)
+        return last[:, 0] if self._is_one else last
+
+    def after(self, y: Tensor) -> Ring:
+        self.write(y)
+        return self
+
+    def _past_slots(self) -> Tensor:
+        lags = torch.arange(self.max_lag, 0, -1, device=self.buffer.device)
+        return (self.clock.position[:, None] - lags) % self.size
+
+
+class RingSignal:
+    """A `Signal` whose positions lie in a ring, the newest T just written."""
+
+    def __init__(self, ring: Ring, T: int):
+        self.state, self._T = ring, T
+
+    def delayed(self, lag: int) -> Tensor:
+        return self.state.at(lag, self._T)
+
+    def filtered(self, taps: Tensor, min_lag: int = 0) -> Tensor:
+        ring = self.state
+        kernel = nn.functional.pad(taps, (min_lag, ring.size - min_lag - len(taps)))
+        weights = kernel.to(ring.buffer.dtype)[ring.clock.lags(ring.size, self._T)]
+        return weights @ ring.buffer
+
+    def whole(self) -> Tensor:
+        ring = self.state
+        slots = ring.clock.slots(ring.size, self._T)[:, :1] - ring.max_lag
+        places = torch.arange(ring.max_lag + self._T, device=slots.device)
+        return ring.buffer[ring._rows, (slots + places) % ring.size]
+
+    def visible(self, count: Count) -> tuple[Tensor, Tensor]:
+        ring = self.state
+        # Of the slots that look newer than the position, none belongs to the text.
+        lags = ring.clock.lags(ring.size, self._T)
+        return ring.buffer, lags < count.up_to(self._T)[..., None]
