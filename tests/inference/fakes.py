@@ -15,7 +15,7 @@ class HistoryModel(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.table = nn.Parameter(scale * torch.randn(self.N, vocab_size, generator=generator))
 
-    def forward(self, idx, state=None, *, carry=None, last_only=False):
+    def forward(self, idx, state=None, *, last_only=False):
         assert not torch.is_grad_enabled()
         code = idx.new_ones(len(idx)) if state is None else state
         logits = []
@@ -33,5 +33,5 @@ class LastTokenModel(nn.Module):
         self.vocab_size = len(table)
         self.table = nn.Parameter(torch.as_tensor(table, dtype=torch.float64))
 
-    def forward(self, idx, state=None, *, carry=None, last_only=False):
+    def forward(self, idx, state=None, *, last_only=False):
         return self.table[idx[:, -1:] if last_only else idx], idx[:, -1]

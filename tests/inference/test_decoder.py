@@ -15,6 +15,7 @@ from wavelet_lm.inference import decoder as decoder_module
 from wavelet_lm.inference.decoder import Decoder, FunctionalSession, StaticSession
 from wavelet_lm.inference.generation import sampled_tokens
 from wavelet_lm.inference.sampling import SamplingOptions
+from wavelet_lm.models.memory import resting
 
 RANDOM = {"max_examples": 25, "suppress_health_check": list(HealthCheck), "derandomize": True}
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -243,8 +244,8 @@ def test_fast_weights_learn_from_what_is_decoded_and_not_from_prompts():
     assert torch.equal(prompted[0].memory.deltas, after[0].memory.deltas)
     # … as decoding with a chunk that never ends would.
     reading = Decoder(model)
-    reading.model.config = reading.model.config.replace(fwpkm_inference_updates=False)
-    session = reading.start(reading.model.resting(after))
+    reading.adapts = False
+    session = reading.start(resting(after))
     for token in TEXT[31:40]:
         read = session.decode(torch.tensor([[token]]))
     torch.testing.assert_close(logits, read[:, 0], **CLOSE)

@@ -5,14 +5,14 @@ import torch
 
 from tests.conftest import perturb, tiny_config
 from wavelet_lm.inference.generation import generate
-from wavelet_lm.models.memory import FastWeightMemory
+from wavelet_lm.models.memory import FastWeightMemory, learning
 from wavelet_lm.models.registry import build_model
 
 C, LR, CHUNK = 8, 0.7, 5
 
 
 def make_memory():
-    memory = FastWeightMemory(C, 16, 3, 2, LR, CHUNK).double()
+    memory = FastWeightMemory(C, 16, 3, 2, LR, CHUNK, learns=True).double()
     for p in memory.parameters():
         p.data.normal_()
     return memory
@@ -37,7 +37,7 @@ def dense(memory, state, b):
 @torch.no_grad()
 def test_closed_form_equals_autograd_over_several_chunks():
     memory = make_memory()
-    state = memory.fresh_state(2)
+    state = learning(memory.fresh_state(2))
     expected = torch.zeros(2, memory.n_rows, C, dtype=torch.float64)
     for _ in range(4):
         x = torch.randn(2, CHUNK, C, dtype=torch.float64)
@@ -55,9 +55,9 @@ def test_closed_form_equals_autograd_over_several_chunks():
 def test_any_pieces_learn_the_same():
     memory = make_memory()
     x = torch.randn(1, 3 * CHUNK, C, dtype=torch.float64)
-    _, whole = memory.adapt(x[:, :CHUNK], memory.fresh_state(1))
-    state = memory.fresh_state(1)
-    for t in range(CHUNK):
+    _, whole = memory.adapt(x, learning(memory.fresh_state(1)))
+    state = learning(memory.fresh_state(1))
+    for t in range(3 * CHUNK):
         _, state = memory.adapt(x[:, t : t + 1], state)
     assert torch.equal(whole.rows, state.rows)
     torch.testing.assert_close(whole.deltas, state.deltas)
@@ -85,7 +85,7 @@ def test_chunks_of_a_generated_text_give_the_same_logits(overrides):
     """Updates happen between tokens, wherever the calls are cut; the passed state is kept."""
     model = make_model(**overrides)
     prompt, text = torch.randint(23, (2, 6)), torch.randint(23, (2, 19))
-    start = model.adapting(model(prompt)[1])
+    start = learning(model(prompt)[1])
     whole, _ = model(text, start)
     for lengths in ([1] * 19, [3, 5, 11]):
         state, parts = start, []

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from tests.conftest import perturb, tiny_config
+from wavelet_lm.models.language_model import LanguageModel
 from wavelet_lm.models.registry import build_model
+from wavelet_lm.models.wavelet_lm import Carry
 
 V = 23
 BASE = {"multinodal_enabled": True, "multinodal_num_cells": 3, "multinodal_cell_dim": 8}
@@ -69,8 +71,7 @@ def test_the_gradient_is_scaled_and_the_loss_is_not():
     loss.backward()
     grad = model.cells[0].embedding.weight.grad.clone()
     model.zero_grad()
-    model.gradient_scale = 1.0
-    plain, _ = model.loss(tokens(), tokens())
+    plain, _ = LanguageModel.loss(model, tokens(), tokens())
     plain.backward()
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(grad * 3**0.5, model.cells[0].embedding.weight.grad)
@@ -79,10 +80,10 @@ def test_the_gradient_is_scaled_and_the_loss_is_not():
 def test_the_carry_reaches_every_cell():
     model = make(data_order="sequential")
     _, state = model(tokens())
-    carry = model.window_carry(state)
+    carry = model.next_window(state).mean
     assert carry.shape == (2, 24)
     for k, cell in enumerate(model.cells):
         part = carry.clone()
         part[:, 8 * k : 8 * k + 8] = 0
-        assert not torch.equal(model(tokens(), carry=part)[0], model(tokens(), carry=carry)[0])
-        torch.testing.assert_close(cell.window_carry(state[k]), carry[:, 8 * k : 8 * k + 8])
+        assert not torch.equal(model(tokens(), Carry(part))[0], model(tokens(), Carry(carry))[0])
+        torch.testing.assert_close(cell.next_window(state[k]).mean, carry[:, 8 * k : 8 * k + 8])

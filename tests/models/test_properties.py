@@ -13,6 +13,7 @@ from tests.conftest import perturb, tiny_config
 from wavelet_lm.config import Config, ConfigError
 from wavelet_lm.models.checkpoint import load_model, save_checkpoint
 from wavelet_lm.models.registry import build_model
+from wavelet_lm.models.wavelet_lm import Carry
 
 V = 11
 T = 24
@@ -118,12 +119,10 @@ def tokens(B: int = 2) -> torch.Tensor:
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
 
 
-def some_carry(model, config) -> torch.Tensor | None:
-    if not (config.decompose_bypass and config.decompose_bypass_cross_window):
-        return None
-    if config.data_order != "sequential":
-        return None
-    return torch.randn_like(model.empty_carry(2, torch.device("cpu")).double())
+def some_window(model) -> Carry | None:
+    """A training window that follows another one, where the config hands anything on."""
+    carry = model.first_window(2, torch.device("cpu"))
+    return None if carry is None else Carry(torch.randn_like(carry.mean.double()))
 
 
 quickly = settings(
@@ -139,7 +138,7 @@ def test_gradients_are_finite_and_reach_every_parameter(config):
     model = make(config)
     if config.stochastic_depth_rate == 0:
         model.train()  # a dropped block has no gradient
-    loss, _ = model.loss(tokens(), tokens().roll(1, 1), carry=some_carry(model, config))
+    loss, _ = model.loss(tokens(), tokens().roll(1, 1), some_window(model))
     loss.backward()
     assert loss.isfinite()
     for name, p in model.named_parameters():

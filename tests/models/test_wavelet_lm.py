@@ -11,6 +11,7 @@ from tests.conftest import perturb, tiny_config
 from wavelet_lm.config import Config
 from wavelet_lm.models.mixer import LargestCoefficients
 from wavelet_lm.models.registry import build_model, n_params
+from wavelet_lm.models.wavelet_lm import Carry
 from wavelet_lm.transforms.hadamard import hadamard_transform
 
 ROOT = Path(__file__).parents[2]
@@ -183,11 +184,11 @@ def test_carry_is_the_previous_mean_of_the_first_block():
     config = {"data_order": "sequential"}
     model = make(**config)
     _, state = model(tokens())
-    carry = model.window_carry(state)
+    carry = model.next_window(state).mean
     assert carry.shape == (2, 16)
-    without, zero = model(tokens())[0], model(tokens(), carry=torch.zeros_like(carry))[0]
+    without, zero = model(tokens())[0], model(tokens(), Carry(torch.zeros_like(carry)))[0]
     torch.testing.assert_close(without, zero, rtol=0, atol=1e-12)
-    assert (model(tokens(), carry=carry)[0] - without).abs().max() > 1e-3
+    assert (model(tokens(), Carry(carry))[0] - without).abs().max() > 1e-3
 
 
 # --- values ----------------------------------------------------------------------------------

@@ -109,9 +109,9 @@ def test_the_carry_of_a_window_is_the_mean_of_the_window_before(tmp_path, monkey
     def watched(trainer, batch):
         loss = trainer.loss_function
 
-        def spy(inputs, targets, carry):
-            seen.append((inputs, carry))
-            result = loss(inputs, targets, carry=carry)
+        def spy(inputs, targets, start):
+            seen.append((inputs, start.mean))
+            result = loss(inputs, targets, start)
             seen[-1] += (result[1][-1].mean,)
             return result
 

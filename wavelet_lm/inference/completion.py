@@ -27,6 +27,7 @@ from wavelet_lm.inference.rows import Completion, Request, Row
 from wavelet_lm.inference.sampling import SamplingOptions
 from wavelet_lm.inference.speculative import Counts, speculative_tokens
 from wavelet_lm.inference.state_file import ModelRecord, load_state, save_state
+from wavelet_lm.models.memory import learning
 
 if TYPE_CHECKING:
     from wavelet_lm.data.tokenizers import Tokenizer
@@ -192,7 +193,7 @@ class Writer:
 
     def _in_use(self, state: Any) -> Any:
         """The state with fast weights where they will learn, whether or not they have begun to."""
-        return self.decoder.model.adapting(state) if self.decoder.adapts else state
+        return learning(state) if self.decoder.adapts else state
 
     # --- writing ---------------------------------------------------------------------------------
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.language_model import LanguageModel
-from wavelet_lm.models.multinodal import MultinodalLM
 from wavelet_lm.transforms.means import WindowedMean
 
 
@@ -73,8 +72,8 @@ def apply_context(model: LanguageModel, context: str) -> nn.Module:
             raise UserError(
                 f"context {context} limits the running mean and this model has none; use stream"
             )
-        for cell in model.cells if isinstance(model, MultinodalLM) else [model]:
-            for block in cell.blocks:
+        for network in model.networks():
+            for block in network.blocks:
                 block.bypass.average = WindowedMean(N)
     return model
 

@@ -23,7 +23,7 @@ from wavelet_lm.inference.quantization.weights import use_cpu_layout
 from wavelet_lm.inference.static_state import StaticState
 from wavelet_lm.models.gpt import check_length
 from wavelet_lm.models.language_model import LanguageModel
-from wavelet_lm.models.multinodal import MultinodalLM
+from wavelet_lm.models.memory import learning, resting
 from wavelet_lm.models.weights import StoredModel
 
 # Positions of a prompt that are read at once: what bounds the memory that a long prompt needs.
@@ -102,7 +102,7 @@ class Decoder:
         if state is None:
             self.check_length(max(map(len, texts)))
         elif self.adapts:
-            state = self.model.resting(state)
+            state = resting(state)
         if self.device.type != "cpu":
             return self._read_together(texts, state)
         starts = [None if state is None else self.rows(state, [row]) for row in range(len(texts))]
@@ -144,7 +144,7 @@ class Decoder:
             return FunctionalSession(self, state, max_step)
         if self.adapts and max_step > 1:
             raise UserError("fast weights that learn cannot be taken back: fwpkm_inference_updates")
-        return StaticSession(self, self.model.adapting(state), max_step)
+        return StaticSession(self, learning(state) if self.adapts else state, max_step)
 
     def read(self, idx: Tensor, state: Any, last_only: bool = False) -> tuple[Tensor, Any]:
         """The model's logits, in float32 at least, and its new state."""
@@ -192,10 +192,8 @@ class TokenVectors:
     """
 
     def __init__(self, model: nn.Module):
-        cells = model.cells if isinstance(model, MultinodalLM) else [model]
-        self._tables = (
-            [cell.embedding for cell in cells] if isinstance(model, LanguageModel) else []
-        )
+        cells = model.networks() if isinstance(model, LanguageModel) else []
+        self._tables = [cell.embedding for cell in cells]
         self.device = next(model.parameters()).device
 
     @torch.no_grad()

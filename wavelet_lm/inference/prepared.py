@@ -26,7 +26,7 @@ from wavelet_lm.inference.folds import (
 from wavelet_lm.inference.products import Cast, cast, computing_dtype, rebuilt, shallow_copy
 from wavelet_lm.models.block import Block, BlockState
 from wavelet_lm.models.language_model import LanguageModel
-from wavelet_lm.models.memory import ProductKeyMemory
+from wavelet_lm.models.memory import FastWeightMemory, ProductKeyMemory
 from wavelet_lm.models.multinodal import MultinodalLM
 from wavelet_lm.models.wavelet_lm import WaveletLM
 from wavelet_lm.models.weights import StoredModel
@@ -62,7 +62,7 @@ def prepare(
     at_hand = _at_hand
     if isinstance(model, StoredModel):
         model, at_hand = model.model, model.at_hand
-    if model.is_prepared:
+    if is_fused(model):
         if adapt != model.config.fwpkm_inference_updates:
             given = "--fwpkm_inference_updates" if adapt else "--no_fwpkm_inference_updates"
             raise UserError(
@@ -72,8 +72,13 @@ def prepare(
         return cast(model, dtype or computing_dtype(model))
     cast_part = Cast(dtype or next(model.parameters()).dtype)
     twin = _Preparation(cast_part, adapt, precision, at_hand).twin(model)
-    twin.is_prepared = True
+    twin.fused = True
     return twin.eval()
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether `prepare` made it: a twin for reading alone."""
+    return getattr(model, "fused", False)
 
 
 def _at_hand(*parts: nn.Module) -> AbstractContextManager[None]:
@@ -159,6 +164,15 @@ def _fixed_filter(module: nn.Module, _: str) -> nn.Module | None:
     return Filter(module.taps().detach(), module.min_lag) if isinstance(module, Crawl) else None
 
 
+def _learning(module: nn.Module, _: str) -> nn.Module | None:
+    """A second memory as one that learns."""
+    if not isinstance(module, FastWeightMemory) or module.learns:
+        return None
+    twin = shallow_copy(module)
+    twin.learns = True
+    return twin
+
+
 class PreparedBlock(nn.Module):
     """`Block.forward` with folded parts; the names of the steps are those of `Block`."""
 
@@ -178,7 +192,9 @@ class PreparedBlock(nn.Module):
             self.reconstruction = FoldedReconstruction(updates, block.projection)
         self.spectral_gain, self.feedforward_gain = block.spectral_gain, block.feedforward_gain
         self.feedforward = block.feedforward
-        if block.feedforward is not None and not adapt:
+        if adapt:
+            self.feedforward = rebuilt(block.feedforward, _learning)
+        elif block.feedforward is not None:
             apart = precision("mlp") != precision("rest")
             self.feedforward = FoldedFeedForward(block.feedforward, apart)
 

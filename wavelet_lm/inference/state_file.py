@@ -208,7 +208,7 @@ def _restored(path: str | Path, tensors: dict[str, Tensor], template: Any) -> An
         if not isinstance(node, FastWeights):
             return take(name, node)
         memory = FastWeights(*(take(f"{name}.{f}", getattr(node, f), True) for f in node._fields))
-        return None if memory.rows is None else memory
+        return node if memory.rows is None else memory
 
     nodes, structure = tree_flatten_with_path(
         template, is_leaf=lambda node: isinstance(node, FastWeights)

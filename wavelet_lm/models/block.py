@@ -150,6 +150,7 @@ def feedforward_branches(config: ModelConfig) -> dict[str, nn.Module]:
             config.fwpkm_heads,
             config.fwpkm_update_lr,
             config.fwpkm_chunk_size,
+            config.fwpkm_inference_updates,
         )
     return branches
 
@@ -164,12 +165,12 @@ class FeedForward(nn.Module):
         self.gains = nn.ModuleDict({name: Gain() for name in branches})
 
     def forward(self, x: Tensor, memory: FastWeights | None) -> tuple[Tensor, FastWeights | None]:
-        """[B, T, C] -> [B, T, C]; with a `memory` the FwPKM reads it and learns."""
+        """[B, T, C] -> [B, T, C], and what the FwPKM has learned, None where it does not."""
         h = self.norm(x)
         total = 0
         for name, branch in self.branches.items():
-            if name == "fwpkm" and memory is not None:
-                y, memory = branch.adapt(h, memory)
+            if name == "fwpkm":
+                y, memory = branch.read_text(h, memory)
             else:
                 y = branch(h)
             total = total + self.gains[name](y)

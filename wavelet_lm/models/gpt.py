@@ -69,10 +69,8 @@ class GPT(LanguageModel):
     def project(self, x: Tensor) -> Tensor:
         return self.head(x)
 
-    def passes(
-        self, idx: Tensor, state: State | None, carry: Tensor | None
-    ) -> tuple[list[Tensor], State]:
-        """There is one pass, and no carry."""
+    def passes(self, idx: Tensor, state: State | None) -> tuple[list[Tensor], State]:
+        """There is one pass."""
         x, state = self.encode(idx, state)
         return [self.head_dropout(self.dense(x))], state
 

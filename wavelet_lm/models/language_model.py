@@ -9,7 +9,6 @@ call with T = block_size, prefill one with T = prompt length, decoding one with 
 cutting a text into chunks gives the same logits.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,20 +24,16 @@ class LanguageModel(nn.Module):
     Attributes:
         config: the `Config` it was built from.
         vocab_size: tokens that it knows.
-        gradient_scale: factor of the loss's gradient, not of its value.
-        is_prepared: it is a twin for reading alone (`inference/prepared.py`).
         longest: tokens of the longest text that it can read; None = any number.
     """
 
-    is_prepared = False
     longest: int | None = None
 
     def __init__(self, config: Config, vocab_size: int):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        self.gradient_scale = 1.0
 
-    def passes(self, idx: Tensor, state: Any, carry: Tensor | None) -> tuple[list[Tensor], Any]:
+    def passes(self, idx: Tensor, state: Any) -> tuple[list[Tensor], Any]:
         """Hidden vectors [B, T, H] ready for the head, after each pass through the network.
 
         The last one is the model's prediction, the others are trained beside it; there is one
@@ -55,49 +50,33 @@ class LanguageModel(nn.Module):
         return nn.functional.linear(x, self.output_weight())
 
     def forward(
-        self,
-        idx: Tensor,
-        state: Any = None,
-        *,
-        carry: Tensor | None = None,
-        last_only: bool = False,
+        self, idx: Tensor, state: Any = None, *, last_only: bool = False
     ) -> tuple[Tensor, Any]:
         """Logits of the next token at every position.
 
         Args:
             idx: [B, T] int64 tokens, a text or its next chunk.
             state: what the call for the previous chunk returned; None starts a text.
-            carry: `window_carry` of the training window before this one, where there is one.
             last_only: project the last position alone (prefill).
 
         Returns:
             Logits [B, T, vocab] ([B, 1, vocab] with `last_only`), and the state.
         """
-        x, state = self.hidden(idx, state, carry)
+        x, state = self.hidden(idx, state)
         return self.project(x[:, -1:] if last_only else x), state
 
-    def loss(
-        self,
-        idx: Tensor,
-        targets: Tensor,
-        state: Any = None,
-        *,
-        carry: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:
+    def loss(self, idx: Tensor, targets: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Mean cross-entropy in nats per token over `targets` [B, T], a 0-d tensor; the state.
 
-        In training it is the mean over all passes, each with its own prediction.
+        In training it is the mean over all passes, each with its own prediction; the state may then
+        be one of `first_window` and `next_window`.
         """
-        passes, state = self.passes(idx, state, carry)
+        passes, state = self.passes(idx, state)
         losses = [
             mean_cross_entropy(x.flatten(0, 1), self.output_weight(), targets.flatten())
             for x in (passes if self.training else passes[-1:])
         ]
-        loss = sum(losses) / len(losses)
-        if self.gradient_scale != 1:
-            value = loss.detach()
-            loss = value + self.gradient_scale * (loss - value)
-        return loss, state
+        return sum(losses) / len(losses), state
 
     @torch.no_grad()
     def token_losses(self, idx: Tensor, targets: Tensor, state: Any = None) -> Tensor:
@@ -107,32 +86,27 @@ class LanguageModel(nn.Module):
         losses = token_cross_entropy(x.flatten(0, 1), project, n_vocab, targets.flatten())
         return losses.view_as(targets)
 
-    def hidden(
-        self, idx: Tensor, state: Any = None, carry: Tensor | None = None
-    ) -> tuple[Tensor, Any]:
+    def hidden(self, idx: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """The last pass's vectors [B, T, H], normalised and ready for the head; the state."""
-        parts = []
-        for piece in self._pieces(idx, state):
-            passes, state = self.passes(piece, state, carry)
-            parts.append(passes[-1])
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), state
+        passes, state = self.passes(idx, state)
+        return passes[-1], state
 
-    def adapting(self, state: Any) -> Any:
-        """The state of a prompt; with `fwpkm_inference_updates` the fast weights learn after it."""
-        return state
+    # --- training windows that follow each other -------------------------------------------------
 
-    def resting(self, state: Any) -> Any:
-        """The same state with fast weights that learn nothing, for a prompt that continues it."""
-        return state
-
-    def room(self, state: Any) -> int | None:
-        """Tokens that the model can read at once in this state; None = any number."""
+    def first_window(self, B: int, device: torch.device) -> Any:
+        """The state that a training window starts with at the beginning of B texts."""
         return None
 
-    def _pieces(self, idx: Tensor, state: Any) -> Sequence[Tensor]:
-        """The tokens cut where fast weights are updated."""
-        room = None if state is None else self.room(state)
-        if room is None or idx.shape[1] <= room:
-            return (idx,)
-        period = self.config.fwpkm_chunk_size
-        return (idx[:, :room], *idx[:, room:].split(period, dim=1))
+    def next_window(self, state: Any) -> Any:
+        """The state that the next training window of the same texts starts with.
+
+        Args:
+            state: what `loss` returned for the window before it.
+        """
+        return None
+
+    # --- parts ------------------------------------------------------------------------------------
+
+    def networks(self) -> list["LanguageModel"]:
+        """The networks that it consists of, itself where it is one."""
+        return [self]

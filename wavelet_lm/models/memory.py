@@ -5,13 +5,28 @@ N = n² keys are found among the best of 2n sub-keys, and only their value rows 
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map
 
 KEY_NOISE = 0.02
+
+
+class FastWeights(NamedTuple):
+    """What a text has added to the values of a memory, for each row of a batch.
+
+    rows: [B, N] int64, the value rows that changed, sorted and padded with the number of rows;
+    deltas: [B, N, C], what to add to them; recent: [B, m, C], the inputs since the last update, or
+    None while they are read and do not learn.
+    """
+
+    rows: Tensor
+    deltas: Tensor
+    recent: Tensor | None
 
 
 class ProductKeyMemory(nn.Module):
@@ -115,19 +130,6 @@ class ValueTable(nn.Module):
         return self.weight.new_empty(*shape, self.weight.shape[1])
 
 
-class FastWeights(NamedTuple):
-    """What a text has added to the values of a memory, for each row of a batch.
-
-    rows: [B, N] int64, the value rows that changed, sorted and padded with the number of rows;
-    deltas: [B, N, C], what to add to them; recent: [B, m, C], the inputs since the last update, or
-    None while they are read and do not learn.
-    """
-
-    rows: Tensor
-    deltas: Tensor
-    recent: Tensor | None
-
-
 class FastWeightMemory(ProductKeyMemory):
     """FwPKM: a product-key memory whose values adapt to the text that is being generated.
 
@@ -137,42 +139,50 @@ class FastWeightMemory(ProductKeyMemory):
 
     with the read weights held fixed. The gradient has a closed form: row r changes by the sum over
     its reads (t, j) of −update_lr · w_tj · 2 (memory(h_t) − h_{t+1}) / ((n − 1) C). In training,
-    and until a state is given, it is a plain product-key memory.
+    and where `learns` is false, it is a plain product-key memory without a state.
+
+    What is read teaches nothing: a new state rests, and `learning` and `resting` change that.
     """
 
     def __init__(
-        self, C: int, num_keys: int, top_k: int, heads: int, update_lr: float, chunk_size: int
+        self,
+        C: int,
+        num_keys: int,
+        top_k: int,
+        heads: int,
+        update_lr: float,
+        chunk_size: int,
+        learns: bool,
     ):
         super().__init__(C, num_keys, top_k, heads)
-        self.update_lr, self.chunk_size = update_lr, chunk_size
+        self.update_lr, self.chunk_size, self.learns = update_lr, chunk_size, learns
+
+    def read_text(self, x: Tensor, state: FastWeights | None) -> tuple[Tensor, FastWeights | None]:
+        """Read for [B, T, C], the next tokens of a text: [B, T, C], and the state after them."""
+        if self.training or not self.learns:
+            return self(x), state
+        return self.adapt(x, self.fresh_state(len(x)) if state is None else state)
 
     def fresh_state(self, B: int) -> FastWeights:
         """No deltas yet, for B texts."""
         nothing = self.values.empty(B, 0)
         rows = torch.empty(B, 0, dtype=torch.int64, device=nothing.device)
-        return FastWeights(rows, nothing, nothing)
+        return FastWeights(rows, nothing, None)
 
     def adapt(self, x: Tensor, state: FastWeights) -> tuple[Tensor, FastWeights]:
-        """Read for x [B, T, C], the next tokens of a text, and learn from them.
-
-        At most `room(state)` tokens at once: an update comes between two calls.
-        """
-        y = self.read_adapted(x, state)
+        """Read for x [B, T, C], the next tokens of a text, and learn after every chunk of them."""
         if state.recent is None:
-            return y, state
-        recent = torch.cat((state.recent, x.to(state.recent.dtype)), 1)
-        state = state._replace(recent=recent)
-        return y, state if self.room(state) else self.updated(state)
-
-    def room(self, state: FastWeights) -> int | None:
-        """Tokens until the next update, None where none will come."""
-        return None if state.recent is None else self.chunk_size - state.recent.shape[1]
-
-    def learning(self, state: FastWeights | None, B: int) -> FastWeights:
-        """The state of B texts with its weights learning from now on; None has none yet."""
-        if state is None:
-            return self.fresh_state(B)
-        return state if state.recent is not None else state._replace(recent=state.deltas[:, :0])
+            return self.read_adapted(x, state), state
+        parts = []
+        while x.shape[1]:
+            n_left = self.chunk_size - state.recent.shape[1]
+            piece, x = x[:, :n_left], x[:, n_left:]
+            parts.append(self.read_adapted(piece, state))
+            recent = torch.cat((state.recent, piece.to(state.recent.dtype)), 1)
+            state = state._replace(recent=recent)
+            if piece.shape[1] == n_left:
+                state = self.updated(state)
+        return torch.cat(parts, 1), state
 
     def read_adapted(self, x: Tensor, state: FastWeights) -> Tensor:
         """The memory with its deltas: [B, T, C] -> [B, T, C]."""
@@ -205,6 +215,25 @@ class FastWeightMemory(ProductKeyMemory):
             pad_sequence([deltas for _, deltas in new], True),
             state.recent[:, :0],
         )
+
+
+def learning(state: Any) -> Any:
+    """A model's state whose fast weights learn from now on, where it has any."""
+    return _with_fast_weights(
+        state, lambda w: w if w.recent is not None else w._replace(recent=w.deltas[:, :0])
+    )
+
+
+def resting(state: Any) -> Any:
+    """A model's state whose fast weights are read and learn nothing, for a prompt that follows."""
+    return _with_fast_weights(state, lambda weights: weights._replace(recent=None))
+
+
+def _with_fast_weights(state: Any, change: Callable[[FastWeights], FastWeights]) -> Any:
+    def is_ours(node: Any) -> bool:
+        return isinstance(node, FastWeights)
+
+    return tree_map(lambda leaf: change(leaf) if is_ours(leaf) else leaf, state, is_leaf=is_ours)
 
 
 def merge_rows(rows: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:

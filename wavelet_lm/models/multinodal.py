@@ -1,13 +1,14 @@
 """An ensemble of small WaveletLMs that share their tokens and their prediction."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wavelet_lm.config import Config, cell_config
 from wavelet_lm.models.language_model import LanguageModel
-from wavelet_lm.models.wavelet_lm import State, WaveletLM
+from wavelet_lm.models.wavelet_lm import Carry, State, WaveletLM
 
 
 class MultinodalLM(LanguageModel):
@@ -22,17 +23,17 @@ class MultinodalLM(LanguageModel):
     def __init__(self, config: Config, vocab_size: int):
         super().__init__(config, vocab_size)
         n = config.multinodal_num_cells
-        self.cells = nn.ModuleList(WaveletLM(cell_config(config), vocab_size) for _ in range(n))
-        if config.multinodal_features_per_cell:
-            for i, cell in enumerate(self.cells):
-                cell.bag = FeatureBag(config, seed=config.seed + i)
+        bags = [
+            FeatureBag(config, config.seed + i) if config.multinodal_features_per_cell else None
+            for i in range(n)
+        ]
+        self.cells = nn.ModuleList(WaveletLM(cell_config(config), vocab_size, bag) for bag in bags)
         self.interval = config.multinodal_cross_cell_gate_interval
         n_gates = len(self.cells[0].order) // self.interval
         self.gates = nn.ModuleList(
             CellGate(config.multinodal_cell_dim)
             for _ in range(n_gates if config.multinodal_cross_cell_gating else 0)
         )
-        self.gradient_scale = 1 / math.sqrt(n)
 
     def output_weight(self) -> Tensor:
         weight = torch.cat([cell.head.weight for cell in self.cells], dim=1)
@@ -43,15 +44,23 @@ class MultinodalLM(LanguageModel):
         logits = sum(cell.head(part) for cell, part in parts)
         return logits / len(self.cells) if self.config.multinodal_combination == "mean" else logits
 
+    def loss(self, idx: Tensor, targets: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """As every model's; the gradient is scaled by 1/√cells, the value is not."""
+        loss, state = super().loss(idx, targets, state)
+        value = loss.detach()
+        return value + (loss - value) / math.sqrt(len(self.cells)), state
+
     def passes(
-        self, idx: Tensor, state: tuple[State, ...] | None, carry: Tensor | None
+        self, idx: Tensor, state: tuple[State, ...] | Carry | None
     ) -> tuple[list[Tensor], tuple[State, ...]]:
         """All cells side by side, block by block: hidden vectors [B, T, cells · cell_dim].
 
-        The state is a tuple of the cells' states; carry is [B, cells · cell_dim].
+        The state is a tuple of the cells' states; a carry has the cells' means side by side.
         """
         n = len(self.cells)
-        carries = [None] * n if carry is None else carry.chunk(n, dim=-1)
+        carries: list[Carry | None] = [None] * n
+        if isinstance(state, Carry):
+            carries, state = [Carry(mean) for mean in state.mean.chunk(n, dim=-1)], None
         streams = [cell.start(idx, c) for cell, c in zip(self.cells, carries, strict=True)]
         old = [iter(s) for s in (state or [()] * n)]
         new: list[list] = [[] for _ in self.cells]
@@ -70,25 +79,22 @@ class MultinodalLM(LanguageModel):
             passes.append(torch.cat(finished, dim=-1))
         return passes, tuple(tuple(states) for states in new)
 
-    def empty_carry(self, B: int, device: torch.device) -> Tensor:
-        """The carry at the start of a text: [B, cells · cell_dim] of zeros."""
-        return torch.cat([cell.empty_carry(B, device) for cell in self.cells], dim=-1)
+    def first_window(self, B: int, device: torch.device) -> Carry | None:
+        return _side_by_side([cell.first_window(B, device) for cell in self.cells])
 
-    def window_carry(self, state: tuple[State, ...]) -> Tensor:
-        """The cells' running means after a window, side by side: [B, cells · cell_dim]."""
+    def next_window(self, state: tuple[State, ...]) -> Carry | None:
         pairs = zip(self.cells, state, strict=True)
-        return torch.cat([cell.window_carry(s) for cell, s in pairs], dim=-1)
+        return _side_by_side([cell.next_window(s) for cell, s in pairs])
 
-    def adapting(self, state: tuple[State, ...]) -> tuple[State, ...]:
-        pairs = zip(self.cells, state, strict=True)
-        return tuple(cell.adapting(s) for cell, s in pairs)
+    def networks(self) -> list[LanguageModel]:
+        return list(self.cells)
 
-    def resting(self, state: tuple[State, ...]) -> tuple[State, ...]:
-        pairs = zip(self.cells, state, strict=True)
-        return tuple(cell.resting(s) for cell, s in pairs)
 
-    def room(self, state: tuple[State, ...]) -> int | None:
-        return self.cells[0].room(state[0])
+def _side_by_side(carries: list[Carry | None]) -> Carry | None:
+    """The cells' means as one carry [B, cells · cell_dim]."""
+    if carries[0] is None:
+        return None
+    return Carry(torch.cat([carry.mean for carry in carries], dim=-1))
 
 
 class FeatureBag(nn.Module):

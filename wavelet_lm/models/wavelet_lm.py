@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from wavelet_lm.config import Config
@@ -14,6 +13,12 @@ from wavelet_lm.models.language_model import LanguageModel
 from wavelet_lm.models.wavelets import build_wavelet
 
 State = tuple[BlockState, ...]
+
+
+class Carry(NamedTuple):
+    """What one training window hands to the next of the same text: the last running mean [B, C]."""
+
+    mean: Tensor
 
 
 class Stream(NamedTuple):
@@ -31,13 +36,14 @@ class Stream(NamedTuple):
 class WaveletLM(LanguageModel):
     """Attention-free language model; there is no positional embedding and no longest text."""
 
-    def __init__(self, config: Config, vocab_size: int):
+    def __init__(self, config: Config, vocab_size: int, bag: nn.Module | None = None):
+        """bag: acts on the token embeddings [B, T, C]."""
         super().__init__(config, vocab_size)
         C = config.C
         self.embedding = nn.Embedding(vocab_size, C)
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(C))
         self.embedding_scale = math.sqrt(C) if config.stabilized("embed_scaling") else 1.0
-        self.bag: nn.Module = nn.Identity()
+        self.bag = nn.Identity() if bag is None else bag
         self.embedding_dropout = nn.Dropout(config.dropout_embedding)
         n_blocks = 1 if config.looped_blocks else config.layers
         n_wavelets = 1 if config.shared_lifting_weights else n_blocks
@@ -63,10 +69,9 @@ class WaveletLM(LanguageModel):
     def project(self, x: Tensor) -> Tensor:
         return self.head(x)
 
-    def passes(
-        self, idx: Tensor, state: State | None, carry: Tensor | None
-    ) -> tuple[list[Tensor], State]:
+    def passes(self, idx: Tensor, state: State | Carry | None) -> tuple[list[Tensor], State]:
         """One pass through the stack of blocks for each of `loop_iterations`."""
+        carry, state = (state, None) if isinstance(state, Carry) else (None, state)
         x = self.start(idx, carry)
         passes = []
         old, new = iter(state or ()), []
@@ -77,10 +82,10 @@ class WaveletLM(LanguageModel):
             passes.append(self.finish(x))
         return passes, tuple(new)
 
-    def start(self, idx: Tensor, carry: Tensor | None = None) -> Stream:
-        """What the first block reads, for tokens [B, T] and the carry [B, C] of the last window."""
+    def start(self, idx: Tensor, carry: Carry | None = None) -> Stream:
+        """What the first block reads, for tokens [B, T] and the carry of the last window."""
         embedding = self.bag(self.embedding(idx) * self.embedding_scale)
-        mean = None if carry is None else carry[:, None]
+        mean = None if carry is None else carry.mean[:, None]
         return Stream(self.embedding_dropout(embedding), embedding, mean)
 
     def run_block(
@@ -107,41 +112,14 @@ class WaveletLM(LanguageModel):
             return y
         return torch.where(torch.rand((), device=x.device) < p, x, y)
 
-    def empty_carry(self, B: int, device: torch.device) -> Tensor:
-        """The carry at the start of a text: [B, C] of zeros."""
-        return torch.zeros(B, self.config.C, device=device)
-
-    def window_carry(self, state: State) -> Tensor:
-        """The last block's running mean after a window: [B, C], detached, at least float32."""
-        return state[-1].mean.mean.detach()
-
-    def adapting(self, state: State) -> State:
-        """The same state, with fast weights that learn from now on if the config says so."""
-        if not self.config.fwpkm_inference_updates:
-            return state
-        B = tree_leaves(state)[0].shape[0]
-        new = []
-        for i, block_state in enumerate(state):
-            block = self.blocks[self.order[i % len(self.order)]]
-            memory = block.feedforward.branches["fwpkm"].learning(block_state.memory, B)
-            new.append(block_state._replace(memory=memory))
-        return tuple(new)
-
-    def resting(self, state: State) -> State:
-        """The same state, with fast weights that are read and learn nothing (from a prompt)."""
-        return tuple(
-            block_state._replace(memory=block_state.memory._replace(recent=None))
-            if block_state.memory is not None
-            else block_state
-            for block_state in state
-        )
-
-    def room(self, state: State) -> int | None:
-        """Tokens until the fast weights learn, None where they do not."""
-        memory = state[0].memory
-        if memory is None:
+    def first_window(self, B: int, device: torch.device) -> Carry | None:
+        if not uses_carry(self.config):
             return None
-        return self.blocks[0].feedforward.branches["fwpkm"].room(memory)
+        return Carry(torch.zeros(B, self.config.C, device=device))
+
+    def next_window(self, state: State) -> Carry | None:
+        """The last block's running mean after a window: detached, at least float32."""
+        return Carry(state[-1].mean.mean.detach()) if uses_carry(self.config) else None
 
 
 def uses_carry(config: Config) -> bool:

@@ -121,9 +121,9 @@ class ComparedTrainer(Trainer):
         with torch.random.fork_rng(devices):
             for _ in range(2):
                 started = time.perf_counter()
-                for (inputs, targets), carry in zip(self._load(0), self._carries(0), strict=True):
+                for (inputs, targets), start in zip(self._load(0), self._starts(0), strict=True):
                     with self.precision.autocast():
-                        loss, _ = self.loss_function(inputs, targets, carry=carry)
+                        loss, _ = self.loss_function(inputs, targets, start)
                     loss.backward()
                 float(loss.detach())
                 seconds = time.perf_counter() - started

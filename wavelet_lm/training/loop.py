@@ -16,7 +16,7 @@ from wavelet_lm.data.batches import batch_size, training_batches, validation_bat
 from wavelet_lm.data.dataset import TokenizedText
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint
-from wavelet_lm.models.wavelet_lm import uses_carry
+from wavelet_lm.models.wavelet_lm import Carry
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
 from wavelet_lm.training.run_folder import RunFolder
@@ -65,7 +65,7 @@ class Trainer:
         self.evaluated_step = -1
         self.best_loss, self.best_step = math.inf, -1
         self.seconds = 0.0
-        self.carry: Tensor | None = None
+        self.window: Carry | None = None  # what the next window of the same text starts with
         self.smooth_loss: float | None = None
         self._unread: tuple[int, Tensor] | None = None
         self._stop_signal = 0
@@ -115,16 +115,15 @@ class Trainer:
         lr = learning_rate(self.config, self.step, self.total_steps)
         self.optimizer.set_lr(lr)
         total = torch.zeros((), device=self.device)
-        carries = self._carries(self.step)
+        starts = self._starts(self.step)
         for i, (inputs, targets) in enumerate(batch):
             with self.precision.autocast():
-                loss, state = self.loss_function(inputs, targets, carry=carries[i])
-            if uses_carry(self.config):
-                carries[i] = self.model.window_carry(state)
+                loss, state = self.loss_function(inputs, targets, starts[i])
+            starts[i] = self.model.next_window(state)
             self.precision.backward(loss / self.config.grad_accum)
             total += loss.detach() / self.config.grad_accum
-        if uses_carry(self.config):
-            self.carry = torch.cat(carries)
+        if starts[0] is not None:
+            self.window = Carry(torch.cat([start.mean for start in starts]))
         next_batch = self._load(self.step + 1)
         self.precision.update(self.optimizer, self.model, self.config.grad_clip)
         self.optimizer.zero_grad()
@@ -146,17 +145,17 @@ class Trainer:
             return tokens.pin_memory().to(self.device, non_blocking=True)
         return tokens.to(self.device)
 
-    def _carries(self, step: int) -> list[Tensor | None]:
-        """For each micro-batch the running means at the ends of the windows before its own.
+    def _starts(self, step: int) -> list[Any]:
+        """For each micro-batch the state that its windows start with, None for nothing.
 
-        They are zero where a text starts, and None where the model has none.
+        It is what the windows before them handed on, or that of a new text where one starts.
         """
-        if not uses_carry(self.config):
+        window = self.window
+        if window is None or self.batches.starts_text(step):
+            window = self.model.first_window(batch_size(self.config), self.device)
+        if window is None:
             return [None] * self.config.grad_accum
-        carry = self.carry
-        if carry is None or self.batches.starts_text(step):
-            carry = self.model.empty_carry(batch_size(self.config), self.device)
-        return list(carry.split(self.config.micro_batch_size))
+        return [Carry(mean) for mean in window.mean.split(self.config.micro_batch_size)]
 
     # --- watching --------------------------------------------------------------------------------
 
@@ -294,8 +293,8 @@ class Trainer:
         extra["generator/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             extra["generator/cuda"] = torch.cuda.get_rng_state(self.device)
-        if self.carry is not None:
-            extra["carry"] = self.carry
+        if self.window is not None:
+            extra["carry"] = self.window.mean
         metadata = {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -352,7 +351,7 @@ class Trainer:
             torch.cuda.set_rng_state(extra["generator/cuda"], self.device)
         # One of another size is of before the streams were those of the whole batch.
         if "carry" in extra and len(extra["carry"]) == batch_size(self.config):
-            self.carry = extra["carry"].to(self.device)
+            self.window = Carry(extra["carry"].to(self.device))
         if saved["scaler"]:  # one that had nothing to scale, as on another device, has no state
             self.precision.scaler.load_state_dict(saved["scaler"])
         if self.config.grad_accum > 1 and "eval_windows" not in saved:

@@ -19,7 +19,7 @@ from tests.inference.test_prepared import sharpened
 from tests.models.test_properties import V, configs
 from wavelet_lm import Config, UserError, build_model
 from wavelet_lm.inference.loading import load_model
-from wavelet_lm.inference.prepared import n_bytes
+from wavelet_lm.inference.prepared import is_fused, n_bytes
 from wavelet_lm.inference.quantization.checkpoint import load_quantized, save_quantized
 from wavelet_lm.inference.quantization.quantize import quantize
 from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint
@@ -44,7 +44,7 @@ def test_what_is_saved_is_what_is_loaded(config, name, dtype):
         path = saved(folder, twin, scheme)
         loaded = load_model(path)
         assert Checkpoint(path).metadata == {"step": 7}
-    assert loaded.is_prepared
+    assert is_fused(loaded)
     assert not loaded.training
     assert loaded.config == twin.config
     assert torch.equal(whole(loaded, tokens()), whole(twin, tokens()))
@@ -195,4 +195,4 @@ def test_training_refuses_quantized_weights(file):
     checkpoint = Checkpoint(file)
     with pytest.raises(UserError, match="its weights are quantized, for generation and evaluation"):
         checkpoint.load_into(build_model(checkpoint.config, V))
-    assert load_quantized(checkpoint).is_prepared
+    assert is_fused(load_quantized(checkpoint))

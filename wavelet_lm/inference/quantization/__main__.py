@@ -18,7 +18,7 @@ from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.files import as_user_error, check_new_folder, write_text
 from wavelet_lm.inference.loading import load_model, load_tokenizer
-from wavelet_lm.inference.prepared import n_bytes
+from wavelet_lm.inference.prepared import is_fused, n_bytes
 from wavelet_lm.inference.quantization.checkpoint import save_quantized
 from wavelet_lm.inference.quantization.options import (
     QuantizationOptions,
@@ -84,7 +84,7 @@ def quantize_run(
     check_new_folder(out)
     checkpoint = find_checkpoint(run)
     model, tokenizer = load_model(checkpoint, resolve_device(device), log), load_tokenizer(run)
-    if model.is_prepared:
+    if is_fused(model):
         raise UserError(f"{run} is quantized already; give the run that it was made from")
     check_finite(model, checkpoint)
     scheme = options.scheme(model, str(run))

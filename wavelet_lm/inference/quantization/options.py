@@ -17,6 +17,7 @@ from torch import Tensor
 from wavelet_lm.config import Config, QuantizationConfig
 from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.errors import UserError
+from wavelet_lm.inference.prepared import is_fused
 from wavelet_lm.inference.prompts import read_text
 from wavelet_lm.inference.quantization.backends import check_backend
 from wavelet_lm.inference.quantization.scheme import Scheme
@@ -57,7 +58,7 @@ class QuantizationOptions:
         """
         given = [name for name in (*FLAGS, "ptq_calibrate") if getattr(self, name) is not None]
         config = model.config
-        if model.is_prepared:
+        if is_fused(model):
             if self.ptq8 or given:
                 flag = given[0] if given else "ptq8"
                 raise UserError(
