@@ -85,7 +85,7 @@ def test_flops_are_those_that_pytorch_counts(config):
     idx = torch.randint(V, (2, 6))
     with FlopCounterMode(display=False) as counter:
         # The loss itself hides its in-place product from the counter.
-        passes, _ = model.passes(idx, None, None)
+        passes, _ = model.passes(idx, None)
         sum(linear(x, model.output_weight()).square().sum() for x in passes).backward()
     result = breakdown(config, V)
     expected = idx.numel() * (result.total.flops + result.hadamard_flops)

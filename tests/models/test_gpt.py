@@ -192,7 +192,7 @@ def test_the_breakdown_counts_what_the_model_does(kind, tied):
     idx = tokens(2, 8)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         # The loss itself hides its in-place product from the counter.
-        passes, _ = model.passes(idx, None, None)
+        passes, _ = model.passes(idx, None)
         linear(passes[0], model.output_weight()).square().sum().backward()
     averages = result.components.get("moving averages", Cost()).flops  # sums of products here
     assert counter.get_total_flops() == idx.numel() * (result.total.flops - averages)
