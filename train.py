@@ -43,13 +43,13 @@ def main() -> None:
     file, sets, grid = (flags.pop(name, None) for name in ("config", "set", "sweep"))
     source = file or "config"
     if sets or grid:
-        from wavelet_lm.training.sweep import read_grid, sweep
+        from wavelet_lm.experiments.sweep import read_grid, sweep
 
         members = read_grid(sets or [], grid, fixed=flags)
         output_is_optional()
         sweep(members, lambda member: config_values(file, {**flags, **member}), source)
     elif (config := Config.from_dict(config_values(file, flags), source)).benchmark_only:
-        from wavelet_lm.evaluation.__main__ import evaluate_and_print
+        from wavelet_lm.cli.evaluate import evaluate_and_print
         from wavelet_lm.threads import use_threads
 
         use_threads(config.threads)

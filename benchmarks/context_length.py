@@ -6,7 +6,7 @@
 
 A model is trained on windows of block_size tokens. Past that, `stream` goes on with all it has
 read, `window:N` limits the running mean to the last N tokens, and `recompute:N` reads the last N
-tokens again for every target (`wavelet_lm/inference/contexts.py`). Each of `--texts` stretches of
+tokens again for every target (`wavelet_lm/inference/context.py`). Each of `--texts` stretches of
 the files is read from its start as a text of its own. Targets are told apart by how many tokens
 stand before them: up to 1 × block_size, 1–4 ×, and so on by `--lengths`.
 
@@ -43,7 +43,7 @@ from wavelet_lm.config import OneLineParser
 from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command
-from wavelet_lm.inference.contexts import parse_context
+from wavelet_lm.inference.context import parse_context
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import check_vocabulary
 from wavelet_lm.inference.loading import load_model, load_tokenizer

@@ -58,12 +58,12 @@ from report import (
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from wavelet_lm.atomic_files import atomic_path
 from wavelet_lm.config import Config, OneLineParser, read_json_object
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command
-from wavelet_lm.files import atomic_path
 from wavelet_lm.inference.decoder import Decoder
-from wavelet_lm.models.breakdown import breakdown
+from wavelet_lm.models.cost import breakdown
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.threads import add_threads_flag, use_threads
 from wavelet_lm.training.memory import (

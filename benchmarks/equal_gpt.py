@@ -15,7 +15,7 @@ from torch import Tensor
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
 from wavelet_lm.inference.decoder import Decoder
-from wavelet_lm.models.gpt import GPT, GPTBlockState
+from wavelet_lm.models.gpt.model import GPT, GPTBlockState
 from wavelet_lm.models.registry import n_params
 
 # Channels per layer of the smallest GPT-2 (768 / 12); the larger ones are deeper.

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from report import check_plot, check_targets, table, write_results
 
+from wavelet_lm.atomic_files import atomic_path
 from wavelet_lm.config import (
     Config,
     OneLineParser,
@@ -40,7 +41,6 @@ from wavelet_lm.config import (
 from wavelet_lm.data.dataset import TokenizedText, prepare_data
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command
-from wavelet_lm.files import atomic_path
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.threads import use_threads
 from wavelet_lm.training.compilation import compiled

@@ -48,22 +48,22 @@ from report import (
     write_results,
 )
 
+from wavelet_lm.atomic_files import atomic_path
+from wavelet_lm.cli.quantization_flags import QuantizationOptions
 from wavelet_lm.config import Config, OneLineParser, read_json_object
 from wavelet_lm.data.dataset import TokenSplit, prepare_data
 from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.evaluation.likelihood import BATCH_POSITIONS, score
-from wavelet_lm.files import atomic_path
+from wavelet_lm.fusion.fuse import COMPONENTS, n_bytes, prepare
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.loading import load_model, load_tokenizer
-from wavelet_lm.inference.prepared import COMPONENTS, n_bytes, prepare
-from wavelet_lm.inference.quantization.backends import check_backend
-from wavelet_lm.inference.quantization.options import QuantizationOptions
-from wavelet_lm.inference.quantization.quantize import component, quantize
-from wavelet_lm.inference.quantization.scheme import Scheme
-from wavelet_lm.models.language_model import LanguageModel
+from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.registry import build_model, n_params
+from wavelet_lm.quantization.backends import check_backend
+from wavelet_lm.quantization.quantize import component, quantize
+from wavelet_lm.quantization.scheme import Scheme
 from wavelet_lm.threads import add_threads_flag, use_threads
 
 MB = 1e6

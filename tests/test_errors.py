@@ -9,7 +9,9 @@ import pytest
 
 PROGRAM = """
 import sys
-from wavelet_lm.errors import Interrupted, UserError, run_command
+from wavelet_lm.errors import Interrupted
+from wavelet_lm.errors import UserError
+from wavelet_lm.errors import run_command
 
 def main():
     print("ready", flush=True)
@@ -59,7 +61,7 @@ def test_status_and_line(body, status, line):
 def test_signals_clean_up_before_they_end_the_command(signum, status, word, tmp_path):
     path = tmp_path / "x"
     process = start(
-        f"from wavelet_lm.files import atomic_path\n"
+        f"from wavelet_lm.atomic_files import atomic_path\n"
         f"    with atomic_path({str(path)!r}) as file:\n"
         f"        file.write_text('half')\n"
         f"        print('writing', flush=True)\n"

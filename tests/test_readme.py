@@ -21,7 +21,7 @@ from wavelet_lm.config import (
 )
 from wavelet_lm.data.modalities import MODALITY_NAMES
 from wavelet_lm.data.tokenizers import ByteTokenizer
-from wavelet_lm.inference.options import parse_options
+from wavelet_lm.inference.generation_options import parse_options
 from wavelet_lm.models.checkpoint import save_checkpoint
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.training.memory import GiB, estimate_bytes

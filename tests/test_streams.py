@@ -20,7 +20,8 @@ needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is
 PROGRAM = """
 import sys
 from wavelet_lm import streams
-from wavelet_lm.errors import UserError, run_command
+from wavelet_lm.errors import UserError
+from wavelet_lm.errors import run_command
 
 def main():
     what = sys.argv[1]

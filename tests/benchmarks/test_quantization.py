@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.conftest import TINY
 from tests.evaluation.test_evaluation_command import make_run
 from wavelet_lm import UserError
-from wavelet_lm.inference.prepared import COMPONENTS
+from wavelet_lm.fusion.fuse import COMPONENTS
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import nn
 from tests.conftest import perturb, tiny_config
 from wavelet_lm import UserError, build_model
 from wavelet_lm.evaluation.likelihood import evaluate, score, strides, window_batches
-from wavelet_lm.evaluation.report import table
+from wavelet_lm.tables import table
 
 CPU = torch.device("cpu")
 

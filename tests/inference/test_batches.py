@@ -9,9 +9,9 @@ from tests.conftest import perturb, tiny_config
 from wavelet_lm import build_model
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import sampled_tokens
-from wavelet_lm.inference.quantization.quantize import quantize
-from wavelet_lm.inference.quantization.scheme import Scheme
-from wavelet_lm.inference.sampling import SamplingOptions
+from wavelet_lm.inference.sampling.logits import SamplingOptions
+from wavelet_lm.quantization.quantize import quantize
+from wavelet_lm.quantization.scheme import Scheme
 
 V, BATCHES, STEPS = 300, (2, 3, 16, 17, 33, 64), 3
 SIZES = {

@@ -17,15 +17,15 @@ from tests.inference.writers import (
 )
 from wavelet_lm import UserError
 from wavelet_lm.inference import completion
-from wavelet_lm.inference.coherence import WaveletCoherence
 from wavelet_lm.inference.completion import CoherenceOptions, Strategy
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import sampled_tokens
-from wavelet_lm.inference.lookahead import lookahead_tokens
 from wavelet_lm.inference.rows import Request
-from wavelet_lm.inference.sampling import SamplingOptions
-from wavelet_lm.inference.spacing import clean_spacing
-from wavelet_lm.inference.speculative import speculative_tokens
+from wavelet_lm.inference.sampling.coherence import WaveletCoherence
+from wavelet_lm.inference.sampling.logits import SamplingOptions
+from wavelet_lm.inference.strategies.lookahead import lookahead_tokens
+from wavelet_lm.inference.strategies.speculative import speculative_tokens
+from wavelet_lm.inference.text.spacing import clean_spacing
 
 N = 24
 

@@ -14,8 +14,8 @@ from wavelet_lm import UserError, build_model
 from wavelet_lm.inference import decoder as decoder_module
 from wavelet_lm.inference.decoder import Decoder, FunctionalSession, StaticSession
 from wavelet_lm.inference.generation import sampled_tokens
-from wavelet_lm.inference.sampling import SamplingOptions
-from wavelet_lm.models.memory import resting
+from wavelet_lm.inference.sampling.logits import SamplingOptions
+from wavelet_lm.models.wavelet_lm.memory import resting
 
 RANDOM = {"max_examples": 25, "suppress_health_check": list(HealthCheck), "derandomize": True}
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -158,7 +158,7 @@ def test_a_long_prompt_is_read_in_bounded_chunks(monkeypatch):
 @pytest.mark.parametrize("N", [1, 5, 16, 100])
 def test_a_window_limits_the_running_mean_alone(N, monkeypatch):
     """Against a model whose running mean is taken anew from the last N inputs."""
-    from wavelet_lm.models import block as block_module
+    from wavelet_lm.models.wavelet_lm.model import block as block_module
 
     def slow_mean(x, state=None):
         means = [x[:, max(0, t - N + 1) : t + 1].mean(1) for t in range(x.shape[1])]

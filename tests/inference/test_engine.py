@@ -14,7 +14,7 @@ from wavelet_lm import Engine, UserError, build_model, generate
 from wavelet_lm.inference import twins
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.engine import OPTIONS
-from wavelet_lm.inference.options import GenerationOptions
+from wavelet_lm.inference.generation_options import GenerationOptions
 from wavelet_lm.models.checkpoint import save_checkpoint
 
 GREEDY = {"temperature": 0, "repetition_penalty": 1}

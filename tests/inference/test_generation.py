@@ -18,8 +18,8 @@ from wavelet_lm.inference.generation import (
     sampled_tokens,
     start_token,
 )
-from wavelet_lm.inference.random_numbers import uniforms
-from wavelet_lm.inference.sampling import SamplingOptions, draw
+from wavelet_lm.inference.sampling.logits import SamplingOptions, draw
+from wavelet_lm.inference.sampling.random import uniforms
 
 V = 11
 GREEDY = SamplingOptions(temperature=0)

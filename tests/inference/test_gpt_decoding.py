@@ -16,14 +16,14 @@ from tests.training.runs import assert_same_run, run_config
 from tests.training.test_resume import killed_run
 from wavelet_lm import UserError, build_model, generate
 from wavelet_lm.evaluation.likelihood import evaluate_run
+from wavelet_lm.fusion.fuse import prepare, weight_bytes_per_token
 from wavelet_lm.inference.completion import Request, Strategy
-from wavelet_lm.inference.contexts import apply_context
+from wavelet_lm.inference.context import apply_context
 from wavelet_lm.inference.decoder import Decoder, StaticSession
 from wavelet_lm.inference.generation import sampled_tokens
-from wavelet_lm.inference.prepared import prepare, weight_bytes_per_token
-from wavelet_lm.inference.quantization.quantize import quantize
-from wavelet_lm.inference.quantization.scheme import Scheme
-from wavelet_lm.inference.sampling import SamplingOptions
+from wavelet_lm.inference.sampling.logits import SamplingOptions
+from wavelet_lm.quantization.quantize import quantize
+from wavelet_lm.quantization.scheme import Scheme
 from wavelet_lm.training.run import resume, train
 
 V, CONTEXT = len(LETTERS), 32

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tests.inference.writers import Letters, tokens
 from wavelet_lm.inference.generation import Drawn
 from wavelet_lm.inference.rows import Request, Row, TextUntil
-from wavelet_lm.inference.spacing import clean_spacing
+from wavelet_lm.inference.text.spacing import clean_spacing
 
 texts = st.text("ab", max_size=12)
 

@@ -11,7 +11,7 @@ from wavelet_lm import UserError, build_model
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.state_file import fingerprint, load_state, save_state
 from wavelet_lm.models.checkpoint import save_checkpoint
-from wavelet_lm.models.memory import learning, resting
+from wavelet_lm.models.wavelet_lm.memory import learning, resting
 
 V = 11
 TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]

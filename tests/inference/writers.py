@@ -7,7 +7,7 @@ from wavelet_lm import UserError, build_model
 from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.inference.completion import Strategy, Writer
 from wavelet_lm.inference.decoder import Decoder
-from wavelet_lm.inference.sampling import SamplingOptions
+from wavelet_lm.inference.sampling.logits import SamplingOptions
 
 LETTERS = "abcdefg .\n"
 GREEDY = Strategy(SamplingOptions(temperature=0))

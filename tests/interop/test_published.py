@@ -24,7 +24,7 @@ from tests.training.runs import error_line
 from wavelet_lm import UserError
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.data.tokenizers import CharTokenizer
-from wavelet_lm.inference.spacing import is_spaced_apart
+from wavelet_lm.inference.text.spacing import is_spaced_apart
 from wavelet_lm.interop.published import convert
 from wavelet_lm.interop.published_config import ABSENT, EXTENSIONS, NEEDED
 from wavelet_lm.models.registry import n_params

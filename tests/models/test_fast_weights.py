@@ -5,8 +5,8 @@ import torch
 
 from tests.conftest import perturb, tiny_config
 from wavelet_lm.inference.generation import generate
-from wavelet_lm.models.memory import FastWeightMemory, learning
 from wavelet_lm.models.registry import build_model
+from wavelet_lm.models.wavelet_lm.memory import FastWeightMemory, learning
 
 C, LR, CHUNK = 8, 0.7, 5
 

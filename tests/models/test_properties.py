@@ -13,7 +13,7 @@ from tests.conftest import perturb, tiny_config
 from wavelet_lm.config import Config, ConfigError
 from wavelet_lm.models.checkpoint import load_model, save_checkpoint
 from wavelet_lm.models.registry import build_model
-from wavelet_lm.models.wavelet_lm import Carry
+from wavelet_lm.models.wavelet_lm.model import Carry
 
 V = 11
 T = 24

@@ -12,7 +12,7 @@ from torch import nn
 from tests.conftest import perturb, tiny_config
 from tests.models.test_properties import configs
 from wavelet_lm import UserError, build_model
-from wavelet_lm.inference.prepared import n_bytes, prepare
+from wavelet_lm.fusion.fuse import n_bytes, prepare
 from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint, stored_model
 from wavelet_lm.models.weights import StoredModel, TensorReader
 

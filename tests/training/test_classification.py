@@ -10,7 +10,7 @@ from torch import nn
 from tests.conftest import tiny_config
 from wavelet_lm.data.tasks.examples import Batch, TokenExamples, cut, some
 from wavelet_lm.errors import UserError
-from wavelet_lm.models.classifier import build_classifier
+from wavelet_lm.models.classifier.model import build_classifier
 from wavelet_lm.training.classification import (
     accuracy,
     judge,

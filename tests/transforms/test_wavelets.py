@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from torch.utils._pytree import tree_leaves
 
 from tests.conftest import perturb, tiny_config
-from wavelet_lm.models.wavelets import build_wavelet
+from wavelet_lm.models.wavelet_lm.wavelets import build_wavelet
 from wavelet_lm.transforms.haar import HaarWavelet
 from wavelet_lm.transforms.lifting import LiftingWavelet
 from wavelet_lm.transforms.packets import WaveletPackets

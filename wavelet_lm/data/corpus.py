@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from wavelet_lm.atomic_files import unreadable
 from wavelet_lm.data.modalities import names_for
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import unreadable
 
 Document = Iterator[str]
 Documents = Callable[[], Iterator[Document]]

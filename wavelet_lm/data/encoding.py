@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from wavelet_lm.atomic_files import as_user_error, atomic_path, write_text
 from wavelet_lm.data.corpus import Document, Documents
 from wavelet_lm.data.tokenizer_base import Tokenizer
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import as_user_error, atomic_path, write_text
 
 PIECE_CHARS = 1 << 16  # what a thread encodes at a time
 BATCH_CHARS = 1 << 20  # what the threads share

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wavelet_lm.atomic_files import atomic_path
 from wavelet_lm.data.corpus import (
     PIECE_BYTES,
     SPLIT_NAMES,
@@ -26,7 +27,6 @@ from wavelet_lm.data.corpus import (
     reader,
 )
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import atomic_path
 
 ROWS_AT_ONCE = 64  # a row of pg19 is a book
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wavelet_lm.files import write_text
+from wavelet_lm.atomic_files import write_text
 
 Tokens = Sequence[int] | np.ndarray
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from wavelet_lm.atomic_files import atomic_path
 from wavelet_lm.data.modalities import MODALITY_NAMES, Modality, find_modality
 from wavelet_lm.data.tokenizer_base import Tokenizer, Tokens
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import atomic_path
 from wavelet_lm.json_files import read_json
 
 GPT2_VOCAB, GPT2_END_OF_TEXT = 50257, 50256

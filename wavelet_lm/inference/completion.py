@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.errors import UserError
-from wavelet_lm.inference.coherence import WaveletCoherence
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import Drawn, check_vocabulary, sampled_tokens
 from wavelet_lm.inference.interrupts import ctrl_c_as_flag
-from wavelet_lm.inference.lookahead import lookahead_tokens
 from wavelet_lm.inference.rows import Completion, Request, Row
-from wavelet_lm.inference.sampling import SamplingOptions
-from wavelet_lm.inference.speculative import Counts, speculative_tokens
+from wavelet_lm.inference.sampling.coherence import WaveletCoherence
+from wavelet_lm.inference.sampling.logits import SamplingOptions
 from wavelet_lm.inference.state_file import ModelRecord, load_state, save_state
-from wavelet_lm.models.memory import learning
+from wavelet_lm.inference.strategies.lookahead import lookahead_tokens
+from wavelet_lm.inference.strategies.speculative import Counts, speculative_tokens
+from wavelet_lm.models.wavelet_lm.memory import learning
 
 if TYPE_CHECKING:
     from wavelet_lm.data.tokenizers import Tokenizer

@@ -16,15 +16,15 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from wavelet_lm.devices import reading
 from wavelet_lm.errors import UserError
-from wavelet_lm.inference.contexts import apply_context
-from wavelet_lm.inference.prepared import prepare, weight_bytes_per_token
-from wavelet_lm.inference.products import computing_dtype
-from wavelet_lm.inference.quantization.weights import use_cpu_layout
-from wavelet_lm.inference.static_state import StaticState
-from wavelet_lm.models.gpt import check_length
-from wavelet_lm.models.language_model import LanguageModel
-from wavelet_lm.models.memory import learning, resting
+from wavelet_lm.fusion.fuse import prepare, weight_bytes_per_token
+from wavelet_lm.fusion.linear import computing_dtype
+from wavelet_lm.inference.context import apply_context
+from wavelet_lm.inference.state import StaticState
+from wavelet_lm.models.base import LanguageModel
+from wavelet_lm.models.gpt.model import check_length
+from wavelet_lm.models.wavelet_lm.memory import learning, resting
 from wavelet_lm.models.weights import StoredModel
+from wavelet_lm.quantization.weights import use_cpu_layout
 
 # Positions of a prompt that are read at once: what bounds the memory that a long prompt needs.
 PREFILL_POSITIONS = 4096

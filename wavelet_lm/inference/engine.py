@@ -21,15 +21,15 @@ from wavelet_lm.allocator import returning_memory
 from wavelet_lm.config import Config
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError
+from wavelet_lm.inference.build_engine import open_checkpoint
 from wavelet_lm.inference.checks import check_seed, check_whole
 from wavelet_lm.inference.completion import Reading, Writer
 from wavelet_lm.inference.generation import check_vocabulary, encode_prompt
-from wavelet_lm.inference.opening import open_checkpoint
-from wavelet_lm.inference.options import BATCH_SIZE, DTYPES, GenerationOptions
+from wavelet_lm.inference.generation_options import BATCH_SIZE, DTYPES, GenerationOptions
 from wavelet_lm.inference.rows import Completion, Request
 from wavelet_lm.inference.twins import Twin, twin_of
 from wavelet_lm.json_files import brief
-from wavelet_lm.models.language_model import LanguageModel
+from wavelet_lm.models.base import LanguageModel
 
 if TYPE_CHECKING:
     from wavelet_lm.data.tokenizers import Tokenizer

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from wavelet_lm.errors import UserError
 from wavelet_lm.inference.checks import check_seed
 from wavelet_lm.inference.decoder import Decoder
-from wavelet_lm.inference.random_numbers import uniforms
-from wavelet_lm.inference.sampling import SamplingOptions, draw, entropy, log_probs_of
+from wavelet_lm.inference.sampling.logits import SamplingOptions, draw, entropy, log_probs_of
+from wavelet_lm.inference.sampling.random import uniforms
 
 if TYPE_CHECKING:
     from wavelet_lm.data.tokenizers import Tokenizer

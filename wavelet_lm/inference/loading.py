@@ -12,10 +12,10 @@ from torch import nn
 from wavelet_lm.data import tokenizers
 from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.errors import UserError
-from wavelet_lm.inference.quantization.checkpoint import load_quantized
 from wavelet_lm.models import checkpoint
-from wavelet_lm.models.language_model import LanguageModel
+from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.weights import StoredModel
+from wavelet_lm.quantization.checkpoint import load_quantized
 
 
 def load_model(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wavelet_lm.inference.checks import check_seed, check_stop, check_whole
 from wavelet_lm.inference.generation import Drawn, TextStream
-from wavelet_lm.inference.metrics import text_metrics
-from wavelet_lm.inference.spacing import CleanContinuation
-from wavelet_lm.inference.speculative import Counts
+from wavelet_lm.inference.strategies.speculative import Counts
+from wavelet_lm.inference.text.metrics import text_metrics
+from wavelet_lm.inference.text.spacing import CleanContinuation
 
 if TYPE_CHECKING:
     from wavelet_lm.data.tokenizers import Tokenizer

@@ -19,9 +19,9 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from wavelet_lm.config import Config, ModelConfig
 from wavelet_lm.errors import UserError
+from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.checkpoint import write_tensors
-from wavelet_lm.models.language_model import LanguageModel
-from wavelet_lm.models.memory import FastWeights
+from wavelet_lm.models.wavelet_lm.memory import FastWeights
 
 FORMAT = "wavelet_lm.state.1"
 STATE = "state"

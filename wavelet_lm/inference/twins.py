@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.inference.decoder import Decoder
-from wavelet_lm.models.language_model import LanguageModel
+from wavelet_lm.models.base import LanguageModel
 
 # Values of a tensor that are looked at to see whether it has changed.
 N_SAMPLES = 16

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from wavelet_lm.atomic_files import as_user_error, check_new_folder, write_text
 from wavelet_lm.config import OneLineParser
 from wavelet_lm.data.tokenizers import (
     GPT2_VOCAB,
@@ -29,7 +30,6 @@ from wavelet_lm.data.tokenizers import (
     named_tokenizer,
 )
 from wavelet_lm.errors import UserError, run_command
-from wavelet_lm.files import as_user_error, check_new_folder, write_text
 from wavelet_lm.interop.published_config import read_published_config
 from wavelet_lm.interop.published_names import Source, published_layout
 from wavelet_lm.models.checkpoint import check_finite, save_checkpoint

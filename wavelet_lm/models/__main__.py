@@ -1,65 +1,10 @@
-"""Count a config before training it: `python -m wavelet_lm.models config.json --layers 3`.
-
-By component: parameters, training FLOPs per token, weights read per generated token; and the size
-of a text's state, and how far back the model sees.
-"""
+"""`python -m wavelet_lm.models`: the command `count` of `wavelet_lm/cli`, by its older name."""
 
 if __name__ == "__main__":
     from wavelet_lm.environment import start
 
     start()  # before the imports below, which take seconds
+    from wavelet_lm.cli.count import main
+    from wavelet_lm.errors import run_command
 
-import json
-
-from wavelet_lm.config import Config, OneLineParser, add_config_flags, parse_flags
-from wavelet_lm.data.hub import KNOWN
-from wavelet_lm.data.tokenizers import GPT2_VOCAB, check_tokenizer_name, sentencepiece_vocab
-from wavelet_lm.errors import UserError, run_command
-from wavelet_lm.files import check_writable, write_text
-from wavelet_lm.models.breakdown import as_dict, breakdown, table
-
-
-def main() -> None:
-    parser = OneLineParser(
-        prog="python -m wavelet_lm.models",
-        usage="python -m wavelet_lm.models CONFIG [--vocab_size N] [--json FILE] [--key value ...]",
-        description=__doc__,
-    )
-    parser.add_argument("config", metavar="CONFIG", help="config file")
-    parser.add_argument("--vocab_size", type=int, metavar="N", help="[that of the tokenizer]")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
-    add_config_flags(parser)
-    flags = parse_flags(parser)
-    file, vocab_size, json_file = (flags.pop(key) for key in ("config", "vocab_size", "json"))
-    if vocab_size is not None and vocab_size < 1:
-        raise UserError(f"vocab_size is {vocab_size}; it must be 1 or more")
-    if json_file:
-        check_writable(json_file)
-    config = Config.from_json(file, **flags)
-    if vocab_size is None:
-        vocab_size = known_vocabulary(config)
-
-    result = breakdown(config, vocab_size)
-    if json_file:
-        figures = {"config": file, "vocab_size": vocab_size, **as_dict(result)}
-        write_text(json_file, json.dumps(figures, indent=1) + "\n")
-    print(f"{file}, vocabulary {vocab_size:,}\n\n{table(result)}")
-
-
-def known_vocabulary(config: Config) -> int:
-    """The vocabulary size of a tokenizer that can be named without reading the data."""
-    name = config.tokenizer
-    if name == "auto":
-        name = "bytes" if config.dataset == "python-stdlib" else "gpt2"
-        if config.dataset in KNOWN:
-            name = KNOWN[config.dataset].default_tokenizer
-    check_tokenizer_name(name)
-    if name == "char":
-        raise UserError(
-            "the vocabulary of tokenizer char is known only from its text; give --vocab_size N"
-        )
-    return {"gpt2": GPT2_VOCAB, "bytes": 256}.get(name) or sentencepiece_vocab(name)
-
-
-if __name__ == "__main__":
     run_command(main)

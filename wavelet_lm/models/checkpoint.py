@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wavelet_lm.atomic_files import atomic_path
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import atomic_path
 from wavelet_lm.json_files import brief, parse_json
 from wavelet_lm.models.registry import build_model, model_without_weights
 from wavelet_lm.models.weights import StoredModel, TensorReader

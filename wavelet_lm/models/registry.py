@@ -6,10 +6,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
-from wavelet_lm.models.gpt import GPT
-from wavelet_lm.models.language_model import LanguageModel
-from wavelet_lm.models.multinodal import MultinodalLM
-from wavelet_lm.models.wavelet_lm import WaveletLM
+from wavelet_lm.models.base import LanguageModel
+from wavelet_lm.models.gpt.model import GPT
+from wavelet_lm.models.wavelet_lm.ensemble import MultinodalLM
+from wavelet_lm.models.wavelet_lm.model import WaveletLM
 
 MODELS = {"wavelet_lm": WaveletLM, "gpt": GPT, "wavelet_gpt": GPT}
 MOST_TENSORS = 5_000

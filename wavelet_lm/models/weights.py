@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
-from wavelet_lm.models.language_model import LanguageModel
+from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.registry import build_model
 
 DTYPES = {

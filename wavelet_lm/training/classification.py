@@ -17,7 +17,7 @@ from wavelet_lm.config import TrainingConfig
 from wavelet_lm.data.tasks.examples import Examples
 from wavelet_lm.devices import reading
 from wavelet_lm.errors import UserError
-from wavelet_lm.models.classifier import SequenceClassifier
+from wavelet_lm.models.classifier.model import SequenceClassifier
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
 from wavelet_lm.training.schedule import learning_rate

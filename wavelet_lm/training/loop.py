@@ -16,7 +16,7 @@ from wavelet_lm.data.batches import batch_size, training_batches, validation_bat
 from wavelet_lm.data.dataset import TokenizedText
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint
-from wavelet_lm.models.wavelet_lm import Carry
+from wavelet_lm.models.wavelet_lm.model import Carry
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
 from wavelet_lm.training.run_folder import RunFolder

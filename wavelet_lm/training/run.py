@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wavelet_lm.cli.terminal import RECORD, record
 from wavelet_lm.config import Config
 from wavelet_lm.data.batches import batch_size, steps_per_epoch
 from wavelet_lm.data.dataset import TokenizedText, prepare_data
@@ -19,16 +20,15 @@ from wavelet_lm.data.tokenizers import GPT2_VOCAB, Tokenizer, load_tokenizer
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.evaluation.likelihood import evaluate_run
-from wavelet_lm.evaluation.report import table
 from wavelet_lm.inference.completion import Strategy, Writer
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import encode_prompt
 from wavelet_lm.inference.loading import find_own_checkpoint
 from wavelet_lm.inference.rows import Request
-from wavelet_lm.inference.sampling import SamplingOptions
-from wavelet_lm.inference.terminal import RECORD, record
+from wavelet_lm.inference.sampling.logits import SamplingOptions
 from wavelet_lm.models.checkpoint import Checkpoint, load_model
 from wavelet_lm.models.registry import build_model, model_without_weights, n_params
+from wavelet_lm.tables import table
 from wavelet_lm.threads import use_threads
 from wavelet_lm.training import memory
 from wavelet_lm.training.changes import LENGTH, changed_config, refuse_other_flags, words

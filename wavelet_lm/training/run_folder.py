@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from wavelet_lm.atomic_files import append_line, as_user_error, write_text
 from wavelet_lm.config import CHANGES, Config, read_json_object
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import append_line, as_user_error, write_text
 
 # What a result depends on in a checkout, besides the config, which a run keeps itself.
 CODE = (":(top)*.py", ":(top)pyproject.toml", ":(top)constraints.txt")

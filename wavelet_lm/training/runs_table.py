@@ -4,8 +4,8 @@ import errno
 import os
 from pathlib import Path
 
+from wavelet_lm.atomic_files import as_user_error, write_text
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import as_user_error, write_text
 from wavelet_lm.training.run_folder import check_folder
 
 ADVICE = "give --runs_file another name, or none"

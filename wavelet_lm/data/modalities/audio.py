@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+from wavelet_lm.atomic_files import atomic_path, unreadable
 from wavelet_lm.data.modalities.modality import Modality, needed
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import atomic_path, unreadable
 
 SAMPLE_RATE = 16_000
 FRAMES_AT_ONCE = 1 << 18

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from wavelet_lm.atomic_files import atomic_path, unreadable
 from wavelet_lm.data.modalities.modality import Modality
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import atomic_path, unreadable
 
 CODES = 1024
 

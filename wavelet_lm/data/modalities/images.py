@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from wavelet_lm.atomic_files import atomic_path
 from wavelet_lm.data.modalities.modality import Modality, needed
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import atomic_path
 
 
 class Pixels(Modality):

@@ -29,9 +29,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from wavelet_lm.atomic_files import atomic_path
 from wavelet_lm.data.modalities.modality import Modality, needed
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import atomic_path
 
 PITCHES, SHIFTS, VELOCITIES = 128, 100, 32
 NOTE_ON, NOTE_OFF, SHIFT, VELOCITY = 0, PITCHES, 2 * PITCHES, 2 * PITCHES + SHIFTS

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from wavelet_lm.atomic_files import unreadable
 from wavelet_lm.data.modalities.audio import SAMPLE_RATE, n_seconds, samples_between
 from wavelet_lm.data.tasks.examples import Batch
 from wavelet_lm.data.tasks.tables import read_table
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import unreadable
 
 PIECE = SAMPLE_RATE
 DOWNLOAD = (

@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from wavelet_lm.atomic_files import as_user_error, atomic_path
 from wavelet_lm.config import OneLineParser
 from wavelet_lm.data.tasks.examples import PADDING, Task, TokenExamples
 from wavelet_lm.data.tasks.tables import read_table
 from wavelet_lm.errors import UserError, run_command
-from wavelet_lm.files import as_user_error, atomic_path
 
 N_CLASSES = 10
 OPERATORS: dict[str, Callable[[list[int]], int]] = {

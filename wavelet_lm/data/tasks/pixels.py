@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from wavelet_lm.atomic_files import unreadable
 from wavelet_lm.data.tasks.examples import Task, TokenExamples, cut
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import unreadable
 
 VOCAB_SIZE = 256
 N_CLASSES = 10

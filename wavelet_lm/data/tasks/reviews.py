@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from wavelet_lm.atomic_files import unreadable
 from wavelet_lm.data.tasks.examples import Task, TokenExamples, cut
 from wavelet_lm.data.tasks.tables import read_table
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import unreadable
 
 VOCAB_SIZE = 256
 CLASSES = ("neg", "pos")

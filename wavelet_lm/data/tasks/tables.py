@@ -4,8 +4,8 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from wavelet_lm.atomic_files import unreadable
 from wavelet_lm.errors import UserError
-from wavelet_lm.files import unreadable
 
 
 def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

@@ -1,1 +1,1 @@
-"""Post-training quantization: weights in few bits, read as they are."""
+"""`python -m wavelet_lm.inference.quantization` lives on here; the package is `wavelet_lm.quantization`."""

@@ -1,0 +1,1 @@
+"""Weights put together for reading: the same function in fewer and larger products."""

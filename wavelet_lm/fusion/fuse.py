@@ -1,0 +1,267 @@
+"""A model's weights put together for reading: the same function in fewer and larger products.
+
+`prepare` leaves the model alone and returns a twin of folded parts (`folds.py`), which shares the
+weights that need no change. A part with a switch that stands in the way of a fold (a norm between
+transform and product, packets, several bases, nets that depend on their input) runs as it was
+trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from wavelet_lm.errors import UserError
+from wavelet_lm.fusion.fused_layers import (
+    MIXER_BANDS,
+    FoldedFeedForward,
+    FoldedMixer,
+    FoldedReconstruction,
+    UpdateNets,
+    mixer_band,
+)
+from wavelet_lm.fusion.linear import Cast, cast, computing_dtype, rebuilt, shallow_copy
+from wavelet_lm.models.base import LanguageModel
+from wavelet_lm.models.wavelet_lm.block import Block, BlockState
+from wavelet_lm.models.wavelet_lm.ensemble import MultinodalLM
+from wavelet_lm.models.wavelet_lm.memory import FastWeightMemory, ProductKeyMemory
+from wavelet_lm.models.wavelet_lm.model import WaveletLM
+from wavelet_lm.models.weights import StoredModel
+from wavelet_lm.transforms.delays import Crawl, Filter
+from wavelet_lm.transforms.lifting import LiftingWavelet
+
+# What the weights of a component are kept in, by its name (`COMPONENTS`): weights of one kind can
+# be put together in one product.
+Precision = Callable[[str], object]
+COMPONENTS = (*MIXER_BANDS, "mlp", "lifting", "embedding", "rest")
+
+
+@torch.no_grad()
+def prepare(
+    model: LanguageModel | StoredModel,
+    dtype: torch.dtype | None = None,
+    *,
+    adapt: bool = False,
+    precision: Precision = lambda component: None,
+) -> LanguageModel:
+    """A twin of `model` for inference, in eval mode.
+
+    Args:
+        model: one that is prepared already (a quantized one) keeps its folds; of one whose weights
+            are stored, never more than a part is in memory beside the twin.
+        dtype: of its weights; None keeps the model's. Folds are computed in the model's own.
+        adapt: the fast weights will learn, and the second memories are kept as they are.
+        precision: parts of the model that differ in it are not put together.
+
+    Raises:
+        UserError: the model was prepared with another `adapt`.
+    """
+    at_hand = _at_hand
+    if isinstance(model, StoredModel):
+        model, at_hand = model.model, model.at_hand
+    if is_fused(model):
+        if adapt != model.config.fwpkm_inference_updates:
+            given = "--fwpkm_inference_updates" if adapt else "--no_fwpkm_inference_updates"
+            raise UserError(
+                f"this model was quantized for {'fixed' if adapt else 'learning'} fast weights;"
+                f" quantize it again with {given}"
+            )
+        return cast(model, dtype or computing_dtype(model))
+    cast_part = Cast(dtype or next(model.parameters()).dtype)
+    twin = _Preparation(cast_part, adapt, precision, at_hand).twin(model)
+    twin.fused = True
+    return twin.eval()
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether `prepare` made it: a twin for reading alone."""
+    return getattr(model, "fused", False)
+
+
+def _at_hand(*parts: nn.Module) -> AbstractContextManager[None]:
+    """The weights of a model in memory always are."""
+    return nullcontext()
+
+
+class _Preparation:
+    """Makes a twin part by part, so that of the model one part at a time needs its weights."""
+
+    def __init__(
+        self,
+        cast: Cast,
+        adapt: bool,
+        precision: Precision,
+        at_hand: Callable[..., AbstractContextManager[None]],
+    ):
+        self.cast, self.adapt, self.precision, self.at_hand = cast, adapt, precision, at_hand
+
+    def twin(self, model: LanguageModel) -> LanguageModel:
+        twin = shallow_copy(model)
+        twin.config = model.config.replace(fwpkm_inference_updates=self.adapt)
+        # What shrinks most is put together first, while little else is in memory.
+        parts = ("cells", "wavelets", "blocks")
+        if isinstance(model, WaveletLM):
+            updates = self._fold_wavelets(model, twin)
+        # Tables and the head together, since they may share a weight.
+        rest = {name: part for name, part in model._modules.items() if name not in parts}
+        with self.at_hand(*rest.values()):
+            twin._modules.update({name: self.cast(part) for name, part in rest.items()})
+        if isinstance(model, MultinodalLM):
+            twin.cells = nn.ModuleList(map(self.twin, model.cells))
+        elif isinstance(model, WaveletLM):
+            self._fold_blocks(model, twin, updates)
+        else:
+            twin.blocks = nn.ModuleList(map(self._unfolded, model.blocks))
+        return twin
+
+    def _unfolded(self, part: nn.Module) -> nn.Module:
+        with self.at_hand(part):
+            return self.cast(part)
+
+    def _fold_wavelets(self, model: WaveletLM, twin: WaveletLM) -> list[UpdateNets | None]:
+        """The twin's wavelets; the nets of the reconstructions that can be folded."""
+        transform = model.blocks[0].mixer.rotate
+        if not FoldedMixer.leaves_rotated(model.blocks[0]):
+            transform = nn.Identity()
+        wavelets, updates = [], []
+        for wavelet in model.wavelets:
+            with self.at_hand(wavelet):
+                folded, nets = _folded_wavelet(wavelet, transform)
+                wavelets.append(self.cast(folded))
+                updates.append(None if nets is None else self.cast(nets))
+        twin.wavelets = nn.ModuleList(wavelets)
+        return updates
+
+    def _fold_blocks(
+        self, model: WaveletLM, twin: WaveletLM, updates: list[UpdateNets | None]
+    ) -> None:
+        blocks = []
+        for i, block in enumerate(model.blocks):
+            with self.at_hand(block):
+                nets = updates[i % len(updates)]
+                blocks.append(self.cast(PreparedBlock(block, nets, self.adapt, self.precision)))
+        twin.blocks = nn.ModuleList(blocks)
+
+
+def _folded_wavelet(
+    wavelet: nn.Module, transform: nn.Module
+) -> tuple[nn.Module, UpdateNets | None]:
+    """A wavelet for reading, and the nets of a reconstruction that can be folded."""
+    folded, nets = rebuilt(wavelet, _fixed_filter), None
+    if isinstance(wavelet, LiftingWavelet) and wavelet.is_static:
+        nets = UpdateNets(wavelet, transform)
+        if wavelet.own_update is None:
+            folded.update = nets.decomposing(folded.update)
+        folded.own_update = None
+    return folded, nets
+
+
+def _fixed_filter(module: nn.Module, _: str) -> nn.Module | None:
+    """A crawl as the filter that it has become."""
+    return Filter(module.taps().detach(), module.min_lag) if isinstance(module, Crawl) else None
+
+
+def _learning(module: nn.Module, _: str) -> nn.Module | None:
+    """A second memory as one that learns."""
+    if not isinstance(module, FastWeightMemory) or module.learns:
+        return None
+    twin = shallow_copy(module)
+    twin.learns = True
+    return twin
+
+
+class PreparedBlock(nn.Module):
+    """`Block.forward` with folded parts; the names of the steps are those of `Block`."""
+
+    def __init__(self, block: Block, updates: UpdateNets | None, adapt: bool, precision: Precision):
+        """updates: for a reconstruction that can be folded."""
+        super().__init__()
+        self.pad, self.norm1 = block.pad, block.norm1
+        self.embedding_gain = block.embedding_gain
+        self.decomposed_norm, self.bypass = block.decomposed_norm, block.bypass
+        self.phase_gate = block.phase_gate
+        by_scale = [precision(mixer_band(s)) for s in range(len(block.scale_weights))]
+        self.mixer = FoldedMixer(block, updates is not None, by_scale)
+        self.reconstruction, self.projection = None, None
+        if updates is None:
+            self.projection = block.projection
+        else:
+            self.reconstruction = FoldedReconstruction(updates, block.projection)
+        self.spectral_gain, self.feedforward_gain = block.spectral_gain, block.feedforward_gain
+        self.feedforward = block.feedforward
+        if adapt:
+            self.feedforward = rebuilt(block.feedforward, _learning)
+        elif block.feedforward is not None:
+            apart = precision("mlp") != precision("rest")
+            self.feedforward = FoldedFeedForward(block.feedforward, apart)
+
+    def forward(
+        self,
+        x: Tensor,
+        embedding: Tensor,
+        mean_prev: Tensor | None,
+        wavelet: nn.Module,
+        state: BlockState | None = None,
+    ) -> tuple[Tensor, Tensor | None, BlockState]:
+        wavelet_state, mean_state, memory = (None, None, None) if state is None else state
+        mean = None
+        if self.bypass is not None:
+            mean, mean_state = self.bypass.average(x, mean_state)
+        if self.embedding_gain is not None:
+            x = torch.addcmul(x, self.embedding_gain, embedding)
+
+        bands, wavelet_state = wavelet.decompose(self.pad(self.norm1(x)), wavelet_state)
+        bands = self.decomposed_norm(torch.stack(bands))
+        if mean is not None:
+            bands = self.bypass(bands, mean, mean_prev)
+        mixed = self.mixer(self.phase_gate(bands))
+        if self.reconstruction is not None:
+            signal = self.reconstruction(mixed)
+        else:
+            signal = self.projection(wavelet.reconstruct(list(mixed.unbind())))
+
+        x = self.spectral_gain(x) + signal
+        y = self.feedforward_gain(x)
+        if self.feedforward is not None:
+            update, memory = self.feedforward(x, memory)
+            y = y + update
+        return y, mean, BlockState(wavelet_state, mean_state, memory)
+
+
+def weight_bytes_per_token(model: LanguageModel) -> int:
+    """Bytes of a prepared model's weights that one token of one text reads.
+
+    As often as they are read: blocks may share a wavelet, and a reconstruction that is not folded
+    reads the update nets again. Of tables the rows that are read count.
+    """
+    if isinstance(model, MultinodalLM):
+        gates = n_bytes(model.gates) * model.config.loop_iterations
+        return gates + sum(weight_bytes_per_token(cell) for cell in model.cells)
+    if not isinstance(model, WaveletLM):
+        parts = (model.blocks, model.final_norm, model.dense, model.head)
+        rows = n_bytes(model.embedding) // model.vocab_size
+        return sum(map(n_bytes, parts)) + rows + n_bytes(model.position_embedding) // model.longest
+    total = n_bytes(model.final_norm) + n_bytes(model.head)
+    total += n_bytes(model.embedding) // model.vocab_size
+    for i in range(len(model.order) * model.config.loop_iterations):
+        number = model.order[i % len(model.order)]
+        block, wavelet = model.blocks[number], model.wavelets[number % len(model.wavelets)]
+        total += n_bytes(block) + n_bytes(wavelet)
+        if i == 0 and block.bypass is not None:  # nothing comes before it
+            total -= n_bytes(block.bypass.cross_layer_mix)
+        for part in block.modules():
+            if isinstance(part, ProductKeyMemory):
+                unread = part.n_rows - part.heads * part.top_k
+                total -= n_bytes(part.values) // part.n_rows * unread
+        for part in wavelet.modules():
+            if isinstance(part, LiftingWavelet) and block.reconstruction is None:
+                total += n_bytes(part.update) if part.own_update is None else 0
+    return total
+
+
+def n_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters, shared ones once."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())

@@ -1,0 +1,546 @@
+"""The options of `generate.py`: what can be typed, what it means, and what contradicts what."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from wavelet_lm.cli.quantization_flags import (
+    QuantizationOptions,
+    add_quantization_flags,
+    quantization_options,
+)
+from wavelet_lm.config import Config, OneLineParser
+from wavelet_lm.errors import UserError
+from wavelet_lm.inference.checks import MAX_SEED, check_seed, check_stop, check_whole
+from wavelet_lm.inference.completion import CoherenceOptions, Strategy
+from wavelet_lm.inference.context import parse_context
+from wavelet_lm.inference.rows import Request
+from wavelet_lm.inference.sampling.coherence import WaveletCoherence
+from wavelet_lm.inference.sampling.logits import SamplingOptions
+from wavelet_lm.inference.text.prompts import Prompt, read_piped, read_prompts, read_text
+from wavelet_lm.inference.text.spacing import is_spaced_apart
+from wavelet_lm.threads import add_threads_flag
+
+# What --strategies stands for; every flag that is given as well wins over it. Spacing is cleaned
+# only for a run that was trained on text which has it (`is_spaced_apart`).
+STRATEGIES = {
+    "entropy_adaptive": True,
+    "entropy_temp_max": 0.9,
+    "top_p": 0.85,
+    "repetition_penalty": 1.2,
+    "metrics": True,
+}
+LOOKAHEAD_DEPTH, DRAFT_TOKENS, BATCH_SIZE = 4, 4, 16
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "repetition_penalty")
+ADAPTIVE_KEYS = ("entropy_adaptive", "entropy_temp_min", "entropy_temp_max")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# On a GPU, `auto` compiles from this many tokens on: it takes about as long as they do.
+COMPILED_FROM = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """What was typed. None: not given, and the default (or the run's config) decides.
+
+    The attributes are the flags of `parse_options`, where their meaning stands.
+
+    Raises:
+        UserError: a value out of range, or flags that contradict each other.
+    """
+
+    checkpoint: str
+    prompt: str | None = None
+    prompt_file: str | None = None
+    prompts: str | None = None
+    interactive: bool = False
+    save_state: str | None = None
+    load_state: str | None = None
+
+    num_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eot: bool = False
+    seed: int = 1
+    n: int = 1
+    batch_size: int = BATCH_SIZE
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+
+    strategies: bool = False
+    entropy_adaptive: bool | None = None
+    entropy_temp_min: float | None = None
+    entropy_temp_max: float | None = None
+    lookahead_k: int | None = None
+    lookahead_depth: int | None = None
+    best_of_n: int = 1
+    wavelet_coherence: bool = False
+    coherence_weight: float | None = None
+    coherence_window: int | None = None
+    coherence_levels: int | None = None
+    fwpkm_inference_updates: bool | None = None
+
+    draft: str | None = None
+    draft_tokens: int | None = None
+    context: str = "auto"
+    device: str = "auto"
+    threads: int | str = "auto"
+    dtype: str = "auto"
+    compile: str = "auto"
+    quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
+
+    out: str | None = None
+    no_record: bool = False
+    json: bool = False
+    metrics: bool | None = None
+    clean_spacing: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.strategies:
+            for key, value in self._strategy_defaults().items():
+                if getattr(self, key) is None:
+                    object.__setattr__(self, key, value)
+        self._check_ranges()
+        self._check_contradictions()
+
+    def _strategy_defaults(self) -> dict[str, Any]:
+        """What `--strategies` sets: a temperature that is given takes the adaptive one's place."""
+        fixed = self.temperature is not None or self.entropy_adaptive is False
+        return {k: v for k, v in STRATEGIES.items() if not (fixed and k in ADAPTIVE_KEYS)}
+
+    def _check_ranges(self) -> None:
+        check_seed(self.seed)
+        parse_context(self.context)
+        only_reads = self.save_state is not None and not self.interactive
+        for name, lowest in (
+            ("num_tokens", 0 if only_reads else 1),
+            ("n", 1),
+            ("batch_size", 1),
+            ("best_of_n", 1),
+            ("lookahead_k", 1),
+            ("lookahead_depth", 0),
+            ("draft_tokens", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None:
+                check_whole(name, value, lowest)
+        for name, choices in (("dtype", ("auto", *DTYPES)), ("compile", ("auto", "true", "false"))):
+            if getattr(self, name) not in choices:
+                allowed = ", ".join(choices[:-1]) + f" or {choices[-1]}"
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
+        check_stop(self.stop)
+        self._check_seeds(self.seed)
+        self._sampling({})  # checks its own values
+
+    def _check_seeds(self, seed: int) -> None:
+        """Refuse a first seed of a prompt whose last one no generator takes."""
+        if seed + self.n * self.best_of_n - 1 > MAX_SEED:
+            raise UserError(f"seed is {seed}; with so many samples it passes {MAX_SEED}")
+
+    def _check_contradictions(self) -> None:
+        given = self._given()
+        sources = [flag for flag in ("prompt", "prompt_file", "prompts") if flag in given]
+        if len(sources) > 1:
+            raise UserError(f"--{sources[0]} and --{sources[1]} both give the prompt; use one")
+        for flag, needed in (
+            ("entropy_temp_min", "entropy_adaptive"),
+            ("entropy_temp_max", "entropy_adaptive"),
+            ("lookahead_depth", "lookahead_k"),
+            ("coherence_weight", "wavelet_coherence"),
+            ("coherence_window", "wavelet_coherence"),
+            ("coherence_levels", "wavelet_coherence"),
+            ("draft_tokens", "draft"),
+        ):
+            if flag in given and needed not in given:
+                raise UserError(f"--{flag} is a part of --{needed}; give that too")
+        for flag, other, why in (
+            ("temperature", "entropy_adaptive", "both set the temperature"),
+            (
+                "lookahead_k",
+                "draft",
+                "the model checks a draft's tokens against its distribution, lookahead draws from"
+                " scores",
+            ),
+            ("interactive", "prompts", "one asks the keyboard, the other a file"),
+            ("interactive", "n", "a conversation has one answer"),
+            ("interactive", "json", "a conversation is text"),
+            ("save_state", "prompts", "a state is of one text"),
+        ):
+            if flag in given and other in given:
+                raise UserError(f"--{flag} and --{other} contradict each other: {why}")
+        if self.interactive and self.prompt_file == "-":
+            raise UserError(
+                "--interactive and --prompt_file - both read standard input; use a file"
+            )
+
+    def _given(self) -> set[str]:
+        """The flags that ask for something."""
+        values = dataclasses.asdict(self)
+        unset = {
+            k
+            for k, v in values.items()
+            if v is None or v is False or (isinstance(v, tuple) and not v)
+        }
+        return values.keys() - unset - {key for key in ("n", "best_of_n") if values[key] == 1}
+
+    # --- what they come to, with the config of the run -------------------------------------------
+
+    def _sampling(self, defaults: dict[str, Any]) -> SamplingOptions:
+        keys = (*SAMPLING_KEYS, *ADAPTIVE_KEYS)
+        given = {k: v for k in keys if (v := getattr(self, k)) is not None}
+        return SamplingOptions(**{**defaults, **given})
+
+    def strategy(self, config: Config) -> Strategy:
+        """How texts are continued.
+
+        Raises:
+            UserError: the options contradict each other or the model.
+        """
+        values = config.to_dict()
+        sampling = self._sampling({key: values[key] for key in SAMPLING_KEYS})
+        if sampling.greedy and self.best_of_n > 1:
+            raise UserError(
+                "--best_of_n and temperature 0 contradict each other: all samples are one; give a"
+                " --temperature"
+            )
+        learns = config.model == "wavelet_lm" and config.fwpkm_enabled
+        if self.fwpkm_inference_updates and not learns:
+            raise UserError(
+                "--fwpkm_inference_updates adapts a memory that this model lacks (fwpkm_enabled is"
+                " false); leave it out"
+            )
+        for clashes, flag, why in (
+            (self.draft is not None, "--draft", "what was learned cannot be taken back"),
+            (self.compile == "true", "--compile true", "memory that learns has no fixed size"),
+            (
+                parse_context(self.context).kind == "recompute",
+                f"--context {self.context}",
+                "a text that is read anew for every token has nothing to learn from",
+            ),
+        ):
+            if clashes and self.adapts(config):
+                raise UserError(
+                    f"{flag} and fwpkm_inference_updates contradict each other: {why}; add"
+                    " --no_fwpkm_inference_updates"
+                )
+        coherence = {
+            name: value
+            for name in ("weight", "window", "levels")
+            if (value := getattr(self, f"coherence_{name}")) is not None
+        }
+        clean = self.clean_spacing
+        if clean is None:
+            clean = self.strategies and is_spaced_apart(config.dataset)
+        depth = LOOKAHEAD_DEPTH if self.lookahead_depth is None else self.lookahead_depth
+        if self.wavelet_coherence:
+            WaveletCoherence(torch.zeros(1, 1), [[0]], 1.0, **coherence)  # checks its values
+        return Strategy(
+            sampling=sampling,
+            lookahead_k=self.lookahead_k or 0,
+            lookahead_depth=depth if self.lookahead_k else 0,
+            best_of_n=self.best_of_n,
+            batch_size=self.batch_size,
+            coherence=CoherenceOptions(**coherence) if self.wavelet_coherence else None,
+            draft_tokens=self.draft_tokens or DRAFT_TOKENS,
+            clean_spacing=clean,
+            ignore_eot=self.ignore_eot,
+        )
+
+    def adapts(self, config: Config) -> bool:
+        """Whether fast weights learn while text is generated."""
+        if self.fwpkm_inference_updates is None:
+            return config.fwpkm_inference_updates
+        return self.fwpkm_inference_updates
+
+    def requests(self, config: Config, prompt: Prompt | None = None) -> list[Request]:
+        """The `n` texts asked for of a prompt; its own values win over the command's.
+
+        With `best_of_n` each takes that many seeds, from its own on, so that no two share a try.
+        """
+        prompt = prompt or Prompt("")
+        seed = self.seed if prompt.seed is None else prompt.seed
+        self._check_seeds(seed)
+        given = self.num_tokens if prompt.num_tokens is None else prompt.num_tokens
+        num_tokens = config.num_new_tokens if given is None else given
+        stop = self.stop if prompt.stop is None else prompt.stop
+        seeds = range(seed, seed + self.n * self.best_of_n, self.best_of_n)
+        return [Request(seed, num_tokens, stop) for seed in seeds]
+
+    def read_prompts(self) -> list[Prompt]:
+        """The prompts that were given, from wherever they come; none if none was.
+
+        Raises:
+            UserError: a file that cannot be read, is not UTF-8, or holds no prompts.
+        """
+        if self.prompts is not None:
+            return read_prompts(self.prompts)
+        if self.prompt_file is not None:
+            return [Prompt(read_text(self.prompt_file))]
+        if self.prompt is not None:
+            return [Prompt(self.prompt)]
+        piped = "" if self.interactive else read_piped()
+        return [Prompt(piped)] if piped else []
+
+    def decoding(self, config: Config, device: torch.device) -> dict[str, Any]:
+        """Arguments of a `Decoder`: context, dtype (None = the model's) and compile."""
+        dtype, on_gpu = DTYPES.get(self.dtype), device.type == "cuda"
+        if self.dtype == "auto" and on_gpu and torch.cuda.is_bf16_supported(False):
+            dtype = torch.bfloat16
+        compiles = self.compile == "true"
+        if self.compile == "auto":
+            n_tokens = config.num_new_tokens if self.num_tokens is None else self.num_tokens
+            long = self.interactive or n_tokens >= COMPILED_FROM
+            compiles = on_gpu and long and not self.adapts(config)
+        return {"context": self.context, "dtype": dtype, "compile": compiles}
+
+
+# --- command line --------------------------------------------------------------------------------
+
+EPILOG = """\
+Text goes to standard output, all else to standard error. Options of which "the run's" is said come
+from the config of the run when they are not given. --no_metrics turns off what --strategies or the
+run turns on, and so for entropy_adaptive, clean_spacing and fwpkm_inference_updates."""
+
+
+def parse_options(description: str, arguments: list[str] | None = None) -> GenerationOptions:
+    """The options of a command line, sys.argv's if none is given.
+
+    Raises:
+        UserError: one line for anything that is wrong with them.
+    """
+    given = vars(build_parser(description).parse_args(arguments))
+    quantization = quantization_options(given)
+    given = {k: v for k, v in given.items() if not hasattr(quantization, k)}
+    given["stop"] = tuple(given["stop"] or ())
+    return GenerationOptions(**given, quantization=quantization)
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        run="run folder, or checkpoint file", description=description, epilog=EPILOG
+    )
+
+    flags = parser.add_argument_group(
+        "the prompt (one of these; without any, what is piped in, else the run's generation_prompt)"
+    )
+    flags.add_argument("--prompt", metavar="TEXT", help="text to continue; may be empty")
+    flags.add_argument("--prompt_file", metavar="FILE", help="a UTF-8 file; - = standard input")
+    flags.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a batch: one prompt a line, or in a .jsonl file one object a line, with prompt and,"
+        " if you like, seed, num_tokens and stop; writes JSON lines in the same order",
+    )
+    flags.add_argument(
+        "--interactive",
+        action="store_true",
+        help="ask for line after line and continue each; what was said stays known. An empty line"
+        " or Ctrl-D ends, Ctrl-C stops an answer. A prompt that is given is read first",
+    )
+    flags.add_argument(
+        "--save_state",
+        metavar="FILE",
+        help="keep what the model remembers of the prompt (of the conversation, with"
+        " --interactive); --num_tokens 0 only reads",
+    )
+    flags.add_argument(
+        "--load_state",
+        metavar="FILE",
+        help="go on from there: a prompt follows the text that was read; needs the same model,"
+        " context and dtype",
+    )
+
+    flags = parser.add_argument_group("how much")
+    flags.add_argument(
+        "--num_tokens", metavar="N", type=int, help="most tokens of a text, any number [the run's]"
+    )
+    flags.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        help="end before this text, as it is shown; can be repeated",
+    )
+    flags.add_argument("--ignore_eot", action="store_true", help="go on after an end of text")
+    flags.add_argument("--n", metavar="N", type=int, default=1, help="samples of a prompt [1]")
+    flags.add_argument(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=1,
+        help="of the first sample; sample i is the run with seed + i, with --best_of_n B that with"
+        " seed + i * B [1]",
+    )
+    flags.add_argument(
+        "--batch_size",
+        metavar="N",
+        type=int,
+        default=BATCH_SIZE,
+        help=f"texts that are written side by side [{BATCH_SIZE}]",
+    )
+
+    flags = parser.add_argument_group("sampling, in this order")
+    flags.add_argument(
+        "--repetition_penalty",
+        metavar="X",
+        type=float,
+        help="divides the positive logits of tokens seen before, multiplies the others; 1 = none"
+        " [the run's]",
+    )
+    flags.add_argument(
+        "--temperature", metavar="X", type=float, help="0 = the likeliest token [the run's]"
+    )
+    flags.add_argument(
+        "--top_k", metavar="N", type=int, help="among the N likeliest tokens, 0 = all [the run's]"
+    )
+    flags.add_argument(
+        "--top_p",
+        metavar="X",
+        type=float,
+        help="among the fewest tokens that hold this probability [the run's]",
+    )
+
+    flags = parser.add_argument_group("strategies")
+    preset = ", ".join(f"{k} {v}".removesuffix(" True") for k, v in STRATEGIES.items())
+    flags.add_argument(
+        "--strategies",
+        action="store_true",
+        help=f"a good set at once: {preset}, and clean_spacing for a run trained on WikiText; any"
+        " flag that is given as well wins",
+    )
+    _add_switch(
+        flags,
+        "entropy_adaptive",
+        "a temperature for every token, in place of --temperature: max − (H / ln V)(max − min), H"
+        " the entropy",
+    )
+    defaults = SamplingOptions()
+    for end in ("min", "max"):
+        default = getattr(defaults, f"entropy_temp_{end}")
+        flags.add_argument(
+            f"--entropy_temp_{end}", metavar="X", type=float, help=f"its {end} [{default}]"
+        )
+    flags.add_argument(
+        "--lookahead_k",
+        metavar="N",
+        type=int,
+        help="roll out each of the N likeliest next tokens and draw among them: the likelier its"
+        " way, the more often",
+    )
+    flags.add_argument(
+        "--lookahead_depth",
+        metavar="N",
+        type=int,
+        help=f"tokens that each is rolled out for, greedily [{LOOKAHEAD_DEPTH}]",
+    )
+    flags.add_argument(
+        "--best_of_n",
+        metavar="N",
+        type=int,
+        default=1,
+        help="for each text write N, with seeds of their own, and keep the one of the highest mean"
+        " log-probability",
+    )
+    flags.add_argument(
+        "--wavelet_coherence",
+        action="store_true",
+        help="lower top_p, to 0.3 at least, as the text drifts from the topic of its prompt",
+    )
+    topic = CoherenceOptions()
+    for name, kind, words in (
+        ("weight", float, "what a drift of 1 takes off top_p"),
+        ("window", int, "last tokens that are compared with the prompt"),
+        ("levels", int, "of the Haar approximation of the token embeddings"),
+    ):
+        flags.add_argument(
+            f"--coherence_{name}",
+            metavar="X" if kind is float else "N",
+            type=kind,
+            help=f"{words} [{getattr(topic, name)}]",
+        )
+    _add_switch(
+        flags,
+        "fwpkm_inference_updates",
+        "let the fast weights of the second memory learn from what is written [the run's]",
+    )
+
+    flags = parser.add_argument_group("how it is computed")
+    flags.add_argument(
+        "--draft",
+        metavar="CHECKPOINT",
+        help="a much smaller model with the same tokenizer that proposes tokens, several of which"
+        " the model then reads at once; the distribution of the text is the same",
+    )
+    flags.add_argument(
+        "--draft_tokens",
+        metavar="N",
+        type=int,
+        help=f"tokens that it proposes at once [{DRAFT_TOKENS}]",
+    )
+    flags.add_argument(
+        "--context",
+        metavar="WHAT",
+        default="auto",
+        help="what a token sees of the past: stream, all; window:N, with a running mean of the last"
+        " N positions; recompute:N, the last N tokens read anew each time (slow); auto, a window of"
+        " the run's block_size [auto]",
+    )
+    flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    add_threads_flag(flags)
+    flags.add_argument(
+        "--dtype",
+        default="auto",
+        help="float32, bfloat16, float16 or auto: bfloat16 on a GPU that has it, else the"
+        " checkpoint's, float32 [auto]",
+    )
+    flags.add_argument(
+        "--compile",
+        default="auto",
+        help="torch.compile: true, false or auto: on a GPU, for conversations and from"
+        f" {COMPILED_FROM} tokens on [auto]",
+    )
+
+    add_quantization_flags(parser)
+
+    flags = parser.add_argument_group("output")
+    flags.add_argument(
+        "--out",
+        metavar="FILE",
+        help="where a run on audio, music, codes or images writes: the prompt (--prompt_file, a"
+        " file of its kind) and what follows it; with --n several files FILE_1, FILE_2, …",
+    )
+    flags.add_argument(
+        "--no_record",
+        action="store_true",
+        help="leave the run's generations.txt alone, to which every text is appended otherwise",
+    )
+    flags.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object per sample: prompt, text (or the name of the file), tokens, seed,"
+        " reason, metrics, timings",
+    )
+    _add_switch(
+        flags,
+        "metrics",
+        "show the mean log-probability, entropy, distinct-1/2/3, rep-4 and drift of every text",
+    )
+    _add_switch(
+        flags,
+        "clean_spacing",
+        "undo the spacing of WikiText: ' @-@ ', spaces before punctuation, inside brackets, …",
+    )
+    return parser
+
+
+def _add_switch(flags: argparse._ArgumentGroup, name: str, words: str) -> None:
+    """`--name` and `--no_name`; None when neither is given."""
+    flags.add_argument(f"--{name}", action="store_const", const=True, help=words)
+    flags.add_argument(
+        f"--no_{name}", dest=name, action="store_const", const=False, help=argparse.SUPPRESS
+    )

@@ -1,0 +1,1 @@
+"""Ways to choose tokens that read ahead."""

@@ -1,0 +1,341 @@
+"""Speculative decoding: a small model drafts tokens, the large one reads several of them at once.
+
+Leviathan, Kalman and Matias, 2023, "Fast inference from transformers via speculative decoding", and
+Chen et al., 2023, "Accelerating large language model decoding with speculative sampling". With p
+the target's distribution and q the draft's, a drafted token x is kept with probability
+min(1, p(x) / q(x)); the first that is not is drawn again from max(p − q, 0), normalised. The text
+is then distributed as the target's own; only the speed depends on the draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wavelet_lm.errors import UserError
+from wavelet_lm.inference.checks import check_seed
+from wavelet_lm.inference.decoder import Decoder
+from wavelet_lm.inference.generation import (
+    NUMBERS_PER_TOKEN,
+    Drawn,
+    NonFiniteOutput,
+    Readout,
+    TopPSource,
+    seen_tokens,
+)
+from wavelet_lm.inference.sampling.logits import (
+    SamplingOptions,
+    draw,
+    draw_from,
+    entropy,
+    log_probs_of,
+    probabilities,
+)
+from wavelet_lm.inference.sampling.random import uniforms
+
+# Which of a token's random numbers decides what: the target's own draw, the draft's, acceptance.
+FINAL, DRAFTED, ACCEPTED = range(3)
+# What a record holds in place of a token: logits that were not finite, or nothing at all.
+TARGET_FAILED, DRAFT_FAILED, UNUSED = -1, -2, -3
+
+
+@dataclass
+class Counts:
+    """Tokens that the draft proposed, and those of them that were kept, so far."""
+
+    proposed: int = 0
+    accepted: int = 0
+
+
+class NonFiniteDraft(UserError):
+    """The draft model's logits are NaN or infinite."""
+
+    def __init__(self, n: int):
+        super().__init__(
+            f"the draft model's output is not finite (NaN or infinite logits) at token {n};"
+            " its training diverged or its file is damaged: use another draft"
+        )
+
+
+def speculative_tokens(
+    target: Decoder,
+    draft: Decoder,
+    text: Sequence[int],
+    target_start: tuple[Tensor, Any],
+    draft_start: tuple[Tensor, Any],
+    options: SamplingOptions,
+    seed: int,
+    gamma: int,
+    counts: Counts | None = None,
+    top_p_source: TopPSource | None = None,
+) -> Iterator[Drawn]:
+    """Continue one text for as long as the caller asks, up to gamma + 1 tokens per round.
+
+    Greedy options give the target's greedy text. Others give a text of the same distribution as
+    plain sampling with these options, not the same text; the same seed repeats it. Both models'
+    distributions are adjusted by the options, each token with the tokens before it as seen.
+
+    Args:
+        target, draft: models of the same vocabulary on the same device.
+        text: tokens so far, which the repetition penalty counts as seen.
+        target_start, draft_start: what `prefill` of each returned for the text: logits [1, V] and
+            the state.
+        gamma: tokens that the draft proposes in each round, 1 or more.
+        counts: is added to as tokens are verified.
+        top_p_source: looked at before tokens 0, `every`, 2 · `every`, …: a round ends there at the
+            latest, so that the text keeps its distribution.
+
+    Raises:
+        UserError: the models do not fit each other, gamma or seed are out of range.
+        NonFiniteOutput, NonFiniteDraft: at the first token that a model failed at.
+    """
+    if gamma < 1:
+        raise UserError(f"gamma is {gamma}; it must be 1 or more")
+    if draft.vocab_size != target.vocab_size:
+        raise UserError(
+            f"the draft model has {draft.vocab_size} tokens and the model {target.vocab_size};"
+            " both must have been trained with the same tokenizer"
+        )
+    counts = Counts() if counts is None else counts
+    numbers = Numbers(seed, target.device)
+    moving = top_p_source is not None
+    proposals = Proposals(draft, options, numbers, gamma, moving)
+    verdict = Verdict(target, text, options, numbers, gamma, moving)
+    whole = list(text)
+    reader = target.start(target_start[1], max_step=gamma + 1)
+    writer = draft.start(draft_start[1], max_step=gamma)
+    propose = draft.accelerate(
+        lambda: proposals.add(writer.decode(proposals.newest)[:, -1]), (writer, proposals)
+    )
+    verify = target.accelerate(
+        lambda: verdict.give(
+            reader.decode(torch.cat((verdict.newest, proposals.tokens[:, :gamma]), 1))[0], proposals
+        ),
+        (reader, verdict),
+    )
+
+    # The first token needs no reading; from then on a round starts with one that neither has read.
+    if moving:
+        verdict.look(top_p_source.top_p([whole]), top_p_source.every)
+    verdict.give_first(target_start[0])
+    drawn, n = verdict.read(), 0
+    while True:
+        for one in drawn:
+            n += 1
+            if one.token == TARGET_FAILED:
+                raise NonFiniteOutput(n)
+            if one.token == DRAFT_FAILED:
+                raise NonFiniteDraft(n)
+            whole.append(one.token)
+            yield one
+        if moving and n % top_p_source.every == 0:
+            verdict.look(top_p_source.top_p([whole]), top_p_source.every)
+        proposals.begin(verdict)
+        for _ in range(gamma):
+            propose()
+        verify()
+        drawn = verdict.read()
+        n_kept = len(drawn) - 1
+        counts.proposed += gamma
+        counts.accepted += n_kept
+        reader.rollback(gamma - n_kept)
+        if n_kept == gamma:
+            propose()  # for its reading: the last proposal is the one that the draft has not read
+        else:
+            writer.rollback(gamma - 1 - n_kept)
+
+
+class Numbers:
+    """The random numbers of one seed, by token and purpose.
+
+    A proposal that is thrown away leaves its numbers to the one that takes its place. That does no
+    harm: what was kept before them did not depend on them.
+    """
+
+    def __init__(self, seed: int, device: torch.device):
+        self._seed = torch.tensor([check_seed(seed)], device=device)
+
+    def __call__(self, n: Tensor, purpose: int) -> Tensor:
+        """[T] float64 in [0, 1) for the tokens numbered n [T]."""
+        return uniforms(self._seed, NUMBERS_PER_TOKEN * n + purpose)
+
+
+class Proposals:
+    """What the draft proposes in one round, and what it drew from.
+
+    Of each buffer the last place is filled only where all proposals were kept, and never read.
+
+    Attributes:
+        newest: [1, 1] int64, the token to read next.
+        tokens: [1, gamma + 1] int64.
+        probabilities: [gamma + 1, V] float64.
+        finite: [gamma + 1] bool, whether the logits were.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        options: SamplingOptions,
+        numbers: Numbers,
+        gamma: int,
+        moving_top_p: bool,
+    ):
+        V, device = decoder.vocab_size, decoder.device
+        self._options, self._numbers = options, numbers
+        self.newest = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(1, gamma + 1, dtype=torch.int64, device=device)
+        self.probabilities = torch.zeros(gamma + 1, V, dtype=torch.float64, device=device)
+        self.finite = torch.zeros(gamma + 1, dtype=torch.bool, device=device)
+        self._seen = torch.zeros(1, V, dtype=torch.bool, device=device)
+        self._first = torch.zeros(1, dtype=torch.int64, device=device)  # number of tokens[:, 0]
+        self._place = torch.zeros(1, dtype=torch.int64, device=device)
+        self._top_p = torch.ones(1, device=device) if moving_top_p else None
+
+    def buffers(self) -> list[Tensor]:
+        """What `add` changes in place."""
+        return [
+            *(self.newest, self.tokens, self.probabilities, self.finite),
+            *(self._seen, self._place),
+        ]
+
+    def begin(self, verdict: Verdict) -> None:
+        """Start where the text is now."""
+        self.newest.copy_(verdict.newest)
+        self._seen.copy_(verdict.seen)
+        self._first.copy_(verdict.count)
+        self._place.zero_()
+        if self._top_p is not None:
+            self._top_p.copy_(verdict.top_p)
+
+    def add(self, logits: Tensor) -> None:
+        """Draw from logits [1, V]."""
+        numbers = self._numbers(self._first + self._place, DRAFTED)
+        if self._options.greedy:
+            token = draw(logits, self._seen, self._options, numbers)
+        else:
+            p = probabilities(logits, self._seen, self._options, self._top_p)
+            token = draw_from(p, numbers)
+            self.probabilities.index_copy_(0, self._place, p.double())
+        self.newest.copy_(token[:, None])
+        self.tokens.index_copy_(1, self._place, self.newest)
+        self.finite.index_copy_(0, self._place, logits.isfinite().all(-1))
+        self._seen.scatter_(1, self.newest, True)
+        # The remainder, since a step that warms up runs more often than there are places.
+        self._place.copy_((self._place + 1) % self.tokens.shape[1])
+
+
+class Verdict:
+    """What the target says to the proposals of a round.
+
+    Attributes:
+        newest: [1, 1] int64, the last token of the text, which no model has read.
+        seen: [1, V] bool, the tokens in the text.
+        count: [1] int64, the tokens generated.
+        top_p: [1], in place of that of the options, where it moves; None where it does not.
+        record: [gamma + 1, 3] float64, for each token of the round what `Drawn` holds.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        text: Sequence[int],
+        options: SamplingOptions,
+        numbers: Numbers,
+        gamma: int,
+        moving_top_p: bool,
+    ):
+        device = decoder.device
+        self._options, self._numbers = options, numbers
+        self._places = torch.arange(gamma + 1, device=device)
+        self.newest = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.seen = seen_tokens([text], decoder.vocab_size, device)
+        self.count = torch.zeros(1, dtype=torch.int64, device=device)
+        self.record = torch.zeros(gamma + 1, 3, dtype=torch.float64, device=device)
+        self.top_p = torch.ones(1, device=device) if moving_top_p else None
+        # The number of the token that the next look at top_p comes before.
+        self._next_look = torch.zeros_like(self.count)
+
+    def buffers(self) -> list[Tensor]:
+        """What `give` changes in place."""
+        return [self.newest, self.seen, self.count, self.record]
+
+    def look(self, top_p: Tensor, every: int) -> None:
+        """Hold this top_p, [1], for the next `every` tokens."""
+        self.top_p.copy_(top_p)
+        self._next_look.copy_(self.count + every)
+
+    def give_first(self, logits: Tensor) -> None:
+        """Draw one token from logits [1, V], without a proposal."""
+        number = self._numbers(self.count, FINAL)
+        token = draw(logits, self.seen, self._options, number, self.top_p)
+        tokens = token.expand(len(self._places))
+        n_kept = torch.zeros_like(self.count)
+        self._write(tokens, logits.expand(len(tokens), -1), n_kept, token, tokens >= 0)
+
+    def give(self, logits: Tensor, proposals: Proposals) -> None:
+        """Keep proposals up to the first that is rejected, and add a token of the target's own.
+
+        logits: [gamma + 1, V], of the target before each proposal and after the last.
+        """
+        drafted = proposals.tokens[0, :-1]
+        seen = [self.seen]
+        for token in drafted.split(1):
+            seen.append(seen[-1].scatter(1, token[:, None], True))
+        accepted, final = self._judge(logits, torch.cat(seen), drafted, proposals)
+        n_kept = accepted.long().cumprod(0).sum(0, keepdim=True)
+        newest = final[n_kept]
+        if self.top_p is not None:
+            # Of more tokens than may come before the next look the last is a proposal that was
+            # accepted; what follows it is proposed again.
+            last = self._next_look - self.count - 1
+            drafted_last = proposals.tokens[0][last.clamp(max=len(drafted))]
+            newest = torch.where(n_kept > last, drafted_last, newest)
+            n_kept = torch.minimum(n_kept, last)
+        tokens = torch.where(self._places < n_kept, proposals.tokens[0], newest)
+        # The token after the last proposal is the target's alone.
+        draft_finite = proposals.finite | (self._places == len(drafted))
+        self._write(tokens, logits, n_kept, newest, draft_finite)
+
+    def _judge(
+        self, logits: Tensor, seen: Tensor, drafted: Tensor, proposals: Proposals
+    ) -> tuple[Tensor, Tensor]:
+        """Whether each proposal is accepted [gamma], and what stands in its place if not.
+
+        The second is [gamma + 1]: its last entry is the token after all proposals.
+        """
+        n = self.count + self._places
+        if self._options.greedy:
+            final = draw(logits, seen, self._options, self._numbers(n, FINAL))
+            return final[:-1] == drafted, final
+        p = probabilities(logits, seen, self._options, self.top_p).double()
+        q = proposals.probabilities[:-1]
+        chosen = drafted[:, None]
+        accepted = (
+            self._numbers(n[:-1], ACCEPTED) * q.gather(1, chosen)[:, 0]
+            < p[:-1].gather(1, chosen)[:, 0]
+        )
+        rest = torch.cat(((p[:-1] - q).clamp(min=0), p[-1:]))
+        # Where p equals q but for rounding, nothing may be left; p is then what rest stands for.
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+        return accepted, draw_from(rest, self._numbers(n, FINAL))
+
+    def _write(
+        self, tokens: Tensor, logits: Tensor, n_kept: Tensor, newest: Tensor, draft_finite: Tensor
+    ) -> None:
+        """Add the first n_kept + 1 of `tokens` to the text; the last of them is `newest`."""
+        codes = torch.where(draft_finite, tokens, DRAFT_FAILED)
+        codes = torch.where(logits.isfinite().all(-1), codes, TARGET_FAILED)
+        codes = torch.where(self._places <= n_kept, codes, UNUSED)
+        figures = (codes, log_probs_of(logits, tokens), entropy(logits))
+        self.record.copy_(torch.stack([figure.double() for figure in figures], dim=-1))
+        self.newest.copy_(newest[:, None])
+        self.seen.scatter_(1, tokens[None], True)
+        self.count.add_(n_kept + 1)
+
+    def read(self) -> list[Drawn]:
+        """The tokens of the round, on the host: the only thing that it waits for."""
+        return [drawn for drawn in Readout(self.record).wait() if drawn.token != UNUSED]

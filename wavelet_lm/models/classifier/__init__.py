@@ -1,0 +1,1 @@
+"""Classifiers of sequences with any of the models inside."""

@@ -1,0 +1,1 @@
+"""The baselines: GPT and WaveletGPT."""

@@ -1,0 +1,1 @@
+"""The wavelet language model and its parts."""

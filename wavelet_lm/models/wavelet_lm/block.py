@@ -1,0 +1,177 @@
+"""One block of a WaveletLM.
+
+decompose → (norm) → + running mean → (gate) → mix every scale → (norm) → reconstruct → project →
+add, then MLP and memories → add.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wavelet_lm.config import ModelConfig
+from wavelet_lm.models.wavelet_lm.layers import Gain, PhaseGate, ScaleNorm
+from wavelet_lm.models.wavelet_lm.memory import FastWeightMemory, FastWeights, ProductKeyMemory
+from wavelet_lm.models.wavelet_lm.mixer import SpectralMixer
+from wavelet_lm.models.wavelet_lm.mlp import MLP
+from wavelet_lm.transforms.means import (
+    ExponentialMean,
+    ExponentialMeanState,
+    RunningMeanState,
+    WindowedMeanState,
+    running_mean,
+)
+
+PROJECTION_GAIN = 1e-3
+
+
+class BlockState(NamedTuple):
+    """What a block remembers of a text.
+
+    wavelet: the histories of its delays; mean: of the running mean, None without bypass; memory:
+    what the FwPKM has learned, None where it does not adapt.
+    """
+
+    wavelet: tuple[Tensor, ...]
+    mean: RunningMeanState | WindowedMeanState | ExponentialMeanState | None
+    memory: FastWeights | None
+
+
+class Block(nn.Module):
+    """(x, e, μ_prev) → (x, μ), where μ is the running mean of the block's input."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, Cp = config.C, config.padded_channels
+        self.pad = nn.ZeroPad1d((0, Cp - C)) if Cp != C else nn.Identity()
+        self.embedding_gain = nn.Parameter(torch.zeros(C)) if config.per_layer_embedding else None
+        self.norm1 = nn.LayerNorm(C)
+        self.decomposed_norm = ScaleNorm(config) if config.wavelet_decomp_norm else nn.Identity()
+        self.bypass = MeanBypass(config) if config.decompose_bypass else None
+        self.phase_gate = PhaseGate(config) if config.phase_gating else nn.Identity()
+        self.mixer = SpectralMixer(config)
+        self.mixed_norm = ScaleNorm(config) if config.wavelet_recon_norm else nn.Identity()
+        self.mixer_dropout = nn.Dropout(config.dropout_mixer)
+        self.scale_weights = nn.Parameter(torch.ones(config.n_scales))
+        self.projection = nn.Identity() if config.skip_proj_out else nn.Linear(Cp, C)
+        self.projection_dropout = nn.Dropout(config.dropout_projection)
+        self.spectral_gain = Gain() if config.learned_residual else nn.Identity()
+        self.feedforward_gain = Gain() if config.learned_residual else nn.Identity()
+        branches = feedforward_branches(config)
+        self.feedforward = FeedForward(config.C, branches) if branches else None
+        if not config.skip_proj_out:
+            scaled = config.stabilized("proj_out_scaling")
+            gain = (C * config.layers) ** -0.5 if scaled else PROJECTION_GAIN
+            with torch.no_grad():
+                self.projection.weight.mul_(gain)
+                self.projection.bias.zero_()
+
+    def forward(
+        self,
+        x: Tensor,
+        embedding: Tensor,
+        mean_prev: Tensor | None,
+        wavelet: nn.Module,
+        state: BlockState | None = None,
+    ) -> tuple[Tensor, Tensor | None, BlockState]:
+        """Run the block on a text or on its next chunk.
+
+        Args:
+            x, embedding: [B, T, C]; the residual stream, and the token embeddings before dropout.
+            mean_prev: the previous block's running mean [B, T, C], or one vector for all positions
+                [B, 1, C] (the carry of the last window), or None.
+            wavelet: the decomposition to use, which blocks may share.
+            state: what the previous chunk's call returned; None starts a text.
+
+        Returns:
+            The new residual stream, this block's running mean (None without bypass), the state.
+        """
+        wavelet_state, mean_state, memory = (None, None, None) if state is None else state
+        mean = None
+        if self.bypass is not None:
+            mean, mean_state = self.bypass.average(x, mean_state)
+        if self.embedding_gain is not None:
+            x = x + self.embedding_gain * embedding
+
+        bands, wavelet_state = wavelet.decompose(self.pad(self.norm1(x)), wavelet_state)
+        bands = self.decomposed_norm(torch.stack(bands))
+        if mean is not None:
+            bands = self.bypass(bands, mean, mean_prev)
+        bands = self.phase_gate(bands)
+        mixed = self.mixer_dropout(self.mixed_norm(self.mixer(bands)))
+        mixed = mixed * self.scale_weights[:, None, None, None]
+        signal = self.projection(wavelet.reconstruct(list(mixed.unbind())))
+
+        x = self.spectral_gain(x) + self.projection_dropout(signal)
+        y = self.feedforward_gain(x)
+        if self.feedforward is not None:
+            update, memory = self.feedforward(x, memory)
+            y = y + update
+        return y, mean, BlockState(wavelet_state, mean_state, memory)
+
+
+class MeanBypass(nn.Module):
+    """Every scale sees the whole past: c_s + η_s ⊙ g with g = μ + M μ_prev.
+
+    η (`gains`) starts at zero, M (`cross_layer_mix`) at ½ I. μ is what `average` gives: the mean
+    of all positions so far, or a learned exponential one.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.average = ExponentialMean(config.C) if config.decompose_bypass_ema else running_mean
+        self.padding = (0, config.padded_channels - config.C)
+        self.gains = nn.Parameter(torch.zeros(config.n_scales, config.C))
+        self.cross_layer_mix = nn.Linear(config.C, config.C, bias=False)
+        with torch.no_grad():
+            self.cross_layer_mix.weight.copy_(0.5 * torch.eye(config.C))
+
+    def forward(self, bands: Tensor, mean: Tensor, mean_prev: Tensor | None) -> Tensor:
+        """Bands [S, B, T, Cp], means [B, T, C] -> bands."""
+        g = mean if mean_prev is None else mean + self.cross_layer_mix(mean_prev)
+        gains = nn.functional.pad(self.gains, self.padding)
+        return torch.addcmul(bands, gains[:, None, None], nn.functional.pad(g, self.padding))
+
+
+def feedforward_branches(config: ModelConfig) -> dict[str, nn.Module]:
+    """The branches that act on single positions, by name; empty when all are off."""
+    branches: dict[str, nn.Module] = {}
+    if config.mlp_expansion:
+        branches["mlp"] = MLP(config)
+    if config.pkm_enabled:
+        branches["pkm"] = ProductKeyMemory(
+            config.C, config.pkm_num_keys, config.pkm_top_k, config.pkm_heads
+        )
+    if config.fwpkm_enabled:
+        branches["fwpkm"] = FastWeightMemory(
+            config.C,
+            config.fwpkm_num_keys,
+            config.fwpkm_top_k,
+            config.fwpkm_heads,
+            config.fwpkm_update_lr,
+            config.fwpkm_chunk_size,
+            config.fwpkm_inference_updates,
+        )
+    return branches
+
+
+class FeedForward(nn.Module):
+    """Σ β_i branch_i(LN(x)), with learned factors β."""
+
+    def __init__(self, C: int, branches: dict[str, nn.Module]):
+        super().__init__()
+        self.norm = nn.LayerNorm(C)
+        self.branches = nn.ModuleDict(branches)
+        self.gains = nn.ModuleDict({name: Gain() for name in branches})
+
+    def forward(self, x: Tensor, memory: FastWeights | None) -> tuple[Tensor, FastWeights | None]:
+        """[B, T, C] -> [B, T, C], and what the FwPKM has learned, None where it does not."""
+        h = self.norm(x)
+        total = 0
+        for name, branch in self.branches.items():
+            if name == "fwpkm":
+                y, memory = branch.read_text(h, memory)
+            else:
+                y = branch(h)
+            total = total + self.gains[name](y)
+        return total, memory

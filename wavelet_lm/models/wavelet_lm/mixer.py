@@ -1,0 +1,210 @@
+"""The gated spectral mixer: one learned channel mixing per scale, in the Hadamard domain."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from wavelet_lm.config import ModelConfig
+from wavelet_lm.models.wavelet_lm.layers import Gain, ScaleNorm
+from wavelet_lm.transforms.hadamard import HadamardTransform
+
+IDENTITY_NOISE = 1e-3
+GATE_NOISE = 0.02
+LOW_RANK_NOISE = 0.01
+
+ACTIVATIONS = {
+    "silu": nn.functional.silu,
+    "sigmoid": torch.sigmoid,
+    "gelu": nn.functional.gelu,
+    "relu": torch.relu,
+}
+
+
+class SpectralMixer(nn.Module):
+    """All scales of one block: X = H c, per scale Y = mixer(X), and H Y back.
+
+    H is orthonormal and fixed, so W(Hc) = (WH)c: the transform on the way in is applied to the
+    mixers' weights wherever they have fewer rows than the signal, which is nearly always so in
+    training; the transform on the way out follows the gate's product and acts on the signal.
+    With `mixer_depth` D > 1, D − 1 normalised mixers act on X before the last one does;
+    `mixer_depth_residuals` adds the input of every one of the D mixers to its output.
+    `hadamard_top_k` leaves only the largest coefficients of X, for signals and gates alike.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.rotate = (
+            HadamardTransform(config.padded_channels)
+            if config.mixer_transform == "fwht"
+            else nn.Identity()
+        )
+        self.routing = (
+            nn.Parameter(torch.eye(config.n_scales)) if config.cross_scale_gating else None
+        )
+        self.stacked = nn.ModuleList(
+            StackedMixer(config, depth) for depth in range(config.mixer_depth - 1)
+        )
+        self.scales = scale_mixers(config, config.mixer_depth - 1)
+        self.residual = config.mixer_depth_residuals
+        self.select = (
+            LargestCoefficients(config.hadamard_top_k) if config.hadamard_top_k else nn.Identity()
+        )
+        # What acts on X itself needs the signal rotated, however few the weights' rows are.
+        self.reads_rotated = bool(self.stacked) or config.hadamard_top_k > 0
+        self.n_weight_rows = sum(mixer.n_input_rows for mixer in self.scales)
+
+    def forward(self, bands: Tensor) -> Tensor:
+        """Bands [S, B, T, Cp], coarse to fine -> mixed bands of the same shape."""
+        S, B, T, _ = bands.shape
+        rotate_weights: nn.Module = self.rotate
+        n_signal_rows = S * B * T
+        if self.reads_rotated or n_signal_rows <= self.n_weight_rows:
+            bands, rotate_weights = self.select(self.rotate(bands)), nn.Identity()
+        for stacked in self.stacked:
+            bands = stacked(bands, self.routing)
+        mixed = mix_scales(self.scales, bands, self.routing, rotate_weights)
+        return self.rotate(bands + mixed if self.residual else mixed)
+
+
+class LargestCoefficients(nn.Module):
+    """The k entries of largest magnitude along the last dimension, the others zero.
+
+    Straight-through: the gradient is that of the identity. Entries as large as the k-th all stay,
+    so that the result depends on the values alone and not on how a device breaks ties.
+    """
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = k
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        with torch.no_grad():
+            size = x.abs()
+            smallest = size.topk(self.k).values[..., -1:]
+            dropped = torch.where(size < smallest, x, 0)
+        return x - dropped
+
+
+class StackedMixer(nn.Module):
+    """One of the first D − 1 mixers of a stack: mixer(LN(X)) + bias.
+
+    `mixer_depth_stabilizers` puts learned factors around it, both from 1/D, and
+    `mixer_depth_residuals` adds X.
+    """
+
+    def __init__(self, config: ModelConfig, depth: int):
+        super().__init__()
+        self.norm = ScaleNorm(config)
+        self.scales = scale_mixers(config, depth)
+        self.bias = nn.Parameter(torch.zeros(config.n_scales, config.padded_channels))
+        factor = 1 / config.mixer_depth
+        stabilized = config.mixer_depth_stabilizers
+        self.input_gain = Gain(factor) if stabilized else nn.Identity()
+        self.output_gain = Gain(factor) if stabilized else nn.Identity()
+        self.residual = config.mixer_depth_residuals
+
+    def forward(self, bands: Tensor, routing: Tensor | None) -> Tensor:
+        """Rotated bands [S, B, T, Cp] -> the same shape; gates are routed as in the last mixer."""
+        x = self.input_gain(self.norm(bands))
+        mixed = mix_scales(self.scales, x, routing, nn.Identity()) + self.bias[:, None, None]
+        mixed = self.output_gain(mixed)
+        return bands + mixed if self.residual else mixed
+
+
+def scale_mixers(config: ModelConfig, depth: int) -> nn.ModuleList:
+    """One mixer per scale, coarse to fine, for the position `depth` of a stack."""
+    return nn.ModuleList(
+        (GatedMixer if width == config.padded_channels else NarrowMixer)(width, config, depth)
+        for width in config.mixer_widths
+    )
+
+
+def mix_scales(
+    mixers: nn.ModuleList, bands: Tensor, routing: Tensor | None, rotate: nn.Module
+) -> Tensor:
+    """Every scale through its mixer, gated by X̂_r = Σ_s R_rs X_s (R = `routing`, or X̂ = X)."""
+    gates = bands if routing is None else torch.tensordot(routing, bands, dims=1)
+    return torch.stack(
+        [mixer(x, g, rotate) for mixer, x, g in zip(mixers, bands, gates, strict=True)]
+    )
+
+
+class GatedMixer(nn.Module):
+    """Y = (W X) ⊙ φ(G X̂) + (X V) Uᵀ over `width` channels.
+
+    W starts at I + 1e-3 N(0, 1) (1e-3/√Cp with `stab_mixer_eps_scaling`; divided by its spectral
+    norm with `stab_spectral_norm`), G at N(0, 0.02), U and V (of rank `low_rank`) at N(0, 0.01).
+    """
+
+    def __init__(self, width: int, config: ModelConfig, depth: int = 0):
+        super().__init__()
+        noise = IDENTITY_NOISE
+        if config.stabilized("mixer_eps_scaling"):
+            noise /= math.sqrt(config.padded_channels)
+        if config.mixer_depth_stabilizers:
+            noise /= depth + 1
+        if config.mixer_exp_parametrization:
+            self.W = ExponentialMatrix(width, noise)
+        else:
+            W = torch.eye(width) + noise * torch.randn(width, width)
+            if config.stabilized("spectral_norm"):
+                W /= torch.linalg.matrix_norm(W, 2)
+            self.W = nn.Parameter(W)
+        self.G = (
+            nn.Parameter(GATE_NOISE * torch.randn(width, width)) if config.use_mixer_gate else None
+        )
+        rank = config.low_rank
+        self.U = nn.Parameter(LOW_RANK_NOISE * torch.randn(width, rank)) if rank else None
+        self.V = nn.Parameter(LOW_RANK_NOISE * torch.randn(width, rank)) if rank else None
+        self.activation = ACTIVATIONS[config.mixer_gate_activation]
+        self.width = width
+        self.n_input_rows = width * (2 if config.use_mixer_gate else 1) + rank
+
+    def matrix(self) -> Tensor:
+        """W [width, width]."""
+        return self.W() if isinstance(self.W, ExponentialMatrix) else self.W
+
+    def forward(self, x: Tensor, gate: Tensor, rotate: nn.Module) -> Tensor:
+        """x and gate input X̂ [B, T, width] -> [B, T, width]; `rotate` acts on weight rows."""
+        y = linear(x, rotate(self.matrix()))
+        if self.G is not None:
+            y = y * self.activation(linear(gate, rotate(self.G)))
+        if self.U is not None:
+            y = y + linear(linear(x, rotate(self.V.T)), self.U)
+        return y
+
+
+class ExponentialMatrix(nn.Module):
+    """W = I + diag(exp θ) N with fixed unit noise N, so that updates of θ act multiplicatively.
+
+    θ starts at log(noise). N is a frozen parameter: part of the weights, never trained.
+    """
+
+    def __init__(self, width: int, noise: float):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((width,), math.log(noise)))
+        self.noise = nn.Parameter(torch.randn(width, width), requires_grad=False)
+
+    def forward(self) -> Tensor:
+        eye = torch.eye(len(self.log_scale), dtype=self.noise.dtype, device=self.noise.device)
+        return eye + self.log_scale.exp()[:, None] * self.noise
+
+
+class NarrowMixer(nn.Module):
+    """A `GatedMixer` of fewer channels between the projections A (Cp → width) and B (back)."""
+
+    def __init__(self, width: int, config: ModelConfig, depth: int = 0):
+        super().__init__()
+        Cp = config.padded_channels
+        self.A = nn.Parameter(torch.randn(width, Cp) / math.sqrt(Cp))
+        self.mixer = GatedMixer(width, config, depth)
+        self.B = nn.Parameter(torch.randn(Cp, width) / math.sqrt(width))
+        self.width = self.n_input_rows = width
+
+    def forward(self, x: Tensor, gate: Tensor, rotate: nn.Module) -> Tensor:
+        """x and gate input [B, T, Cp] -> [B, T, Cp]."""
+        A = rotate(self.A)
+        return linear(self.mixer(linear(x, A), linear(gate, A), nn.Identity()), self.B)

@@ -1,0 +1,1 @@
+"""Trained models with weights of 8, 4 or 2 bits."""
