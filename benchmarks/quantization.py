@@ -49,7 +49,6 @@ from report import (
 )
 
 from wavelet_lm.atomic_files import atomic_path
-from wavelet_lm.cli.quantization_flags import QuantizationOptions
 from wavelet_lm.config import Config, OneLineParser, read_json_object
 from wavelet_lm.data.dataset import TokenSplit, prepare_data
 from wavelet_lm.data.tokenizers import Tokenizer
@@ -62,6 +61,7 @@ from wavelet_lm.inference.loading import load_model, load_tokenizer
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.quantization.backends import check_backend
+from wavelet_lm.quantization.options import QuantizationOptions
 from wavelet_lm.quantization.quantize import component, quantize
 from wavelet_lm.quantization.scheme import Scheme
 from wavelet_lm.threads import add_threads_flag, use_threads

@@ -7,9 +7,10 @@ import pytest
 from tests.training.runs import error_line
 from wavelet_lm import Config, UserError
 from wavelet_lm.data.tokenizers import ByteTokenizer, CharTokenizer, load_modality, load_tokenizer
-from wavelet_lm.inference.text.prompts import Prompt, read_prompts, read_text
+from wavelet_lm.inference.text.prompts import Prompt, read_prompts
 from wavelet_lm.interop.published_config import read_published_config
 from wavelet_lm.json_files import MAX_DEPTH, brief, parse_json, read_json
+from wavelet_lm.text_files import read_text
 from wavelet_lm.training.run_folder import RunFolder
 
 HOSTILE = {

@@ -11,11 +11,11 @@ import torch
 
 from wavelet_lm import Config, UserError, build_model
 from wavelet_lm.cli.evaluate import main as evaluation_main
-from wavelet_lm.cli.quantization_flags import QuantizationOptions
 from wavelet_lm.cli.quantize import quantize_run
 from wavelet_lm.data.tokenizers import ByteTokenizer
 from wavelet_lm.evaluation.likelihood import evaluate_run
 from wavelet_lm.models.checkpoint import load_model, save_checkpoint
+from wavelet_lm.quantization.options import QuantizationOptions
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

@@ -7,14 +7,10 @@ import torch
 
 from tests.conftest import tiny_config
 from wavelet_lm import Config, UserError, build_model
-from wavelet_lm.cli.quantization_flags import (
-    CALIBRATION_WINDOWS,
-    QuantizationOptions,
-    add_quantization_flags,
-    quantization_options,
-)
+from wavelet_lm.cli.quantization_flags import add_quantization_flags, quantization_options
 from wavelet_lm.data.tokenizers import CharTokenizer
 from wavelet_lm.fusion.fuse import COMPONENTS
+from wavelet_lm.quantization.options import CALIBRATION_WINDOWS, QuantizationOptions
 from wavelet_lm.quantization.quantize import quantize
 from wavelet_lm.quantization.scheme import Scheme
 

@@ -8,13 +8,13 @@ import torch
 
 from tests.conftest import tiny_config
 from wavelet_lm import UserError
-from wavelet_lm.cli.quantization_flags import QuantizationOptions
 from wavelet_lm.inference.checks import MAX_SEED
 from wavelet_lm.inference.completion import CoherenceOptions, Strategy
 from wavelet_lm.inference.generation_options import GenerationOptions, build_parser, parse_options
 from wavelet_lm.inference.rows import Request
 from wavelet_lm.inference.sampling.logits import SamplingOptions
 from wavelet_lm.inference.text.prompts import Prompt
+from wavelet_lm.quantization.options import QuantizationOptions
 
 CONFIG = tiny_config(
     temperature=0.6, top_k=9, top_p=0.7, repetition_penalty=1.05, num_new_tokens=33

@@ -16,11 +16,6 @@ are those of matrix products, forward and backward. Times are those of the train
 they mean something on a machine that does nothing else.
 """
 
-if __name__ == "__main__":
-    from wavelet_lm.environment import start
-
-    start()  # before the imports below, which take seconds
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -40,7 +35,7 @@ from wavelet_lm.config import (
     read_json_object,
 )
 from wavelet_lm.data.dataset import TokenizedText, prepare_data
-from wavelet_lm.errors import Interrupted, UserError, run_command
+from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.experiments.comparison import Budget, check, compare, summary, tokens_per_step
 from wavelet_lm.experiments.model_names import SYNTAX, model_configs, split_names
 from wavelet_lm.experiments.results import IMAGES, check_plot, check_targets, write_results
@@ -258,7 +253,3 @@ def plot(path: str, runs: Sequence[dict[str, Any]]) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix[1:].lower(), dpi=120)
-
-
-if __name__ == "__main__":
-    run_command(main)

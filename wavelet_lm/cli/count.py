@@ -4,18 +4,13 @@ By component: parameters, training FLOPs per token, weights read per generated t
 of a text's state, and how far back the model sees.
 """
 
-if __name__ == "__main__":
-    from wavelet_lm.environment import start
-
-    start()  # before the imports below, which take seconds
-
 import json
 
 from wavelet_lm.atomic_files import check_writable, write_text
 from wavelet_lm.config import Config, OneLineParser, add_config_flags, parse_flags
 from wavelet_lm.data.hub import KNOWN
 from wavelet_lm.data.tokenizers import GPT2_VOCAB, check_tokenizer_name, sentencepiece_vocab
-from wavelet_lm.errors import UserError, run_command
+from wavelet_lm.errors import UserError
 from wavelet_lm.models.cost import as_dict, breakdown, table
 
 
@@ -59,7 +54,3 @@ def known_vocabulary(config: Config) -> int:
             "the vocabulary of tokenizer char is known only from its text; give --vocab_size N"
         )
     return {"gpt2": GPT2_VOCAB, "bytes": 256}.get(name) or sentencepiece_vocab(name)
-
-
-if __name__ == "__main__":
-    run_command(main)

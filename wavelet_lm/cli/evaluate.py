@@ -1,23 +1,15 @@
 """Evaluate a trained model: `python -m wavelet_lm.evaluation RUN --split test`."""
 
-if __name__ == "__main__":
-    from wavelet_lm.environment import start
-
-    start()  # before the imports below, which take seconds
-
 import json
 import sys
 from typing import Any
 
 from wavelet_lm.atomic_files import check_writable, write_text
-from wavelet_lm.cli.quantization_flags import (
-    QuantizationOptions,
-    add_quantization_flags,
-    quantization_options,
-)
+from wavelet_lm.cli.quantization_flags import add_quantization_flags, quantization_options
 from wavelet_lm.config import OneLineParser
-from wavelet_lm.errors import UserError, run_command
+from wavelet_lm.errors import UserError
 from wavelet_lm.evaluation.likelihood import evaluate_run
+from wavelet_lm.quantization.options import QuantizationOptions
 from wavelet_lm.tables import table
 from wavelet_lm.threads import add_threads_flag, use_threads
 
@@ -89,7 +81,3 @@ def evaluate_and_print(
     about = ", ".join(f"{key} {results[key]}" for key in ("run", "dataset", "split", "tokenizer"))
     print(f"{about}, {results['n_params']:,} parameters\n{table(results)}")
     return results
-
-
-if __name__ == "__main__":
-    run_command(main)

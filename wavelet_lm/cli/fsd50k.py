@@ -16,11 +16,6 @@ WaveletGPT paper: 6 layers of width 64.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from wavelet_lm.environment import start
-
-    start()  # before the imports below, which take seconds
-
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +25,7 @@ from torch import Tensor
 
 from wavelet_lm.config import Config, parse_flags
 from wavelet_lm.data.tasks.fsd50k import DOWNLOAD, ClipExamples, SoundTask, load
-from wavelet_lm.errors import UserError, run_command
+from wavelet_lm.errors import UserError
 from wavelet_lm.experiments.results import check_targets
 from wavelet_lm.experiments.tasks import (
     DEFAULTS,
@@ -160,7 +155,3 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
     last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # of each group of equals
     precision, recall = hits[last] / (last + 1), hits[last] / hits[-1]
     return float(np.sum(np.diff(recall, prepend=0) * precision))
-
-
-if __name__ == "__main__":
-    run_command(main)

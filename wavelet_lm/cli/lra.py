@@ -10,11 +10,6 @@ have the size of the WaveletGPT paper: 6 layers of width 32, the last position, 
 the whole config of each model is in the file that --json names.
 """
 
-if __name__ == "__main__":
-    from wavelet_lm.environment import start
-
-    start()  # before the imports below, which take seconds
-
 import argparse
 from dataclasses import fields, replace
 from functools import partial
@@ -24,7 +19,7 @@ from typing import Any
 from wavelet_lm.config import Config, parse_flags
 from wavelet_lm.data.tasks import listops, pixels, reviews
 from wavelet_lm.data.tasks.examples import Task, some
-from wavelet_lm.errors import UserError, run_command
+from wavelet_lm.errors import UserError
 from wavelet_lm.experiments.results import check_targets
 from wavelet_lm.experiments.tasks import (
     DEFAULTS,
@@ -149,7 +144,3 @@ def describe(task: Task) -> str:
         f"{task.name}: {', '.join(counts)}; {task.n_classes} classes, {task.vocab_size} tokens,"
         f" lengths {lengths.min():,} … {lengths.max():,}, mean {lengths.mean():,.0f}"
     )
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from wavelet_lm.environment import start
-
-    start()  # before the imports below, which take seconds
-
 import dataclasses
 import shutil
 import sys
@@ -14,18 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from wavelet_lm.atomic_files import as_user_error, check_new_folder, write_text
-from wavelet_lm.cli.quantization_flags import (
-    QuantizationOptions,
-    add_quantization_flags,
-    quantization_options,
-)
+from wavelet_lm.cli.quantization_flags import add_quantization_flags, quantization_options
 from wavelet_lm.config import OneLineParser
 from wavelet_lm.devices import resolve_device
-from wavelet_lm.errors import UserError, run_command
+from wavelet_lm.errors import UserError
 from wavelet_lm.fusion.fuse import is_fused, n_bytes
 from wavelet_lm.inference.loading import load_model, load_tokenizer
 from wavelet_lm.models.checkpoint import check_finite, find_checkpoint
 from wavelet_lm.quantization.checkpoint import save_quantized
+from wavelet_lm.quantization.options import QuantizationOptions
 from wavelet_lm.quantization.quantize import quantize
 from wavelet_lm.threads import add_threads_flag, use_threads
 
@@ -119,7 +111,3 @@ def quantize_run(
     size = (out / "best.safetensors").stat().st_size
     log(f"{scheme.describe()}: {size / 1e6:,.2f} MB, {size / (2 * n_bytes(model) / 4):.1%} of bf16")
     return out
-
-
-if __name__ == "__main__":
-    run_command(main)

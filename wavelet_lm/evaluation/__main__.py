@@ -1,4 +1,4 @@
-"""`python -m wavelet_lm.evaluation`: the command `evaluate` of `wavelet_lm/cli`, by its older name."""
+"""`python -m wavelet_lm.evaluation` is `wavelet-lm evaluate`."""
 
 if __name__ == "__main__":
     from wavelet_lm.environment import start

@@ -1,4 +1,4 @@
-"""`python -m wavelet_lm.evaluation.compare`: the command `compare` of `wavelet_lm/cli`, by its older name."""
+"""`python -m wavelet_lm.evaluation.compare` is `wavelet-lm compare`."""
 
 if __name__ == "__main__":
     from wavelet_lm.environment import start

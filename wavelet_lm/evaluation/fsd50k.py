@@ -1,4 +1,4 @@
-"""`python -m wavelet_lm.evaluation.fsd50k`: the command `fsd50k` of `wavelet_lm/cli`, by its older name."""
+"""`python -m wavelet_lm.evaluation.fsd50k` is `wavelet-lm fsd50k`."""
 
 if __name__ == "__main__":
     from wavelet_lm.environment import start

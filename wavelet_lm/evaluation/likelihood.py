@@ -26,9 +26,9 @@ from wavelet_lm.devices import amp_dtype, autocast, reading, resolve_device
 from wavelet_lm.errors import UserError
 
 if TYPE_CHECKING:
-    from wavelet_lm.cli.quantization_flags import QuantizationOptions
     from wavelet_lm.data.dataset import TokenSplit
     from wavelet_lm.data.tokenizers import Tokenizer
+    from wavelet_lm.quantization.options import QuantizationOptions
 
 # Positions of a batch of windows where no batch size is given.
 BATCH_POSITIONS = 4096
@@ -175,11 +175,11 @@ def evaluate_run(
         What `evaluate` does, and `run`, `dataset`, `split`, `tokenizer`, `n_params`; what
         `evaluate` says of the quantized model under `quantized`, with its `scheme` in words.
     """
-    from wavelet_lm.cli.quantization_flags import QuantizationOptions
     from wavelet_lm.data.dataset import prepare_data
     from wavelet_lm.inference.generation import check_vocabulary
     from wavelet_lm.inference.loading import load_model, load_tokenizer
     from wavelet_lm.models.registry import n_params
+    from wavelet_lm.quantization.options import QuantizationOptions
     from wavelet_lm.quantization.quantize import quantize
 
     where = resolve_device(device)

@@ -1,4 +1,4 @@
-"""`python -m wavelet_lm.evaluation.lra`: the command `lra` of `wavelet_lm/cli`, by its older name."""
+"""`python -m wavelet_lm.evaluation.lra` is `wavelet-lm lra`."""
 
 if __name__ == "__main__":
     from wavelet_lm.environment import start

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from wavelet_lm.allocator import returning_memory
-from wavelet_lm.cli.quantization_flags import QuantizationOptions
 from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.errors import UserError
 from wavelet_lm.fusion.fuse import n_bytes
@@ -22,6 +21,7 @@ from wavelet_lm.inference.state_file import Fingerprint, ModelRecord
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.checkpoint import check_finite, check_values, find_checkpoint
 from wavelet_lm.models.weights import StoredModel
+from wavelet_lm.quantization.options import QuantizationOptions
 from wavelet_lm.quantization.quantize import quantize
 
 

@@ -9,11 +9,7 @@ from typing import Any
 
 import torch
 
-from wavelet_lm.cli.quantization_flags import (
-    QuantizationOptions,
-    add_quantization_flags,
-    quantization_options,
-)
+from wavelet_lm.cli.quantization_flags import add_quantization_flags, quantization_options
 from wavelet_lm.config import Config, OneLineParser
 from wavelet_lm.errors import UserError
 from wavelet_lm.inference.checks import MAX_SEED, check_seed, check_stop, check_whole
@@ -22,8 +18,10 @@ from wavelet_lm.inference.context import parse_context
 from wavelet_lm.inference.rows import Request
 from wavelet_lm.inference.sampling.coherence import WaveletCoherence
 from wavelet_lm.inference.sampling.logits import SamplingOptions
-from wavelet_lm.inference.text.prompts import Prompt, read_piped, read_prompts, read_text
+from wavelet_lm.inference.text.prompts import Prompt, read_piped, read_prompts
 from wavelet_lm.inference.text.spacing import is_spaced_apart
+from wavelet_lm.quantization.options import QuantizationOptions
+from wavelet_lm.text_files import read_text
 from wavelet_lm.threads import add_threads_flag
 
 # What --strategies stands for; every flag that is given as well wins over it. Spacing is cleaned

@@ -8,11 +8,6 @@ silence: every tensor of the file has a place in the model, and every parameter 
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from wavelet_lm.environment import start
-
-    start()  # before the imports below, which take seconds
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.atomic_files import as_user_error, check_new_folder, write_text
-from wavelet_lm.config import OneLineParser
 from wavelet_lm.data.tokenizers import (
     GPT2_VOCAB,
     Tokenizer,
@@ -29,7 +23,7 @@ from wavelet_lm.data.tokenizers import (
     load_tokenizer,
     named_tokenizer,
 )
-from wavelet_lm.errors import UserError, run_command
+from wavelet_lm.errors import UserError
 from wavelet_lm.interop.published_config import read_published_config
 from wavelet_lm.interop.published_names import Source, published_layout
 from wavelet_lm.models.checkpoint import check_finite, save_checkpoint
@@ -303,23 +297,11 @@ def _tokenizer(name: str) -> Tokenizer:
     return named_tokenizer(name)
 
 
-def main() -> None:
-    parser = OneLineParser(
-        run="the .pt, with its config.json beside it",
-        prog="python -m wavelet_lm.interop.published",
-        description="Make a run folder of a published checkpoint.",
-    )
-    parser.add_argument("--out", metavar="RUN", required=True, help="run folder to make")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="NAME_OR_FOLDER",
-        help="bytes, or a folder that holds a tokenizer [gpt2, for a vocabulary of its size]",
-    )
-    args = parser.parse_args()
-    run = convert(args.checkpoint, args.out, args.tokenizer, log=print)
-    print(f"run folder {run}")
-    print(f"try it: python generate.py --checkpoint {run}")
-
-
 if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()
+    from wavelet_lm.cli.convert import main
+    from wavelet_lm.errors import run_command
+
     run_command(main)

@@ -1,4 +1,4 @@
-"""`python -m wavelet_lm.models`: the command `count` of `wavelet_lm/cli`, by its older name."""
+"""`python -m wavelet_lm.models` is `wavelet-lm count`."""
 
 if __name__ == "__main__":
     from wavelet_lm.environment import start

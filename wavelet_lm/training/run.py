@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from wavelet_lm.cli.terminal import RECORD, record
 from wavelet_lm.config import Config
 from wavelet_lm.data.batches import batch_size, steps_per_epoch
 from wavelet_lm.data.dataset import TokenizedText, prepare_data
@@ -26,6 +25,7 @@ from wavelet_lm.inference.generation import encode_prompt
 from wavelet_lm.inference.loading import find_own_checkpoint
 from wavelet_lm.inference.rows import Request
 from wavelet_lm.inference.sampling.logits import SamplingOptions
+from wavelet_lm.inference.text.record import RECORD, record
 from wavelet_lm.models.checkpoint import Checkpoint, load_model
 from wavelet_lm.models.registry import build_model, model_without_weights, n_params
 from wavelet_lm.tables import table

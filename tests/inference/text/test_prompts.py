@@ -8,7 +8,8 @@ import pytest
 from wavelet_lm import UserError
 from wavelet_lm.inference.generation_options import parse_options
 from wavelet_lm.inference.text import prompts
-from wavelet_lm.inference.text.prompts import Prompt, read_prompts, read_text
+from wavelet_lm.inference.text.prompts import Prompt, read_prompts
+from wavelet_lm.text_files import read_text
 
 
 def test_a_file_is_read_exactly_as_it_is(tmp_path):

@@ -1,1 +1,1 @@
-"""`python -m wavelet_lm.inference.quantization` lives on here; the package is `wavelet_lm.quantization`."""
+"""The old name of the command `wavelet-lm quantize`; the package is `wavelet_lm.quantization`."""

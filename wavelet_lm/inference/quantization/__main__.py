@@ -1,4 +1,4 @@
-"""`python -m wavelet_lm.inference.quantization`: the command `quantize` of `wavelet_lm/cli`, by its older name."""
+"""`python -m wavelet_lm.inference.quantization` is `wavelet-lm quantize`."""
 
 if __name__ == "__main__":
     from wavelet_lm.environment import start

@@ -7,14 +7,13 @@ import select
 import stat
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from wavelet_lm.errors import UserError
 from wavelet_lm.inference.checks import MAX_SEED
 from wavelet_lm.json_files import brief, parse_json
+from wavelet_lm.text_files import STANDARD_INPUT, read_text
 
-STANDARD_INPUT = "-"
 # Seconds that a pipe may be silent before it is said that it is waited for.
 PATIENCE = 2
 
@@ -27,26 +26,6 @@ class Prompt:
     seed: int | None = None
     num_tokens: int | None = None
     stop: tuple[str, ...] | None = None
-
-
-def read_text(path: str) -> str:
-    """A whole file, or standard input for `-`, exactly as it is but for a byte order mark.
-
-    Raises:
-        UserError: it cannot be read or is not UTF-8; the line names the first byte that is not.
-    """
-    name = "standard input" if path == STANDARD_INPUT else path
-    try:
-        data = sys.stdin.buffer.read() if path == STANDARD_INPUT else Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x});"
-            " convert it to UTF-8"
-        ) from None
 
 
 def read_piped() -> str:

@@ -1,0 +1,67 @@
+"""Train a wavelet language model: `python train.py --config configs/quickstart.json`.
+
+Every key of the config file is also a flag: `--lr 0.02 --layers 3 --dropout_mlp 0`. A sweep trains
+a grid of them: `--set lr=0.01,0.02 --set layers=2,3`.
+"""
+
+import argparse
+import sys
+
+from wavelet_lm.config import Config, OneLineParser, add_config_flags, parse_flags, read_json_object
+from wavelet_lm.streams import output_is_optional
+
+
+def main() -> None:
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?"
+    parser = OneLineParser(
+        usage="python train.py [--config FILE | --resume RUN] [--set KEY=V1,V2] [--key value ...]",
+        description="Train a wavelet language model, or a grid of them.",
+        epilog="booleans: --key, --key false or --no_key; lists: 1,1,.5; null: none",
+        argument_default=argparse.SUPPRESS,
+    )
+    sets = "train every value, and every combination of several --set; lists apart by ;"
+    parser.add_argument("--config", metavar="FILE", help="config file [config.json]")
+    goes_on = "go on with a run, bit for bit; or on to another --max_steps, see docs/training.md"
+    parser.add_argument("--resume", metavar="RUN", help=goes_on)
+    parser.add_argument("--set", metavar="KEY=V1,V2", action="append", help=sets)
+    parser.add_argument("--sweep", metavar="FILE", help="the same as JSON, key to list of values")
+    add_config_flags(parser)
+    flags = parse_flags(parser, sys.argv[1:])
+    if "resume" in flags:
+        from wavelet_lm.training.run import resume
+
+        output_is_optional()  # a run keeps what it says in its log.txt
+        resume(flags.pop("resume"), flags)
+        return
+
+    file, sets, grid = (flags.pop(name, None) for name in ("config", "set", "sweep"))
+    source = file or "config"
+    if sets or grid:
+        from wavelet_lm.experiments.sweep import read_grid, sweep
+
+        members = read_grid(sets or [], grid, fixed=flags)
+        output_is_optional()
+        sweep(members, lambda member: config_values(file, {**flags, **member}), source)
+    elif (config := Config.from_dict(config_values(file, flags), source)).benchmark_only:
+        from wavelet_lm.cli.evaluate import evaluate_and_print
+        from wavelet_lm.threads import use_threads
+
+        use_threads(config.threads)
+        evaluate_and_print(config.benchmark_run_dir, device=config.device)
+    else:
+        from wavelet_lm.training.run import train
+
+        output_is_optional()
+        train(config)
+
+
+def config_values(file: str | None, flags: dict) -> dict:
+    """The flags over a config file's values, else over those of the run to start from."""
+    if file is None and flags.get("init_from"):
+        from wavelet_lm.inference.loading import find_own_checkpoint
+        from wavelet_lm.models.checkpoint import Checkpoint
+
+        base = Checkpoint(find_own_checkpoint(flags["init_from"])).config.to_dict()
+    else:
+        base = read_json_object(file or "config.json")
+    return {**base, **flags}
