@@ -39,7 +39,7 @@ import torch
 from report import check_targets, positive, positives, table, write_results
 from torch import Tensor, nn
 
-from wavelet_lm.config import OneLineParser
+from wavelet_lm.cli.flags import OneLineParser, add_threads_flag
 from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command
@@ -48,7 +48,7 @@ from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import check_vocabulary
 from wavelet_lm.inference.loading import load_model, load_tokenizer
 from wavelet_lm.models.registry import n_params
-from wavelet_lm.threads import add_threads_flag, use_threads
+from wavelet_lm.threads import use_threads
 
 # Logits that are held at once, and positions that are read at once.
 MAX_LOGITS = 2**26

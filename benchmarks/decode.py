@@ -59,13 +59,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from wavelet_lm.atomic_files import atomic_path
-from wavelet_lm.config import Config, OneLineParser, read_json_object
+from wavelet_lm.cli.flags import OneLineParser, add_threads_flag
+from wavelet_lm.config import Config, read_json_object
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.models.cost import breakdown
 from wavelet_lm.models.registry import build_model, n_params
-from wavelet_lm.threads import add_threads_flag, use_threads
+from wavelet_lm.threads import use_threads
 from wavelet_lm.training.memory import (
     GiB,
     available_bytes,

@@ -31,13 +31,8 @@ import torch
 from report import check_plot, check_targets, table, write_results
 
 from wavelet_lm.atomic_files import atomic_path
-from wavelet_lm.config import (
-    Config,
-    OneLineParser,
-    add_config_flags,
-    parse_flags,
-    read_json_object,
-)
+from wavelet_lm.cli.flags import OneLineParser, add_config_flags, parse_flags
+from wavelet_lm.config import Config, read_json_object
 from wavelet_lm.data.dataset import TokenizedText, prepare_data
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command

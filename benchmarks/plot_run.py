@@ -22,7 +22,7 @@ from typing import Any
 from report import check_plot, check_targets
 
 from wavelet_lm.atomic_files import atomic_path
-from wavelet_lm.config import OneLineParser
+from wavelet_lm.cli.flags import OneLineParser
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.training.run_folder import RunFolder
 

@@ -49,7 +49,8 @@ from report import (
 )
 
 from wavelet_lm.atomic_files import atomic_path
-from wavelet_lm.config import Config, OneLineParser, read_json_object
+from wavelet_lm.cli.flags import OneLineParser, add_threads_flag
+from wavelet_lm.config import Config, read_json_object
 from wavelet_lm.data.dataset import TokenSplit, prepare_data
 from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.devices import resolve_device
@@ -64,7 +65,7 @@ from wavelet_lm.quantization.backends import check_backend
 from wavelet_lm.quantization.options import QuantizationOptions
 from wavelet_lm.quantization.quantize import component, quantize
 from wavelet_lm.quantization.scheme import Scheme
-from wavelet_lm.threads import add_threads_flag, use_threads
+from wavelet_lm.threads import use_threads
 
 MB = 1e6
 LOW_BITS = (4, 2)

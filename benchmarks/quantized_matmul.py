@@ -39,11 +39,11 @@ from report import (
 )
 from torch import Tensor
 
-from wavelet_lm.config import OneLineParser
+from wavelet_lm.cli.flags import OneLineParser, add_threads_flag
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.kernels.quantized_matmul import MAX_ROWS, quantized_matmul
-from wavelet_lm.threads import add_threads_flag, use_threads
+from wavelet_lm.threads import use_threads
 
 SHAPES = "1x2048x2048,3x2048x2048,1x40960x2048,1x2048x40960,1x50257x2048"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from report import alternate, check_targets, median, naturals, positive, table, write_results
 
-from wavelet_lm.config import Config, OneLineParser
+from wavelet_lm.cli.flags import OneLineParser
+from wavelet_lm.config import Config
 from wavelet_lm.environment import COUNT_VARIABLES, WAIT_VARIABLES, available_cpus
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.models.registry import build_model

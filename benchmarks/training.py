@@ -20,13 +20,8 @@ import numpy as np
 import torch
 from report import check_targets, write_results
 
-from wavelet_lm.config import (
-    Config,
-    OneLineParser,
-    add_config_flags,
-    parse_flags,
-    read_json_object,
-)
+from wavelet_lm.cli.flags import OneLineParser, add_config_flags, parse_flags
+from wavelet_lm.config import Config, read_json_object
 from wavelet_lm.data.dataset import TokenizedText, TokenSplit
 from wavelet_lm.data.tokenizers import named_tokenizer
 from wavelet_lm.devices import resolve_device

@@ -15,15 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import tiny_config
-from wavelet_lm.config import (
-    FIELDS,
-    GROUPS,
-    Config,
-    ConfigError,
-    OneLineParser,
-    add_config_flags,
-    parse_flags,
-)
+from wavelet_lm.cli.flags import OneLineParser, add_config_flags, parse_flags
+from wavelet_lm.config import FIELDS, GROUPS, Config, ConfigError
 from wavelet_lm.config_reference import reference
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.registry import build_model, n_params

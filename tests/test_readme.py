@@ -13,12 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from wavelet_lm.config import (
-    FIELDS,
-    Config,
-    parse_flags,
-    read_json_object,
-)
+from wavelet_lm.cli.flags import parse_flags
+from wavelet_lm.config import FIELDS, Config, read_json_object
 from wavelet_lm.data.modalities import MODALITY_NAMES
 from wavelet_lm.data.tokenizers import ByteTokenizer
 from wavelet_lm.inference.generation_options import parse_options

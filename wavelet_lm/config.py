@@ -8,14 +8,11 @@ takes a `ModelConfig`). The same declarations drive JSON reading and writing, `t
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json
 import math
-import shlex
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -637,7 +634,7 @@ def check_values(values: Mapping[str, Any], source: str) -> None:
         if key == CHANGES:
             continue
         if key not in FIELDS:
-            raise ConfigError(f"{source}: unknown key {key!r}{_nearest(key, FIELDS)}")
+            raise ConfigError(f"{source}: unknown key {key!r}{nearest(key, FIELDS)}")
         try:
             _checked(FIELDS[key], value)
         except ConfigError as error:
@@ -668,7 +665,7 @@ def parse_value(key: str, text: str) -> Any:
     return text
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
+def nearest(key: str, known: Iterable[str]) -> str:
     """A hint with the most similar known key, or nothing when none is similar."""
     matches = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""
@@ -849,198 +846,3 @@ def cell_config(config: Config) -> Config:
         multinodal_features_per_cell=0,
         multinodal_cross_cell_gating=False,
     )
-
-
-# --- command line --------------------------------------------------------------------------------
-
-
-# Names from elsewhere that mean the same as one of ours; where a command has several of these, the
-# first is meant. nanoGPT, Hugging Face and gpt-fast say them so.
-ALIASES = {
-    "checkpoint_path": ("checkpoint",),
-    "draft_checkpoint_path": ("draft",),
-    "gradient_accumulation_steps": ("grad_accum",),
-    "learning_rate": ("lr",),
-    "max_grad_norm": ("grad_clip",),
-    "max_iters": ("max_steps",),
-    "max_new_tokens": ("num_tokens", "num_new_tokens"),
-    "n_embd": ("C",),
-    "n_head": ("heads",),
-    "n_layer": ("layers",),
-    "num_return_sequences": ("n",),
-    "num_samples": ("n",),
-    "num_train_epochs": ("epochs",),
-    "per_device_train_batch_size": ("micro_batch_size",),
-    "speculate_k": ("draft_tokens",),
-}
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser as every command of the project has one.
-
-    Complaints are one line, and an unknown flag gets the nearest one. Flags may be written with
-    hyphens, and by the names of `ALIASES`; `--version` is there.
-
-    Args:
-        run: what the run can be that the command needs, which is named first or by
-            `--checkpoint` and parsed as `checkpoint`; None = the command takes none.
-        needs_run: whether there must be one.
-    """
-
-    def __init__(self, *, run: str | None = None, needs_run: bool = True, **options: Any):
-        super().__init__(**options, allow_abbrev=False)
-        self._takes_run, self._needs_run = run is not None, needs_run
-        if run is not None:
-            default = {"metavar": "RUN", "default": None}
-            self.add_argument("first", nargs="?", help=run, **default)
-            self.add_argument("--checkpoint", help="the same, as a flag", **default)
-        self.add_argument(
-            "--version",
-            action=_Version,
-            nargs=0,
-            dest=argparse.SUPPRESS,
-            default=argparse.SUPPRESS,
-            help="print the version and leave",
-        )
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(f"{message}; see --help")
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        args = self._settled(sys.argv[1:] if args is None else args)
-        known, unknown = self.parse_known_args(args, namespace)
-        flags = [text.split("=")[0] for text in unknown if text.startswith("--")]
-        if flags:
-            raise ConfigError(f"unknown option {flags[0]}{self._similar(flags[0])}")
-        if self._takes_run:
-            self._settle_run(known, unknown)
-        if unknown:
-            raise ConfigError(
-                f"unexpected argument {unknown[0]!r}; options are written --key value"
-            )
-        return known
-
-    def _ours(self, text: str) -> str:
-        """A flag as this parser knows it, anything else as it is."""
-        flag, equals, value = text.partition("=")
-        if not flag.startswith("--") or flag in self._option_string_actions:
-            return text
-        name = flag[2:].replace("-", "_")
-        for target in (name, *ALIASES.get(name, ())):
-            if f"--{target}" in self._option_string_actions:
-                return f"--{target}{equals}{value}"
-        return text
-
-    def _similar(self, flag: str) -> str:
-        """A hint with the flag of ours that an unknown one may mean, by whichever of its names."""
-        names = [name for action in self._actions for name in action.option_strings]
-        typed = f"--{flag[2:].replace('-', '_')}"
-        if hint := _nearest(typed, names):
-            return hint
-        others = {f"--{name}": self._ours(f"--{name}") for name in ALIASES}
-        matches = difflib.get_close_matches(typed, others, n=1, cutoff=0.6)
-        ours = others[matches[0]] if matches else ""
-        return f"; did you mean {ours}?" if ours in names else ""
-
-    def _settled(self, args: Sequence[str]) -> list[str]:
-        """The arguments with our flags, and values that begin with a dash joined to theirs.
-
-        Raises:
-            ConfigError: a value such as `---` or `-x`, which would be taken for a flag; the line
-                says how it is written.
-        """
-        settled: list[str] = []
-        rest = iter(args)
-        for text in rest:
-            if text == "--":  # no flags follow
-                return [*settled, text, *rest]
-            flag = self._ours(text)
-            settled.append(flag)
-            action = self._option_string_actions.get(flag)
-            if action is None or action.nargs is not None or (value := next(rest, None)) is None:
-                continue
-            if not value.startswith("-") or value == "-":
-                settled.append(value)
-                continue
-            is_flag = self._ours(value).partition("=")[0] in self._option_string_actions
-            if is_flag or not (_reads_as_number(value) or any(map(str.isspace, value))):
-                raise ConfigError(
-                    f"{flag} needs a value, and {value!r} looks like an option; if it is the"
-                    f" value, write {flag}={shlex.quote(value)}"
-                )
-            settled[-1] = f"{flag}={value}"
-        return settled
-
-    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        # Up to Python 3.12 argparse drops a `--` that is a flag's value, then misses it.
-        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
-            return self._get_value(action, "--")
-        return super()._get_values(action, arg_strings)
-
-    def _settle_run(self, known: argparse.Namespace, unknown: list[str]) -> None:
-        """The run, wherever it stands: one of first, last and `--checkpoint`."""
-        first, flag = known.first, known.checkpoint
-        del known.first
-        if first is flag is None and unknown:  # argparse sees an optional argument in front alone
-            first = unknown.pop(0)
-        if first is not None and flag is not None and first != flag:
-            raise ConfigError(
-                f"{first!r} and --checkpoint {flag!r} both name the run; give one, and put a text"
-                " of several words in quotes"
-            )
-        if self._needs_run and first is None and flag is None:
-            raise ConfigError("which run? give RUN first, a run folder or checkpoint file")
-        known.checkpoint = flag if first is None else first
-
-
-def _reads_as_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-class _Version(argparse.Action):
-    """Print the version of the project and of what its results depend on."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from importlib.metadata import version
-
-        from wavelet_lm import __version__
-
-        print(f"WaveletLM {__version__} (PyTorch {version('torch')})")
-        parser.exit()
-
-
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """One `--key VALUE` per option, by group; `--key` and `--no_key` for booleans."""
-    for group, part in GROUPS.items():
-        flags = parser.add_argument_group(f"{group} options")
-        for spec in dataclasses.fields(part):
-            limits: Option = spec.metadata["option"]
-            extra = f"; {limits.range()}" if limits.range() else ""
-            text = f"{limits.meaning} [{show(spec.default)}{extra}]".replace("%", "%%")
-            boolean = {"nargs": "?", "const": "true"} if spec.type.startswith("bool") else {}
-            metavar = {"int": "N", "float": "X", "bool": "BOOL"}.get(spec.type.split()[0], "TEXT")
-            metavar = "LIST" if spec.type.startswith("tuple") else metavar
-            flags.add_argument(
-                f"--{spec.name}", metavar=metavar, help=text, default=argparse.SUPPRESS, **boolean
-            )
-            if boolean:
-                flags.add_argument(
-                    f"--no_{spec.name}",
-                    dest=spec.name,
-                    action="store_const",
-                    const="false",
-                    default=argparse.SUPPRESS,
-                    help=argparse.SUPPRESS,
-                )
-
-
-def parse_flags(
-    parser: argparse.ArgumentParser, arguments: list[str] | None = None
-) -> dict[str, Any]:
-    """What was given: options of `Config` as their typed values, others as the parser has them."""
-    given = vars(parser.parse_args(arguments))
-    return {k: parse_value(k, v) if k in FIELDS else v for k, v in given.items()}

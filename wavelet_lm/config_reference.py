@@ -8,7 +8,8 @@ if __name__ == "__main__":
 import dataclasses
 import textwrap
 
-from wavelet_lm.config import ALIASES, GROUPS, Option, show, type_words
+from wavelet_lm.cli.flags import ALIASES
+from wavelet_lm.config import GROUPS, Option, show, type_words
 
 SYMBOLS = """\
 The last column is what a key costs in parameters: a switch when it is on, a number or a list by

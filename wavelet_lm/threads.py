@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from functools import cache
 
-from wavelet_lm.config import FIELDS, checked_value, parse_value
 from wavelet_lm.environment import COUNT_VARIABLES, available_cpus
-
-
-def add_threads_flag(parser: argparse.ArgumentParser) -> None:
-    """`--threads` for a command whose options are not those of a config."""
-    limits = FIELDS["threads"].metadata["option"]
-    parser.add_argument(
-        "--threads",
-        metavar="N",
-        type=lambda text: checked_value("threads", parse_value("threads", text)),
-        default=FIELDS["threads"].default,
-        help=f"{limits.meaning} [auto]",
-    )
 
 
 def use_threads(threads: int | str) -> None:

@@ -24,16 +24,8 @@ from signal import SIGINT
 from typing import Any
 
 from wavelet_lm.atomic_files import atomic_path
-from wavelet_lm.config import (
-    FIELDS,
-    Config,
-    OneLineParser,
-    add_config_flags,
-    check_values,
-    parse_flags,
-    parse_value,
-    read_json_object,
-)
+from wavelet_lm.cli.flags import OneLineParser, add_config_flags, parse_flags
+from wavelet_lm.config import FIELDS, Config, check_values, parse_value, read_json_object
 from wavelet_lm.data.dataset import TokenizedText, prepare_data
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.experiments.comparison import Budget, check, compare, summary, tokens_per_step
@@ -56,10 +48,9 @@ HEAD += ("parity step", "parity epoch", "parity seconds", "parity FLOPs")
 
 def main() -> None:
     parser = OneLineParser(
-        prog="python -m wavelet_lm.evaluation.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python -m wavelet_lm.evaluation.compare --models MODEL,MODEL,… [--config FILE]"
+        usage="%(prog)s --models MODEL,MODEL,… [--config FILE]"
         " [--budget steps:N|seconds:N|flops:N] [--lrs LIST] [--seeds LIST] [--json FILE]"
         " [--plot FILE] [--key value …]",
     )

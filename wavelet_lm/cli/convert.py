@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from wavelet_lm.config import OneLineParser
+from wavelet_lm.cli.flags import OneLineParser
 from wavelet_lm.interop.published import convert
 
 
 def main() -> None:
     parser = OneLineParser(
         run="the .pt, with its config.json beside it",
-        prog="python -m wavelet_lm.interop.published",
         description="Make a run folder of a published checkpoint.",
     )
     parser.add_argument("--out", metavar="RUN", required=True, help="run folder to make")

@@ -7,7 +7,8 @@ of a text's state, and how far back the model sees.
 import json
 
 from wavelet_lm.atomic_files import check_writable, write_text
-from wavelet_lm.config import Config, OneLineParser, add_config_flags, parse_flags
+from wavelet_lm.cli.flags import OneLineParser, add_config_flags, parse_flags
+from wavelet_lm.config import Config
 from wavelet_lm.data.hub import KNOWN
 from wavelet_lm.data.tokenizers import GPT2_VOCAB, check_tokenizer_name, sentencepiece_vocab
 from wavelet_lm.errors import UserError
@@ -16,8 +17,7 @@ from wavelet_lm.models.cost import as_dict, breakdown, table
 
 def main() -> None:
     parser = OneLineParser(
-        prog="python -m wavelet_lm.models",
-        usage="python -m wavelet_lm.models CONFIG [--vocab_size N] [--json FILE] [--key value ...]",
+        usage="%(prog)s CONFIG [--vocab_size N] [--json FILE] [--key value ...]",
         description=__doc__,
     )
     parser.add_argument("config", metavar="CONFIG", help="config file")

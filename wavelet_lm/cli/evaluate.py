@@ -5,19 +5,18 @@ import sys
 from typing import Any
 
 from wavelet_lm.atomic_files import check_writable, write_text
+from wavelet_lm.cli.flags import OneLineParser, add_threads_flag
 from wavelet_lm.cli.quantization_flags import add_quantization_flags, quantization_options
-from wavelet_lm.config import OneLineParser
 from wavelet_lm.errors import UserError
 from wavelet_lm.evaluation.likelihood import evaluate_run
 from wavelet_lm.quantization.options import QuantizationOptions
 from wavelet_lm.tables import table
-from wavelet_lm.threads import add_threads_flag, use_threads
+from wavelet_lm.threads import use_threads
 
 
 def main() -> None:
     parser = OneLineParser(
         run="run folder, or a checkpoint inside it",
-        prog="python -m wavelet_lm.evaluation",
         description=__doc__,
     )
     parser.add_argument(

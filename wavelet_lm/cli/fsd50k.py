@@ -23,19 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavelet_lm.config import Config, parse_flags
+from wavelet_lm.cli.flags import parse_flags
+from wavelet_lm.cli.task_flags import add_shared_flags, command_parser, configs_of, positive
+from wavelet_lm.config import Config
 from wavelet_lm.data.tasks.fsd50k import DOWNLOAD, ClipExamples, SoundTask, load
 from wavelet_lm.errors import UserError
 from wavelet_lm.experiments.results import check_targets
-from wavelet_lm.experiments.tasks import (
-    DEFAULTS,
-    add_shared_flags,
-    command_parser,
-    compare,
-    configs_of,
-    positive,
-    table,
-)
+from wavelet_lm.experiments.tasks import DEFAULTS, compare, table
 from wavelet_lm.models.classifier.audio_front_end import PATCH, AudioFrontEnd
 from wavelet_lm.models.classifier.model import SequenceClassifier, build_classifier
 from wavelet_lm.training.classification import predict
@@ -46,7 +40,7 @@ SHARES = {"top-5 %": "top5", "mAP %": "mAP"}
 
 
 def main() -> None:
-    parser = command_parser("fsd50k", __doc__, "--data DIR")
+    parser = command_parser(__doc__, "--data DIR")
     parser.add_argument("--data", metavar="DIR", help="folder of FSD50K, as it is published")
     parser.add_argument(
         "--clips", type=positive, metavar="N", help="read the first N clips of each split [all]"

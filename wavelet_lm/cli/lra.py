@@ -16,20 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from wavelet_lm.config import Config, parse_flags
+from wavelet_lm.cli.flags import parse_flags
+from wavelet_lm.cli.task_flags import add_shared_flags, command_parser, configs_of, positive
+from wavelet_lm.config import Config
 from wavelet_lm.data.tasks import listops, pixels, reviews
 from wavelet_lm.data.tasks.examples import Task, some
 from wavelet_lm.errors import UserError
 from wavelet_lm.experiments.results import check_targets
-from wavelet_lm.experiments.tasks import (
-    DEFAULTS,
-    add_shared_flags,
-    command_parser,
-    compare,
-    configs_of,
-    positive,
-    table,
-)
+from wavelet_lm.experiments.tasks import DEFAULTS, compare, table
 from wavelet_lm.models.classifier.model import build_classifier
 from wavelet_lm.training.classification import judge
 
@@ -43,7 +37,7 @@ SHARES = {"%": "accuracy", "majority %": "majority"}
 
 
 def main() -> None:
-    parser = command_parser("lra", __doc__, "--task TASK [--data PATH]")
+    parser = command_parser(__doc__, "--task TASK [--data PATH]")
     add_task_flags(parser)
     add_shared_flags(parser, ", ".join(f"{n:,} of {task}" for task, n in STEPS.items()))
     flags = parse_flags(parser)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from wavelet_lm.atomic_files import as_user_error, check_new_folder, write_text
+from wavelet_lm.cli.flags import OneLineParser, add_threads_flag
 from wavelet_lm.cli.quantization_flags import add_quantization_flags, quantization_options
-from wavelet_lm.config import OneLineParser
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError
 from wavelet_lm.fusion.fuse import is_fused, n_bytes
@@ -19,13 +19,12 @@ from wavelet_lm.models.checkpoint import check_finite, find_checkpoint
 from wavelet_lm.quantization.checkpoint import save_quantized
 from wavelet_lm.quantization.options import QuantizationOptions
 from wavelet_lm.quantization.quantize import quantize
-from wavelet_lm.threads import add_threads_flag, use_threads
+from wavelet_lm.threads import use_threads
 
 
 def main() -> None:
     parser = OneLineParser(
         run="run folder, or checkpoint file",
-        prog="python -m wavelet_lm.inference.quantization",
         description="Make a quantized checkpoint, which generate.py and evaluation read directly.",
     )
     parser.add_argument("--out", metavar="RUN8", required=True, help="run folder to make")

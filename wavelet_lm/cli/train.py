@@ -7,14 +7,15 @@ a grid of them: `--set lr=0.01,0.02 --set layers=2,3`.
 import argparse
 import sys
 
-from wavelet_lm.config import Config, OneLineParser, add_config_flags, parse_flags, read_json_object
+from wavelet_lm.cli.flags import OneLineParser, add_config_flags, parse_flags
+from wavelet_lm.config import Config, read_json_object
 from wavelet_lm.streams import output_is_optional
 
 
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?"
     parser = OneLineParser(
-        usage="python train.py [--config FILE | --resume RUN] [--set KEY=V1,V2] [--key value ...]",
+        usage="%(prog)s [--config FILE | --resume RUN] [--set KEY=V1,V2] [--key value ...]",
         description="Train a wavelet language model, or a grid of them.",
         epilog="booleans: --key, --key false or --no_key; lists: 1,1,.5; null: none",
         argument_default=argparse.SUPPRESS,

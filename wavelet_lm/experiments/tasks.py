@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from wavelet_lm.config import (
-    Config,
-    OneLineParser,
-    add_config_flags,
-    check_values,
-    read_json_object,
-)
+from wavelet_lm.config import Config
 from wavelet_lm.data.tasks.examples import Examples, Splits
 from wavelet_lm.devices import resolve_device
-from wavelet_lm.errors import UserError
-from wavelet_lm.experiments.model_names import SYNTAX, model_configs, split_names
 from wavelet_lm.experiments.results import write_results
-from wavelet_lm.models.classifier.model import POOLING, SequenceClassifier
+from wavelet_lm.models.classifier.model import SequenceClassifier
 from wavelet_lm.models.registry import n_params
 from wavelet_lm.tables import aligned
 from wavelet_lm.threads import use_threads
@@ -52,69 +43,6 @@ DEFAULTS: dict[str, Any] = {
 }
 JUDGED = ("valid", "test")
 COUNTS = ("n_params", "steps", "best_step", "seconds")
-
-# --- what is typed -------------------------------------------------------------------------------
-
-
-def command_parser(name: str, description: str | None, usage: str) -> OneLineParser:
-    """The parser of `python -m wavelet_lm.evaluation.NAME`; usage: of its own options."""
-    program = f"python -m wavelet_lm.evaluation.{name}"
-    return OneLineParser(
-        prog=program,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=f"{program} {usage} --model {SYNTAX}[,…] [--steps N] [--json FILE] [--key value …]",
-    )
-
-
-def add_shared_flags(parser: argparse.ArgumentParser, steps: str) -> None:
-    """The options of every task, then those of the config, `--model` and `--seed` among them.
-
-    Args:
-        steps: the default, in words.
-    """
-    parser.add_argument("--config", metavar="FILE", help="config in place of the paper's")
-    parser.add_argument(
-        "--steps",
-        dest="max_steps",
-        metavar="N",
-        default=argparse.SUPPRESS,
-        help=f"the same as --max_steps [{steps}]",
-    )
-    parser.add_argument("--pooling", choices=tuple(POOLING), default="last", help="[%(default)s]")
-    parser.add_argument("--json", metavar="FILE", help="also write the results there")
-    add_config_flags(parser)
-
-
-def positive(text: str) -> int:
-    """A whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not 1 or more")
-    return int(text)
-
-
-def configs_of(
-    defaults: Mapping[str, Any], file: str | None, flags: Mapping[str, Any]
-) -> dict[str, Config]:
-    """The config of each model that the key `model` names, as `model_names` reads them, by name.
-
-    Each has the defaults, changed by the keys of a config file, changed by the flags.
-
-    Raises:
-        UserError: a name, a key or a value is not as it should be, or there is no such device.
-    """
-    given = {} if file is None else read_json_object(file)
-    check_values(given, file or "")
-    values = {"model": "wavelet_lm", **defaults, **given, **flags}
-    if "block_size" in flags or "+block_size" in values["model"]:
-        raise UserError("block_size is the length of the task's longest sequence; leave it away")
-    configs = model_configs(split_names(values["model"]), values)
-    for config in configs.values():
-        resolve_device(config.device)
-    return configs
-
-
-# --- what is done --------------------------------------------------------------------------------
 
 
 def compare(

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from wavelet_lm.cli.flags import OneLineParser, add_threads_flag
 from wavelet_lm.cli.quantization_flags import add_quantization_flags, quantization_options
-from wavelet_lm.config import Config, OneLineParser
+from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
 from wavelet_lm.inference.checks import MAX_SEED, check_seed, check_stop, check_whole
 from wavelet_lm.inference.completion import CoherenceOptions, Strategy
@@ -22,7 +23,6 @@ from wavelet_lm.inference.text.prompts import Prompt, read_piped, read_prompts
 from wavelet_lm.inference.text.spacing import is_spaced_apart
 from wavelet_lm.quantization.options import QuantizationOptions
 from wavelet_lm.text_files import read_text
-from wavelet_lm.threads import add_threads_flag
 
 # What --strategies stands for; every flag that is given as well wins over it. Spacing is cleaned
 # only for a run that was trained on text which has it (`is_spaced_apart`).

@@ -167,6 +167,8 @@ def command_line() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.origin == sys.argv[0]:  # run by -m
         program = ["-m", spec.name.removesuffix(".__main__")]
+    if sys.argv[0].startswith("wavelet-lm "):
+        return shlex.join([*sys.argv[0].split(), *map(_relative, sys.argv[1:])])
     return shlex.join(["python", *program, *map(_relative, sys.argv[1:])])
 
 

@@ -11,21 +11,15 @@ a binary tree; its models never see them, and so the reader here drops them and 
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from wavelet_lm.environment import start
-
-    start()  # before the imports below, which take seconds
-
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from wavelet_lm.atomic_files import as_user_error, atomic_path
-from wavelet_lm.config import OneLineParser
 from wavelet_lm.data.tasks.examples import PADDING, Task, TokenExamples
 from wavelet_lm.data.tasks.tables import read_table
-from wavelet_lm.errors import UserError, run_command
+from wavelet_lm.errors import UserError
 
 N_CLASSES = 10
 OPERATORS: dict[str, Callable[[list[int]], int]] = {
@@ -207,24 +201,11 @@ def load(folder: Path) -> Task:
     return Task("listops", VOCAB_SIZE, N_CLASSES, *parts)
 
 
-def main() -> None:
-    parser = OneLineParser(
-        prog="python -m wavelet_lm.data.tasks.listops", description="Generate ListOps as TSV."
-    )
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the files go")
-    parser.add_argument("--seed", type=int, default=1337, help="[%(default)s]")
-    for part, n in zip(PARTS, SIZES, strict=True):
-        parser.add_argument(f"--{part}", type=int, default=n, help="examples [%(default)s]")
-    for name, value in vars(Shape()).items():
-        parser.add_argument(f"--{name}", type=int, default=value, help="[%(default)s]")
-    args = vars(parser.parse_args())
-    sizes = tuple(args[part] for part in PARTS)
-    if min(sizes) < 1:
-        raise UserError("every file needs 1 example or more")
-    shape = Shape(**{name: args[name] for name in vars(Shape())})
-    generate(args["folder"], sizes, shape, args["seed"])
-    print(f"wrote {' + '.join(f'{n:,}' for n in sizes)} expressions to {args['folder']}")
-
-
 if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()
+    from wavelet_lm.cli.listops import main
+    from wavelet_lm.errors import run_command
+
     run_command(main)

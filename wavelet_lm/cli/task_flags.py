@@ -1,0 +1,70 @@
+"""What the commands share that train several models on one task."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from wavelet_lm.cli.flags import OneLineParser, add_config_flags
+from wavelet_lm.config import Config, check_values, read_json_object
+from wavelet_lm.devices import resolve_device
+from wavelet_lm.errors import UserError
+from wavelet_lm.experiments.model_names import SYNTAX, model_configs, split_names
+from wavelet_lm.models.classifier.model import POOLING
+
+
+def command_parser(description: str | None, usage: str) -> OneLineParser:
+    """The parser of such a command; usage: of its own options."""
+    return OneLineParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"%(prog)s {usage} --model {SYNTAX}[,…] [--steps N] [--json FILE] [--key value …]",
+    )
+
+
+def add_shared_flags(parser: argparse.ArgumentParser, steps: str) -> None:
+    """The options of every task, then those of the config, `--model` and `--seed` among them.
+
+    Args:
+        steps: the default, in words.
+    """
+    parser.add_argument("--config", metavar="FILE", help="config in place of the paper's")
+    parser.add_argument(
+        "--steps",
+        dest="max_steps",
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help=f"the same as --max_steps [{steps}]",
+    )
+    parser.add_argument("--pooling", choices=tuple(POOLING), default="last", help="[%(default)s]")
+    parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    add_config_flags(parser)
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1 or more")
+    return int(text)
+
+
+def configs_of(
+    defaults: Mapping[str, Any], file: str | None, flags: Mapping[str, Any]
+) -> dict[str, Config]:
+    """The config of each model that the key `model` names, as `model_names` reads them, by name.
+
+    Each has the defaults, changed by the keys of a config file, changed by the flags.
+
+    Raises:
+        UserError: a name, a key or a value is not as it should be, or there is no such device.
+    """
+    given = {} if file is None else read_json_object(file)
+    check_values(given, file or "")
+    values = {"model": "wavelet_lm", **defaults, **given, **flags}
+    if "block_size" in flags or "+block_size" in values["model"]:
+        raise UserError("block_size is the length of the task's longest sequence; leave it away")
+    configs = model_configs(split_names(values["model"]), values)
+    for config in configs.values():
+        resolve_device(config.device)
+    return configs
