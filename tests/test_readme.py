@@ -1,7 +1,6 @@
 """The README says what is so: its commands parse, its files exist, its figures are the code's."""
 
 import argparse
-import ast
 import importlib.util
 import itertools
 import re
@@ -214,78 +213,6 @@ def test_the_python_interface_runs_as_it_stands(tmp_path, monkeypatch):
     exec(block("python"), names)
     assert names["logits"].shape == (1, 1, 256)
     assert isinstance(names["text"], str)
-
-
-# --- how the code is laid out --------------------------------------------------------------------
-
-LAYOUT = block("text", containing="wavelet_lm/\n")
-PACKAGES = re.findall(r"^  (\w+)/", LAYOUT, re.MULTILINE)
-
-
-def named_in_layout() -> set[str]:
-    """Every path on the left, and every module of the package on either side."""
-    names: set[str] = set()
-    folder = package = ""
-    for line in LAYOUT.splitlines():
-        left = line[:30].split()
-        if left == ["wavelet_lm/"] or (folder and left and left[0].endswith(".py")):
-            folder = "wavelet_lm/"
-        elif folder and left and line.startswith("    "):  # a folder in a package
-            folder = package + left[0]
-        elif folder and left:
-            folder = package = "wavelet_lm/" + left[0]
-        names |= {folder + name for name in re.findall(r"\w+\.py", line)} if folder else set(left)
-    return names
-
-
-def test_the_layout_names_every_module_and_nothing_else():
-    named = named_in_layout()
-    assert not [name for name in named if not (ROOT / name).exists()]
-    modules = (path.relative_to(ROOT) for path in (ROOT / "wavelet_lm").rglob("*.py"))
-    modules = {path.as_posix() for path in modules if not path.name.startswith("__")}
-    assert {name for name in named if name.startswith("wavelet_lm/")} == modules
-
-
-# Modules that are run and never imported: they stand above all packages, where train.py stands.
-COMMANDS = {f"wavelet_lm/evaluation/{name}.py" for name in ("lra", "fsd50k", "compare")}
-SOURCES = {
-    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
-    for pattern in ("*.py", "benchmarks/*.py", "wavelet_lm/**/*.py")
-    for path in ROOT.glob(pattern)
-}
-
-
-def imported_by(source: ast.Module) -> set[str]:
-    """The modules that are imported anywhere in a file, and the names from them, with dots."""
-    found = set()
-    for node in ast.walk(source):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno} has a relative import"
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
-
-
-def test_imports_run_downwards_in_the_layout():
-    """A module imports its own package, those below it, and the modules beside the packages."""
-    assert set(PACKAGES) == {p.parent.name for p in (ROOT / "wavelet_lm").glob("*/__init__.py")}
-    for file in SOURCES.keys() - COMMANDS - {"wavelet_lm/__init__.py"}:
-        place, *inner = Path(file).parts
-        if place != "wavelet_lm":
-            continue
-        rank = PACKAGES.index(inner[0]) if len(inner) > 1 else len(PACKAGES)
-        above = {f"wavelet_lm.{package}" for package in PACKAGES[:rank]}
-        for name in imported_by(SOURCES[file]):
-            assert ".".join(name.split(".")[:2]) not in above, f"{file} imports {name}"
-
-
-def test_nobody_imports_a_command():
-    names = {file.removesuffix(".py").replace("/", ".") for file in COMMANDS}
-    for file in COMMANDS:
-        assert ast.unparse(SOURCES[file].body[-1].test) == "__name__ == '__main__'"
-    for file, source in SOURCES.items():
-        assert not names & imported_by(source), file
 
 
 # --- the figure ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from tests.conftest import perturb
 from tests.inference.test_generate_command import error_line, text_of
 from tests.inference.writers import GREEDY, LETTERS, Letters, small_writer, tokens
-from tests.models.test_gpt import gpt_config
+from tests.models.gpt.test_model import gpt_config
 from tests.training.runs import assert_same_run, run_config
 from tests.training.test_resume import killed_run
 from wavelet_lm import UserError, build_model, generate

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import perturb, tiny_config
-from wavelet_lm.inference.generation import generate
+from wavelet_lm.inference.engine import generate
 from wavelet_lm.models.registry import build_model
 from wavelet_lm.models.wavelet_lm.memory import FastWeightMemory, learning
 
