@@ -67,7 +67,7 @@ from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.models.cost import breakdown
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.threads import use_threads
-from wavelet_lm.training.memory import (
+from wavelet_lm.training.memory_estimate import (
     GiB,
     available_bytes,
     peak_bytes,

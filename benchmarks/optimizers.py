@@ -40,7 +40,7 @@ from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.threads import use_threads
 from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.loop import Trainer
-from wavelet_lm.training.memory import peak_bytes, reset_peak
+from wavelet_lm.training.memory_estimate import peak_bytes, reset_peak
 from wavelet_lm.training.optimizers import STATE_BYTES
 from wavelet_lm.training.run import total_steps
 from wavelet_lm.training.run_folder import RunFolder

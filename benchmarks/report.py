@@ -13,7 +13,7 @@ import torch
 from wavelet_lm.experiments.results import check_plot as check_plot
 from wavelet_lm.experiments.results import check_targets as check_targets
 from wavelet_lm.experiments.results import write_results as write_results
-from wavelet_lm.training.memory import GiB
+from wavelet_lm.training.memory_estimate import GiB
 
 # A tensor that no cache holds, small enough for two of them to fit.
 BANDWIDTH_BYTES = {"cpu": GiB, "cuda": 4 * GiB}

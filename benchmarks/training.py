@@ -30,7 +30,7 @@ from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.threads import use_threads
 from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.loop import Trainer
-from wavelet_lm.training.memory import GiB, estimate_bytes, peak_bytes
+from wavelet_lm.training.memory_estimate import GiB, estimate_bytes, peak_bytes
 from wavelet_lm.training.run_folder import RunFolder
 
 

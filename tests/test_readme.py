@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from wavelet_lm.cli.flags import parse_flags
+from wavelet_lm.cli.generation_flags import parse_options
 from wavelet_lm.config import FIELDS, Config, read_json_object
 from wavelet_lm.data.modalities import MODALITY_NAMES
 from wavelet_lm.data.tokenizers import ByteTokenizer
-from wavelet_lm.inference.generation_options import parse_options
 from wavelet_lm.models.checkpoint import save_checkpoint
 from wavelet_lm.models.registry import build_model, n_params
-from wavelet_lm.training.memory import GiB, estimate_bytes
+from wavelet_lm.training.memory_estimate import GiB, estimate_bytes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.inference.test_generate_command import make_run
+from tests.cli.test_generate import make_run
 from tests.training import runs
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,8 @@ import report
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.cli.test_evaluate import make_run
 from tests.conftest import TINY
-from tests.evaluation.test_evaluation_command import make_run
 from wavelet_lm import UserError
 from wavelet_lm.fusion.fuse import COMPONENTS
 

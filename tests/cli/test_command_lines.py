@@ -11,9 +11,9 @@ import pytest
 
 from wavelet_lm import __version__
 from wavelet_lm.cli.flags import ALIASES, OneLineParser, add_config_flags, parse_flags
+from wavelet_lm.cli.generation_flags import build_parser, parse_options
 from wavelet_lm.config import ConfigError
 from wavelet_lm.errors import UserError
-from wavelet_lm.inference.generation_options import build_parser, parse_options
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = [

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.inference.test_terminal import Terminal
+from tests.cli.test_terminal import Terminal
 from tests.inference.writers import GREEDY, SAMPLED, Letters, small_model, small_writer, tokens
 from wavelet_lm import UserError
 from wavelet_lm.cli.interactive import ask_terminal, converse, line_tokens

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from tests.inference.test_generate_command import error_line, generate, text_of
+from tests.cli.test_generate import error_line, generate, text_of
 from tests.training import runs
 from tests.training.test_resume import killed_run
 from wavelet_lm.data.modalities import find_modality

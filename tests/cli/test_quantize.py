@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.inference.test_generate_command import (
+from tests.cli.test_generate import (
     CONFIG,
     LETTERS,
     error_line,

@@ -8,9 +8,10 @@ import torch
 
 from tests.conftest import tiny_config
 from wavelet_lm import UserError
+from wavelet_lm.cli.generation_flags import build_parser, parse_options
 from wavelet_lm.inference.checks import MAX_SEED
 from wavelet_lm.inference.completion import CoherenceOptions, Strategy
-from wavelet_lm.inference.generation_options import GenerationOptions, build_parser, parse_options
+from wavelet_lm.inference.generation_options import GenerationOptions
 from wavelet_lm.inference.rows import Request
 from wavelet_lm.inference.sampling.logits import SamplingOptions
 from wavelet_lm.inference.text.prompts import Prompt

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from tests.cli.test_generate import error_line, text_of
 from tests.conftest import perturb
-from tests.inference.test_generate_command import error_line, text_of
 from tests.inference.writers import GREEDY, LETTERS, Letters, small_writer, tokens
 from tests.models.gpt.test_model import gpt_config
 from tests.training.runs import assert_same_run, run_config

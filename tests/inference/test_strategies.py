@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.inference.test_generate_command import error_line, generate, make_run, text_of
+from tests.cli.test_generate import error_line, generate, make_run, text_of
 from wavelet_lm.inference.text.spacing import clean_spacing
 
 PAGE = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")

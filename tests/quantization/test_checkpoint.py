@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.conftest import perturb, tiny_config
-from tests.inference.test_prepared import sharpened
+from tests.fusion.test_fuse import sharpened
 from tests.models.test_properties import V, configs
 from tests.quantization.test_quantize import SCHEMES, quantized, scheme, tokens, whole
 from wavelet_lm import Config, UserError, build_model

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.conftest import perturb, tiny_config
-from tests.inference.test_prepared import sharpened
+from tests.fusion.test_fuse import sharpened
 from tests.models.test_properties import T, V, configs
 from wavelet_lm import Config, build_model
 from wavelet_lm.fusion.fuse import COMPONENTS, prepare, weight_bytes_per_token

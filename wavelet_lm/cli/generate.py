@@ -4,12 +4,12 @@ import functools
 import sys
 
 from wavelet_lm.atomic_files import check_writable
+from wavelet_lm.cli.generation_flags import parse_options
 from wavelet_lm.cli.interactive import converse
 from wavelet_lm.cli.modality_files import continue_file, run_modality
 from wavelet_lm.cli.terminal import Output, read_prompt, write_batch, write_samples
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.inference.build_engine import open_writer
-from wavelet_lm.inference.generation_options import parse_options
 from wavelet_lm.models.checkpoint import find_checkpoint
 from wavelet_lm.threads import use_threads
 from wavelet_lm.training.run_folder import command_line

@@ -28,9 +28,13 @@ from wavelet_lm.experiments.sweep import forget_the_last_run
 from wavelet_lm.models.cost import breakdown
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.threads import use_threads
-from wavelet_lm.training import memory
 from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.loop import Diverged, Trainer
+from wavelet_lm.training.memory_estimate import (
+    estimate_bytes,
+    refuse_large_model_on_cpu,
+    refuse_what_cannot_fit,
+)
 from wavelet_lm.training.run import total_steps
 from wavelet_lm.training.run_folder import RunFolder
 
@@ -154,9 +158,9 @@ def check(configs: Mapping[str, Config], vocab_size: int) -> dict[str, Row]:
     for name, config in configs.items():
         try:
             device, counted = resolve_device(config.device), breakdown(config, vocab_size)
-            needed = memory.estimate_bytes(config, counted.n_params, vocab_size)
-            memory.refuse_large_model_on_cpu(config, counted.n_params, device)
-            memory.refuse_what_cannot_fit(config, needed, device)
+            needed = estimate_bytes(config, counted.n_params, vocab_size)
+            refuse_large_model_on_cpu(config, counted.n_params, device)
+            refuse_what_cannot_fit(config, needed, device)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         costs[name] = {

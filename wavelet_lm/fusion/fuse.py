@@ -25,11 +25,11 @@ from wavelet_lm.fusion.fused_layers import (
 )
 from wavelet_lm.fusion.linear import Cast, cast, computing_dtype, rebuilt, shallow_copy
 from wavelet_lm.models.base import LanguageModel
+from wavelet_lm.models.stored_model import StoredModel
 from wavelet_lm.models.wavelet_lm.block import Block, BlockState
 from wavelet_lm.models.wavelet_lm.ensemble import MultinodalLM
 from wavelet_lm.models.wavelet_lm.memory import FastWeightMemory, ProductKeyMemory
 from wavelet_lm.models.wavelet_lm.model import WaveletLM
-from wavelet_lm.models.weights import StoredModel
 from wavelet_lm.transforms.delays import Crawl, Filter
 from wavelet_lm.transforms.lifting import LiftingWavelet
 

@@ -20,7 +20,7 @@ from wavelet_lm.inference.loading import load_tokenizer, open_model
 from wavelet_lm.inference.state_file import Fingerprint, ModelRecord
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.checkpoint import check_finite, check_values, find_checkpoint
-from wavelet_lm.models.weights import StoredModel
+from wavelet_lm.models.stored_model import StoredModel
 from wavelet_lm.quantization.options import QuantizationOptions
 from wavelet_lm.quantization.quantize import quantize
 

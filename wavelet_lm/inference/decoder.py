@@ -22,8 +22,8 @@ from wavelet_lm.inference.context import apply_context
 from wavelet_lm.inference.state import StaticState
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.gpt.model import check_length
+from wavelet_lm.models.stored_model import StoredModel
 from wavelet_lm.models.wavelet_lm.memory import learning, resting
-from wavelet_lm.models.weights import StoredModel
 from wavelet_lm.quantization.weights import use_cpu_layout
 
 # Positions of a prompt that are read at once: what bounds the memory that a long prompt needs.

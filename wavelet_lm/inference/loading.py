@@ -14,7 +14,7 @@ from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.errors import UserError
 from wavelet_lm.models import checkpoint
 from wavelet_lm.models.base import LanguageModel
-from wavelet_lm.models.weights import StoredModel
+from wavelet_lm.models.stored_model import StoredModel
 from wavelet_lm.quantization.checkpoint import load_quantized
 
 

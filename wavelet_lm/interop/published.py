@@ -28,7 +28,7 @@ from wavelet_lm.interop.published_config import read_published_config
 from wavelet_lm.interop.published_names import Source, published_layout
 from wavelet_lm.models.checkpoint import check_finite, save_checkpoint
 from wavelet_lm.models.registry import build_model, model_without_weights
-from wavelet_lm.models.weights import StoredModel
+from wavelet_lm.models.stored_model import StoredModel
 
 SUFFIXES = (".pt", ".pth")
 # What torch.compile and DistributedDataParallel put before the names, in any order.

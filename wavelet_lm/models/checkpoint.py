@@ -20,7 +20,7 @@ from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
 from wavelet_lm.json_files import brief, parse_json
 from wavelet_lm.models.registry import build_model, model_without_weights
-from wavelet_lm.models.weights import StoredModel, TensorReader
+from wavelet_lm.models.stored_model import StoredModel, TensorReader
 
 FORMAT = "wavelet_lm.1"
 QUANTIZED_FORMAT = "wavelet_lm.quantized.1"

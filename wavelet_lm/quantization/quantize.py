@@ -17,8 +17,8 @@ from wavelet_lm.fusion.linear import (
     computing_dtype,
 )
 from wavelet_lm.models.base import LanguageModel
+from wavelet_lm.models.stored_model import StoredModel
 from wavelet_lm.models.wavelet_lm.memory import SubKeys, ValueTable
-from wavelet_lm.models.weights import StoredModel
 from wavelet_lm.quantization.backends import backend_layer
 from wavelet_lm.quantization.gptq import InputMoments, quantize_compensated
 from wavelet_lm.quantization.scheme import Scheme

@@ -1,4 +1,7 @@
-"""The training loop of one run."""
+"""The training loop of one run.
+
+One room: all that changes while a model is trained, what is saved of it, and how it is restored.
+"""
 
 import math
 import shlex

@@ -30,10 +30,16 @@ from wavelet_lm.models.checkpoint import Checkpoint, load_model
 from wavelet_lm.models.registry import build_model, model_without_weights, n_params
 from wavelet_lm.tables import table
 from wavelet_lm.threads import use_threads
-from wavelet_lm.training import memory
 from wavelet_lm.training.changes import LENGTH, changed_config, refuse_other_flags, words
 from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.loop import SAVED, Trainer
+from wavelet_lm.training.memory_estimate import (
+    GiB,
+    estimate_bytes,
+    peak_bytes,
+    refuse_large_model_on_cpu,
+    refuse_what_cannot_fit,
+)
 from wavelet_lm.training.run_folder import RunFolder, check_folder, command_line
 from wavelet_lm.training.runs_table import append_run, check_table, row_line
 
@@ -55,7 +61,7 @@ def train(config: Config) -> RunFolder:
     # Before any data is fetched: could this machine train it at all?
     vocab_size = GPT2_VOCAB if config.tokenizer in ("auto", "gpt2") else 1
     size = n_params(model_without_weights(config, vocab_size))
-    memory.refuse_large_model_on_cpu(config, size, device)
+    refuse_large_model_on_cpu(config, size, device)
     messages: list[str] = []  # of before there is a folder to log them in
 
     def log(message: str) -> None:
@@ -169,8 +175,8 @@ def _initial_tokenizer(config: Config) -> Tokenizer | None:
 def _build(config: Config, data: TokenizedText, device: torch.device) -> nn.Module:
     vocab_size = data.tokenizer.vocab_size
     size = n_params(model_without_weights(config, vocab_size))
-    memory.refuse_large_model_on_cpu(config, size, device)
-    memory.refuse_what_cannot_fit(config, memory.estimate_bytes(config, size, vocab_size), device)
+    refuse_large_model_on_cpu(config, size, device)
+    refuse_what_cannot_fit(config, estimate_bytes(config, size, vocab_size), device)
     with device:
         return build_model(config, vocab_size)
 
@@ -178,7 +184,7 @@ def _build(config: Config, data: TokenizedText, device: torch.device) -> nn.Modu
 def _announce(trainer: Trainer) -> None:
     config, data, run = trainer.config, trainer.data, trainer.run
     size, vocab_size = n_params(trainer.model), data.tokenizer.vocab_size
-    needed = memory.estimate_bytes(config, size, vocab_size)
+    needed = estimate_bytes(config, size, vocab_size)
     tokens = batch_size(config) * config.block_size
     run.log(f"run folder {run.path}")
     run.log(
@@ -187,7 +193,7 @@ def _announce(trainer: Trainer) -> None:
     )
     run.log(
         f"{size:,} parameters in {config.layers} blocks of {config.C} channels,"
-        f" {_parts(config)}; about {needed / memory.GiB:.2f} GiB to train on"
+        f" {_parts(config)}; about {needed / GiB:.2f} GiB to train on"
         f" {trainer.device} in {str(trainer.precision.dtype).removeprefix('torch.')}"
     )
     run.log(f"{trainer.total_steps:,} steps of {tokens:,} tokens, {config.optimizer}")
@@ -315,7 +321,7 @@ def _row(trainer: Trainer, results: dict[str, Any]) -> dict[str, str]:
         ),
         "perplexity/word": f"{word_perplexity:.2f}" if word_perplexity else "",
         "tokens/s": f"{trainer.tokens_per_second:,.0f}",
-        "peak memory": f"{memory.peak_bytes(trainer.device) / memory.GiB:.2f} GiB",
+        "peak memory": f"{peak_bytes(trainer.device) / GiB:.2f} GiB",
         "hours": f"{trainer.seconds / 3600:.2f}",
         "command": f"`{command_line()}`",
     }

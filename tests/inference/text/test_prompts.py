@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from wavelet_lm import UserError
-from wavelet_lm.inference.generation_options import parse_options
+from wavelet_lm.cli.generation_flags import parse_options
 from wavelet_lm.inference.text import prompts
 from wavelet_lm.inference.text.prompts import Prompt, read_prompts
 from wavelet_lm.text_files import read_text

@@ -14,7 +14,7 @@ from tests.models.test_properties import configs
 from wavelet_lm import UserError, build_model
 from wavelet_lm.fusion.fuse import n_bytes, prepare
 from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint, stored_model
-from wavelet_lm.models.weights import StoredModel, TensorReader
+from wavelet_lm.models.stored_model import StoredModel, TensorReader
 
 V = 11
 
