@@ -116,7 +116,10 @@ def test_named_splits(valid, tmp_path):
     lines = []
     corpus = path_corpus(tmp_path, SPLIT, lines.append)
     assert texts(corpus) == {"train": ["one", "two"], "valid": ["three"]}
-    assert ["MANIFEST.txt" in line for line in lines] == [True]
+    named, left = lines
+    assert f"train: train/1.txt, train/2.md; valid: {valid}.jsonl" in named
+    assert "not used" in left
+    assert "MANIFEST.txt" in left
     with gzip.open(tmp_path / "test.txt.gz", "wt") as file:
         file.write("four")
     assert texts(path_corpus(tmp_path, SPLIT, quiet))["test"] == ["four"]

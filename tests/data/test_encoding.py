@@ -85,16 +85,19 @@ def test_pieces_are_bounded(monkeypatch):
 def test_end_of_text_stands_between_documents(name, monkeypatch):
     tokenizer = tokenizer_or_skip(name)
     monkeypatch.setattr(encoding, "BATCH_CHARS", 7)  # batches end inside and between documents
-    texts = ["the text", "", "of a wavelet looks back", "x"]
+    texts = ["the text", "", "of a wavelet looks back", "x\n", "the", "text"]
     documents = iter([iter([]), *(iter([text]) for text in texts)])
     stretches = list(encode_documents(documents, tokenizer))
-    expected = []
-    for text in filter(None, texts):
-        if expected and tokenizer.end_of_text is not None:
+    expected, n_breaks = [], 0
+    for before, text in pairwise(["", *filter(None, texts)]):
+        if before and tokenizer.end_of_text is not None:
             expected.append(tokenizer.end_of_text)
+        elif before and not before.endswith("\n"):  # a line break, which is text and counts
+            expected += tokenizer.encode("\n")
+            n_breaks += 1
         expected += tokenizer.encode(text)
     assert np.concatenate([tokens for tokens, _ in stretches]).tolist() == expected
-    assert sum(n for _, n in stretches) == len("".join(texts).encode())
+    assert sum(n for _, n in stretches) == len("".join(texts).encode()) + n_breaks
 
 
 def test_position_of_an_unknown_character(monkeypatch):

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument(
         "--split",
         choices=("train", "valid", "test"),
-        help="[test, or valid where there is no test split]",
+        help="[test, or valid where there is no test split; all of a text that --dataset names]",
     )
     parser.add_argument("--dataset", help="other data than the run's own, with its tokenizer")
     parser.add_argument("--batch_size", type=int, help="windows at once")

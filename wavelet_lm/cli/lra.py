@@ -19,6 +19,7 @@ from typing import Any
 from wavelet_lm.cli.flags import parse_flags
 from wavelet_lm.cli.task_flags import add_shared_flags, command_parser, configs_of, positive
 from wavelet_lm.config import Config
+from wavelet_lm.data.dataset import cache_folder
 from wavelet_lm.data.tasks import listops, pixels, reviews
 from wavelet_lm.data.tasks.examples import Task, some
 from wavelet_lm.errors import UserError
@@ -121,7 +122,7 @@ def load_task(
 
 def generated(sizes: tuple[int, int, int], shape: listops.Shape, config: Config) -> Task:
     """ListOps of this shape and seed, from the cache or generated into it."""
-    folder = Path(config.cache_dir).expanduser() / "-".join(
+    folder = cache_folder(config) / "-".join(
         ["listops", *(str(n) for n in (*sizes, *vars(shape).values())), f"seed{config.seed}"]
     )
     # The files are written one after the other, each of them whole.

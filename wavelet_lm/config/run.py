@@ -31,12 +31,19 @@ class DataConfig:
         minimum=0,
         maximum=1,
     )
+    document_separator: str | None = option(
+        None,
+        "a text in the data at which a document ends, such as <|endoftext|>; the tokenizer's own"
+        " separator stands there instead",
+    )
     data_order: str = option(
         "random", "random crops, or sequential streams", choices=("random", "sequential")
     )
     block_size: int = option(256, "positions of a training window", minimum=1)
     cache_dir: str = option(
-        "~/.cache/wavelet_lm", "folder of the encoded texts; they are rebuilt when missing"
+        "~/.cache/wavelet_lm",
+        "folder of the encoded texts, which are rebuilt when missing; the default is in"
+        " XDG_CACHE_HOME where that is set",
     )
 
 

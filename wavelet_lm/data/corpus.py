@@ -18,31 +18,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from wavelet_lm.atomic_files import unreadable
-from wavelet_lm.data.modalities import names_for
+from wavelet_lm.data.files import ALL, FileKind, files_by_split, short_name
 from wavelet_lm.errors import UserError
 
 Document = Iterator[str]
 Documents = Callable[[], Iterator[Document]]
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".txt.gz", ".md.gz", ".jsonl.gz")
-SPLIT_NAMES = {
-    "train": ("train",),
-    "valid": ("valid", "val", "validation", "dev"),
-    "test": ("test",),
-}
-ALL = "all"  # the part of files that name no splits
 PIECE_BYTES = 1 << 20
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-
-class FileKind(Protocol):
-    """kind: the files in one word; suffixes: theirs, in small letters."""
-
-    kind: str
-    suffixes: tuple[str, ...]
 
 
 class TextFiles:
@@ -73,94 +60,87 @@ class Corpus:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def path_corpus(path: Path, split: tuple[float, ...], log: Callable[[str], None]) -> Corpus:
+def path_corpus(
+    path: Path, split: tuple[float, ...], log: Callable[[str], None], separator: str | None = None
+) -> Corpus:
     """The corpus of an existing file or folder.
 
-    A folder with `train` and `valid` files or subfolders uses those (and `test`); anything else is
-    concatenated in sorted order and cut by position into the fractions `split`.
+    A folder whose names say splits (`files.py`) has those; anything else is concatenated in sorted
+    order and cut by position into the fractions `split`.
+
+    Args:
+        separator: a text in the files at which a document ends, and which is no part of it.
     """
     name = short_name(path)
     files = files_by_split(path, TextFiles, log)
     keys = {part: digests(found, TextFiles) for part, found in files.items()}
+    marked = {} if separator is None else {"separator": separator}
+    texts = {part: separated(reader(found), separator) for part, found in files.items()}
     if ALL in files:
-        key = content_key({"files": keys[ALL], "split": list(split)})
-        splits = cut_by_position(reader(files[ALL]), fractions=split)
+        key = content_key({"files": keys[ALL], "split": list(split), **marked})
+        splits = cut_by_position(texts[ALL], fractions=split)
     else:
-        key = content_key(keys)
-        splits = {part: reader(found) for part, found in files.items()}
+        key, splits = content_key({**keys, **marked}), texts
     return Corpus(name, splits, key, "gpt2")
 
 
-def files_by_split(path: Path, kind: FileKind, log: Callable[[str], None]) -> dict[str, list[Path]]:
-    """The files of this kind at `path`, by the splits that it names; if none, all as `ALL`."""
-    named = _named_splits(path, kind) if path.is_dir() else {}
-    if not named:
-        return {ALL: _files(path, kind)}
-    used = {file for files in named.values() for file in files}
-    unused = [file for file in _files(path, kind) if file not in used]
-    if unused:
-        log(f"{path}: uses its train/valid/test, not {_some(unused, path)}")
-    return named
+def whole_text(
+    path: Path, log: Callable[[str], None], separator: str | None = None
+) -> tuple[str, Documents, str]:
+    """A text that is scored as it is: the split that it is, its documents, and its key.
+
+    That is all of a file or of a folder; of one that names splits its test, else its valid split.
+    """
+    files = files_by_split(path, TextFiles, log, complete=False)
+    part = next(name for name in ("test", "valid", "train", ALL) if name in files)
+    key = content_key({"whole": digests(files[part], TextFiles), "separator": separator})
+    return part, separated(reader(files[part]), separator), key
 
 
-def _files(path: Path, kind: FileKind) -> list[Path]:
-    """The supported file `path`, or those in the folder, sorted by their relative path."""
-    formats = "/".join(kind.suffixes)
-    if not path.is_dir():
-        if not path.name.lower().endswith(kind.suffixes):
-            advice = _other_kind([path], kind)
-            raise UserError(f"{path}: not a {kind.kind} file that is supported ({formats}){advice}")
-        return [path]
-    inside = sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix())
-    inside = [
-        file
-        for file in inside
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
-    files = [file for file in inside if file.name.lower().endswith(kind.suffixes)]
-    if not files:
-        advice = _other_kind(inside, kind)
-        raise UserError(f"{path}: the folder holds no {kind.kind} files ({formats}){advice}")
-    return files
+def separated(documents: Documents, separator: str | None) -> Documents:
+    """The documents, each cut where it holds the separator; which is left out."""
+    if separator is None:
+        return documents
+
+    def parts() -> Iterator[Document]:
+        for document in documents():
+            yield from _parts(document, separator)
+
+    return parts
 
 
-def _other_kind(files: list[Path], kind: FileKind) -> str:
-    """What to do where files meant for other tokenizers are taken for text."""
-    found = names_for(files) if kind is TextFiles else None
-    return f"; for {found[0]} files use --tokenizer {' or '.join(found[1])}" if found else ""
+def _parts(document: Document, separator: str) -> Iterator[Document]:
+    """One after the other; each has to be read before the next is asked for, as files are."""
+    pieces, held, more = iter(document), "", True
 
+    def part() -> Document:
+        nonlocal held, more
+        while True:
+            at = held.find(separator)
+            if at >= 0:
+                text, held = held[:at], held[at + len(separator) :]
+                if text:
+                    yield text
+                return
+            # What may be the beginning of a separator waits for the next piece.
+            keep = len(separator) - 1
+            text, held = (held[:-keep], held[-keep:]) if keep else (held, "")
+            if text:
+                yield text
+            piece = next(pieces, None)
+            if piece is None:
+                more = False
+                if held:
+                    yield held
+                held = ""
+                return
+            held += piece
 
-def _named_splits(folder: Path, kind: FileKind) -> dict[str, list[Path]]:
-    """Files of the splits that the folder names; empty when it names no train split."""
-    found: dict[str, list[Path]] = {}
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        raise unreadable(error, folder) from error
-    for entry in entries:
-        is_one = entry.is_dir() or entry.name.lower().endswith(kind.suffixes)
-        stem = entry.name.lower().split(".")[0]
-        for split, names in SPLIT_NAMES.items():
-            if is_one and stem in names:
-                found.setdefault(split, []).extend(_files(entry, kind))
-    missing = {"train", "valid"} - set(found)
-    if len(missing) == 1:
-        (have,) = {"train", "valid"} - missing
-        raise UserError(
-            f"{folder}: there is a {have} split but no {missing.pop()}; add a file or folder of"
-            f" that name, or rename {have} to have the text split by position"
-        )
-    if missing:
-        return {}
-    return {split: found[split] for split in SPLIT_NAMES if split in found}
-
-
-def short_name(path: Path) -> str:
-    path = path.resolve()
-    stem = path.name if path.is_dir() else path.name.split(".")[0]
-    if not path.is_dir() and stem in ("input", "train", "text", "data"):
-        stem = path.parent.name
-    return stem or "text"
+    while more:
+        one = part()
+        yield one
+        for _ in one:  # what the reader left
+            pass
 
 
 def reader(files: Iterable[Path]) -> Documents:
@@ -188,6 +168,7 @@ def read_documents(path: Path) -> Iterator[Document]:
 def _text_pieces(path: Path) -> Iterator[str]:
     decode = codecs.utf_8_decode
     offset, lines, rest = 0, 0, b""
+    first = True
     with _open(path) as file:
         while True:
             chunk = file.read(PIECE_BYTES)
@@ -200,6 +181,8 @@ def _text_pieces(path: Path) -> Iterator[str]:
                     f"{path}: not valid UTF-8 at byte {offset + error.start}, line {line}; convert"
                     " the file to UTF-8"
                 ) from error
+            if first and text:  # a byte order mark says what the file is, and is no text of it
+                text, first = text.removeprefix("\ufeff"), False
             if text:
                 yield text
             if not chunk:
@@ -372,8 +355,3 @@ def digests(files: Iterable[Path], kind: FileKind) -> list[str]:
 
 def content_key(description: object) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _some(files: list[Path], folder: Path) -> str:
-    names = [file.relative_to(folder).as_posix() for file in files[:3]]
-    return ", ".join(names) + (f" and {len(files) - 3} more" if len(files) > 3 else "")

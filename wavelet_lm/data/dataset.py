@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,18 +16,18 @@ import numpy as np
 
 from wavelet_lm.config import DataConfig
 from wavelet_lm.data.corpus import (
-    ALL,
-    SPLIT_NAMES,
     SUFFIXES,
     Corpus,
+    Documents,
     content_key,
     digests,
-    files_by_split,
     path_corpus,
-    short_name,
+    separated,
     stdlib_corpus,
+    whole_text,
 )
 from wavelet_lm.data.encoding import EmptySplitError, kept, locked, sample_blocks, token_file
+from wavelet_lm.data.files import ALL, SPLIT_NAMES, files_by_split, short_name
 from wavelet_lm.data.hub import KNOWN, hub_corpus
 from wavelet_lm.data.modalities import Modality, find_modality
 from wavelet_lm.data.tasks.tables import read_table
@@ -40,7 +42,7 @@ from wavelet_lm.data.tokenizers import (
 )
 from wavelet_lm.errors import UserError
 
-CACHE_VERSION = 1  # raise it when the same text would become other tokens
+CACHE_VERSION = 2  # raise it when the same text would become other tokens
 SENTENCEPIECE_SAMPLE_CHARS = 100_000_000
 SENTENCE_CHARS = 4096  # at most 16 KiB of UTF-8, which SentencePiece still takes
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -101,7 +103,7 @@ def prepare_data(
     if isinstance(tokenizer, Modality):
         return _prepare_files(config, tokenizer, log)
     corpus = open_corpus(config, log)
-    folder = Path(config.cache_dir).expanduser() / f"{corpus.name}-{_short_hash(corpus.key)}"
+    folder = cache_folder(config) / f"{corpus.name}-{_short_hash(corpus.key)}"
     if tokenizer is None:
         name = corpus.default_tokenizer if config.tokenizer == "auto" else config.tokenizer
         tokenizer = _tokenizer_for(corpus, name, folder, log)
@@ -110,25 +112,107 @@ def prepare_data(
     splits: dict[str, TokenSplit] = {}
     for split, documents in corpus.splits.items():
         try:
-            encoded = token_file(folder / f"{split}.bin", documents, tokenizer, log)
+            splits[split] = _encoded(corpus, split, documents, tokenizer, folder, log)
         except EmptySplitError as error:
             if split == "test":
                 log(f"{corpus.name}: the test split has no text and is left out")
                 continue
             advice = "give more text" if split == "train" else "give more text or change split"
             raise UserError(f"{config.dataset}: {error}; {advice}") from error
-        _check(corpus, split, tokenizer, encoded.n_bytes, len(encoded.tokens))
-        splits[split] = TokenSplit(encoded.tokens, encoded.n_bytes, corpus.n_words.get(split))
-        log(
-            f"{corpus.name} {split}: {len(encoded.tokens):,} tokens ({tokenizer.name}),"
-            f" {encoded.n_bytes:,} bytes"
-        )
     for split in ("train", "valid"):
         if split not in splits:
             raise UserError(f"{config.dataset}: the {split} split has no text; change split")
     return TokenizedText(
         corpus.name, tokenizer, splits["train"], splits["valid"], splits.get("test")
     )
+
+
+def prepare_split(
+    config: DataConfig, tokenizer: Tokenizer, split: str | None, log: Callable[[str], None] = print
+) -> tuple[str, str, TokenSplit]:
+    """One split of `config.dataset` as tokens, and nothing else of it: what an evaluation scores.
+
+    Args:
+        split: `train`, `valid` or `test`, as training has it. None: a text of one's own is scored
+            whole (of a folder that names splits the test, else the valid split), and of a data
+            set with splits of its own test, or valid where there is none.
+
+    Returns:
+        The name of the data, the split (`all` for a whole text), and its tokens.
+
+    Raises:
+        UserError: whatever is wrong with the data; there is no such split.
+    """
+    if isinstance(tokenizer, Modality):
+        return _prepare_file_split(config, tokenizer, split, log)
+    path = Path(config.dataset).expanduser()
+    if split is None and config.dataset not in ("python-stdlib", *KNOWN) and path.exists():
+        split, documents, key = whole_text(path, log, config.document_separator)
+        corpus = Corpus(short_name(path), {split: documents}, key, tokenizer.name)
+    else:
+        corpus = open_corpus(config, log)
+        if split is None:
+            split = "test" if "test" in corpus.splits else "valid"
+    if split not in corpus.splits:
+        there = ", ".join(corpus.splits)
+        raise UserError(f"{corpus.name} has no {split} split; use --split with one of {there}")
+    folder = cache_folder(config) / f"{corpus.name}-{_short_hash(corpus.key)}"
+    folder /= _short_hash(tokenizer.fingerprint)
+    try:
+        return (
+            corpus.name,
+            split,
+            _encoded(corpus, split, corpus.splits[split], tokenizer, folder, log),
+        )
+    except EmptySplitError as error:
+        raise UserError(f"{config.dataset}: {error}; give more text") from error
+
+
+def _prepare_file_split(
+    config: DataConfig, modality: Modality, split: str | None, log: Callable[[str], None]
+) -> tuple[str, str, TokenSplit]:
+    """The same for files that are no text."""
+    path = Path(config.dataset).expanduser()
+    if split is None and path.exists() and not _table_splits(path, modality):
+        files = files_by_split(path, modality, log, complete=False)
+        if ALL in files or "train" not in files:
+            split = next(name for name in ("test", "valid", ALL) if name in files)
+            name, tokens = _tokens_of(path, {split: files[split]}, config, modality, log)
+            if not len(tokens[split]):
+                raise UserError(f"{config.dataset}: no tokens to score; give more files")
+            return name, split, TokenSplit(tokens[split], 0)
+    data = _prepare_files(config, modality, log)
+    if split is None:
+        split = "test" if data.test is not None else "valid"
+    chosen: TokenSplit | None = getattr(data, split)
+    if chosen is None:
+        raise UserError(f"{data.name} has no {split} split; use --split valid")
+    return data.name, split, chosen
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where encoded texts are kept: `cache_dir`, whose default follows XDG_CACHE_HOME."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base and config.cache_dir == type(config).__dataclass_fields__["cache_dir"].default:
+        return Path(base).expanduser() / "wavelet_lm"
+    return Path(config.cache_dir).expanduser()
+
+
+def _encoded(
+    corpus: Corpus,
+    split: str,
+    documents: Documents,
+    tokenizer: Tokenizer,
+    folder: Path,
+    log: Callable[[str], None],
+) -> TokenSplit:
+    encoded = token_file(folder / f"{split}.bin", documents, tokenizer, log)
+    _check(corpus, split, tokenizer, encoded.n_bytes, len(encoded.tokens))
+    log(
+        f"{corpus.name} {split}: {len(encoded.tokens):,} tokens ({tokenizer.name}),"
+        f" {encoded.n_bytes:,} bytes"
+    )
+    return TokenSplit(encoded.tokens, encoded.n_bytes, corpus.n_words.get(split))
 
 
 def _prepare_files(
@@ -144,24 +228,9 @@ def _prepare_files(
         )
     files = _table_splits(path, modality) or files_by_split(path, modality, log)
     modality = modality.fitted([file for part in files.values() for file in part])
-    name = short_name(path)
-    key = content_key({part: digests(found, modality) for part, found in files.items()})
-    folder = Path(config.cache_dir).expanduser() / f"{name}-{_short_hash(key)}"
-    folder /= _short_hash(modality.fingerprint)
-    tokens: dict[str, np.ndarray] = {}
-    for part, found in files.items():
-
-        def stretches(found: list[Path] = found) -> Iterator[tuple[np.ndarray, int]]:
-            return ((stretch, 0) for file in found for stretch in modality.read(file))
-
-        try:
-            tokens[part] = kept(folder / f"{part}.bin", stretches, modality.vocab_size, log).tokens
-        except EmptySplitError:
-            tokens[part] = np.zeros(0, np.uint8)
+    name, tokens = _tokens_of(path, files, config, modality, log)
     if ALL in tokens:
         tokens = _cut_tokens(tokens[ALL], config.split)
-    for split, found in tokens.items():
-        log(f"{name} {split}: {len(found):,} tokens ({modality.name})")
     for split in ("train", "valid"):
         if not len(tokens[split]):
             advice = "give more files" if split == "train" else "give more files or change split"
@@ -174,6 +243,32 @@ def _prepare_files(
         TokenSplit(tokens["valid"], 0),
         TokenSplit(test, 0) if len(test) else None,
     )
+
+
+def _tokens_of(
+    path: Path,
+    files: dict[str, list[Path]],
+    config: DataConfig,
+    modality: Modality,
+    log: Callable[[str], None],
+) -> tuple[str, dict[str, np.ndarray]]:
+    """The name of the data, and the tokens of each part of it, from the cache or made."""
+    name = short_name(path)
+    key = content_key({part: digests(found, modality) for part, found in files.items()})
+    folder = cache_folder(config) / f"{name}-{_short_hash(key)}"
+    folder /= _short_hash(modality.fingerprint)
+    tokens: dict[str, np.ndarray] = {}
+    for part, found in files.items():
+
+        def stretches(found: list[Path] = found) -> Iterator[tuple[np.ndarray, int]]:
+            return ((stretch, 0) for file in found for stretch in modality.read(file))
+
+        try:
+            tokens[part] = kept(folder / f"{part}.bin", stretches, modality.vocab_size, log).tokens
+        except EmptySplitError:
+            tokens[part] = np.zeros(0, np.uint8)
+        log(f"{name} {part}: {len(tokens[part]):,} tokens ({modality.name})")
+    return name, tokens
 
 
 def _table_splits(folder: Path, modality: Modality) -> dict[str, list[Path]]:
@@ -216,17 +311,27 @@ def open_corpus(config: DataConfig, log: Callable[[str], None] = print) -> Corpu
     if dataset == "python-stdlib":
         return stdlib_corpus(config.split, log)
     if dataset in KNOWN:
-        return hub_corpus(dataset, config.split)
+        return _from_hub(config)
     path = Path(dataset).expanduser()
     if dataset and path.exists():
-        return path_corpus(path, config.split, log)
+        return path_corpus(path, config.split, log, config.document_separator)
     if not HUB_NAME.fullmatch(dataset) or _looks_like_a_path(dataset):
         hint = "; data/ is a folder that you fill, see README" if dataset[:5] == "data/" else ""
         raise UserError(f"missing data path: {dataset!r} does not exist{hint}")
     near = difflib.get_close_matches(dataset, ["python-stdlib", *KNOWN], n=1, cutoff=0.7)
     if near and "/" not in dataset:
         raise UserError(f"unknown dataset {dataset!r}; did you mean {near[0]}?")
-    return hub_corpus(dataset, config.split)
+    return _from_hub(config)
+
+
+def _from_hub(config: DataConfig) -> Corpus:
+    corpus, separator = hub_corpus(config.dataset, config.split), config.document_separator
+    if separator is None:
+        return corpus
+    splits = {part: separated(documents, separator) for part, documents in corpus.splits.items()}
+    key = content_key({"key": corpus.key, "separator": separator})
+    # What was published is the text with its separators.
+    return dataclasses.replace(corpus, splits=splits, key=key, n_bytes={}, n_tokens={})
 
 
 def _looks_like_a_path(dataset: str) -> bool:
@@ -244,6 +349,8 @@ def _tokenizer_for(
     if name in ("gpt2", "bytes"):
         return named_tokenizer(name)
     home = folder / name.replace(":", "-")
+    if (home / "tokenizer.json").is_file():  # reading needs no lock, which needs a right to write
+        return load_tokenizer(home)
     with locked(home, log):
         if (home / "tokenizer.json").is_file():
             return load_tokenizer(home)

@@ -105,19 +105,35 @@ def _counts_path(path: Path) -> Path:
 def encode_documents(documents: Iterator[Document], tokenizer: Tokenizer) -> Stretches:
     """Tokens of consecutive stretches of the documents, and the UTF-8 bytes of each stretch.
 
-    The tokenizer's end-of-text token, if it has one, stands between documents that have text.
+    Between documents that have text stands the tokenizer's end-of-text token, which has no bytes;
+    where it has none, a line break, of one byte, unless the text before ends with one.
     """
-    position = 0
+    position, ends_line = 0, False
+    separator, n_bytes = None, 0
     for texts, opens in _batches(documents):
-        parts = []
-        for tokens, opens_document in zip(
-            tokenizer.encode_batch(texts, start=position), opens, strict=True
-        ):
-            if opens_document and tokenizer.end_of_text is not None:
-                parts.append(np.array([tokenizer.end_of_text]))
+        parts, added = [], 0
+        encoded = tokenizer.encode_batch(texts, start=position)
+        for text, tokens, opens_document in zip(texts, encoded, opens, strict=True):
+            if opens_document:
+                if separator is None:
+                    separator, n_bytes = _separator(tokenizer)
+                if not (n_bytes and ends_line):
+                    parts.append(separator)
+                    added += n_bytes
             parts.append(np.asarray(tokens, dtype=np.uint32))
+            ends_line = text.endswith("\n")
         position += sum(map(len, texts))
-        yield np.concatenate(parts), sum(len(text.encode("utf-8")) for text in texts)
+        yield np.concatenate(parts), added + sum(len(text.encode("utf-8")) for text in texts)
+
+
+def _separator(tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
+    """What stands between documents, and its bytes of text; nothing where there is nothing."""
+    if tokenizer.end_of_text is not None:
+        return np.array([tokenizer.end_of_text], dtype=np.uint32), 0
+    try:
+        return np.asarray(tokenizer.encode("\n"), dtype=np.uint32), 1
+    except UserError:  # a vocabulary of characters that lacks it
+        return np.zeros(0, dtype=np.uint32), 0
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[tuple[list[str], list[bool]]]:

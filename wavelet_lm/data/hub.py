@@ -18,7 +18,6 @@ from typing import Any
 from wavelet_lm.atomic_files import atomic_path
 from wavelet_lm.data.corpus import (
     PIECE_BYTES,
-    SPLIT_NAMES,
     Corpus,
     Document,
     Documents,
@@ -26,6 +25,7 @@ from wavelet_lm.data.corpus import (
     cut_by_position,
     reader,
 )
+from wavelet_lm.data.files import SPLIT_NAMES
 from wavelet_lm.errors import UserError
 
 ROWS_AT_ONCE = 64  # a row of pg19 is a book

@@ -24,6 +24,8 @@ from wavelet_lm.json_files import read_json
 
 GPT2_VOCAB, GPT2_END_OF_TEXT = 50257, 50256
 SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space inside its pieces
+# SentencePiece drops lines that hold one of its own marks: of a space, and of an unknown piece.
+RESERVED = f"[{SPACE_MARK}\u2585]"
 LARGEST_SENTENCEPIECE_VOCAB = 1_000_000
 MAX_SENTENCE_BYTES = 16384  # longer training sentences would be left out
 
@@ -209,7 +211,7 @@ def train_sentencepiece(sentences: Iterator[str], vocab_size: int) -> SentencePi
 
     def clean() -> Iterator[str]:
         for sentence in sentences:
-            yield from filter(None, sentence.split(SPACE_MARK))
+            yield from filter(None, re.split(RESERVED, sentence))
 
     model = io.BytesIO()
     try:

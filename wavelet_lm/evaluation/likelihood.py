@@ -167,7 +167,8 @@ def evaluate_run(
     """Evaluate a run folder or checkpoint on its own data, or on `dataset` with its tokenizer.
 
     Args:
-        split: `train`, `valid` or `test`; None is test, or valid where there is no test split.
+        split: `train`, `valid` or `test`; None is test, or valid where there is no test split,
+            and of a text of one's own (`dataset`) all of it.
         batch_size: windows at once; None suits the size of the run's windows.
         quantization: how to quantize the model and evaluate that as well; None asks its config.
 
@@ -175,7 +176,7 @@ def evaluate_run(
         What `evaluate` does, and `run`, `dataset`, `split`, `tokenizer`, `n_params`; what
         `evaluate` says of the quantized model under `quantized`, with its `scheme` in words.
     """
-    from wavelet_lm.data.dataset import prepare_data
+    from wavelet_lm.data.dataset import prepare_data, prepare_split
     from wavelet_lm.inference.generation import check_vocabulary
     from wavelet_lm.inference.loading import load_model, load_tokenizer
     from wavelet_lm.models.registry import n_params
@@ -185,15 +186,18 @@ def evaluate_run(
     where = resolve_device(device)
     model, tokenizer = load_model(run, where, log), load_tokenizer(run)
     check_vocabulary(model, tokenizer)
-    config = model.config if dataset is None else model.config.replace(dataset=dataset)
-    data = prepare_data(config, tokenizer=tokenizer, log=log)
-    if split is None:
-        split = "test" if data.test is not None else "valid"
-        if data.test is None:
-            log(f"{data.name} has no test split; evaluating on valid")
-    chosen: TokenSplit | None = getattr(data, split)
-    if chosen is None:
-        raise UserError(f"{data.name} has no {split} split; use --split valid")
+    if dataset is None:
+        config = model.config
+        data = prepare_data(config, tokenizer=tokenizer, log=log)
+        name, split = data.name, split or ("test" if data.test is not None else "valid")
+        if data.test is None and split == "valid":
+            log(f"{name} has no test split; evaluating on valid")
+        chosen: TokenSplit | None = getattr(data, split)
+        if chosen is None:
+            raise UserError(f"{name} has no {split} split; use --split valid")
+    else:
+        config = model.config.replace(dataset=dataset)
+        name, split, chosen = prepare_split(config, tokenizer, split, log)
     quantization = quantization or QuantizationOptions()
     scheme = quantization.scheme(model, str(run))
     calibration = None if scheme is None else quantization.calibration(config, tokenizer)
@@ -217,7 +221,7 @@ def evaluate_run(
         results["quantized"] = {"scheme": scheme.describe(), **evaluated(twin)}
     about = {
         "run": str(run),
-        "dataset": data.name,
+        "dataset": name,
         "split": split,
         "tokenizer": tokenizer.name,
         "n_params": n_params(model),

@@ -55,7 +55,7 @@ def test_named_splits_and_caching(clips, tmp_path, monkeypatch):
     data = prepare(clips, tmp_path, log=lines.append)
     assert (data.train.tokens.tolist(), data.valid.tokens.tolist()) == ([1, 2, 3], [4, 5])
     assert data.test is None
-    assert any("uses its train/valid/test, not a.npy" in line for line in lines)
+    assert any("not used, as no split is named: a.npy" in line for line in lines)
     # A second time nothing is read.
     (clips / "test" / "x.npy").unlink()
     (clips / "test").rmdir()

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from wavelet_lm.cli import listops as listops_command
 from wavelet_lm.data.tasks import listops
 from wavelet_lm.data.tasks.listops import Shape, expressions, spell
 from wavelet_lm.errors import UserError
@@ -146,7 +147,7 @@ def test_the_command_writes_the_files(tmp_path, monkeypatch, capsys):
     options = ["--train", "3", "--val", "2", "--test", "1", "--min_length", "5"]
     command = ["listops", str(tmp_path / "new"), "--max_length", "40", "--seed", "3", *options]
     monkeypatch.setattr(sys, "argv", command)
-    listops.main()
+    listops_command.main()
     assert "3 + 2 + 1 expressions" in capsys.readouterr().out
     task = listops.load(tmp_path / "new")
     assert [len(task.train), len(task.valid), len(task.test)] == [3, 2, 1]

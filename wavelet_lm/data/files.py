@@ -1,0 +1,201 @@
+"""The files of a data set, and the splits that their names say.
+
+Nothing is left out in silence: links are followed, and what cannot be read, what is there twice and
+names that contradict each other are errors with their paths.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from wavelet_lm.atomic_files import unreadable
+from wavelet_lm.data.modalities import names_for
+from wavelet_lm.errors import UserError
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "valid": ("valid", "val", "validation", "dev"),
+    "test": ("test", "eval", "heldout"),
+}
+SPLIT_OF = {word: split for split, words in SPLIT_NAMES.items() for word in words}
+ALL = "all"  # the part of files that name no splits
+LONGEST_NAME = 100  # bytes of a data set's name, from which those of folders and caches are made
+
+
+class FileKind(Protocol):
+    """kind: the files in one word; suffixes: theirs, in small letters."""
+
+    kind: str
+    suffixes: tuple[str, ...]
+
+
+def files_by_split(
+    path: Path, kind: FileKind, log: Callable[[str], None], *, complete: bool = True
+) -> dict[str, list[Path]]:
+    """The files of this kind at `path`, by the splits that their names say; if none, as `ALL`.
+
+    A folder names its splits by files or subfolders `train`, `valid` and `test`, or by any names
+    that hold such a word (`wiki.train.txt`, `test-00000-of-00002.jsonl`).
+
+    Args:
+        complete: there must be a train and a valid split, if any.
+
+    Raises:
+        UserError: there are no such files, a part cannot be read or stands there twice, or names
+            say splits in a way that leaves a choice.
+    """
+    files = find_files(path, kind)
+    if not path.is_dir():
+        return {ALL: files}
+    places = {file: file.relative_to(path) for file in files}
+    words = {file: _exact_word(place) for file, place in places.items()}
+    has_exact = any(words.values())
+    # Names that are nothing but the word count alone where they make a whole data set.
+    unclear: list[Path] = []
+    if not {"train", "valid"} <= {SPLIT_OF.get(word) for word in words.values()}:
+        words = {file: _word_inside(place, unclear) for file, place in places.items()}
+    found: dict[str, list[Path]] = {}
+    for file, word in words.items():
+        if word is not None:
+            found.setdefault(SPLIT_OF[word], []).append(file)
+    if not ({"valid", "test"} & found.keys() or has_exact):
+        return {ALL: files}  # a word such as train in some name means nothing by itself
+    if unclear:
+        raise UserError(
+            f"{path}: the name {unclear[0]} says more than one split; rename it so that it says one"
+            " or none"
+        )
+    _refuse_two_words(path, words)
+    missing = [split for split in ("train", "valid") if split not in found]
+    if complete and missing:
+        have = " and ".join(f"a {s} split ({_some(found[s], path)})" for s in found)
+        raise UserError(
+            f"{path}: there is {have} but no {missing[0]}; add a file or folder of that name, or"
+            " rename what is there to have the text split by position"
+        )
+    log(f"{path}: {'; '.join(f'{s}: {_some(found[s], path)}' for s in SPLIT_NAMES if s in found)}")
+    unused = [file for file in files if words[file] is None]
+    if unused:
+        log(f"{path}: not used, as no split is named: {_some(unused, path)}")
+    return {split: found[split] for split in SPLIT_NAMES if split in found}
+
+
+def find_files(path: Path, kind: FileKind) -> list[Path]:
+    """The supported file `path`, or those in the folder, sorted by their relative path.
+
+    Raises:
+        UserError: as `files_by_split`.
+    """
+    formats = "/".join(kind.suffixes)
+    if not path.is_dir():
+        if not path.name.lower().endswith(kind.suffixes):
+            advice = _other_kind([path], kind)
+            raise UserError(f"{path}: not a {kind.kind} file that is supported ({formats}){advice}")
+        return [path]
+    inside = sorted(walk(path), key=lambda file: file.relative_to(path).as_posix())
+    files = [file for file in inside if file.name.lower().endswith(kind.suffixes)]
+    if not files:
+        advice = _other_kind(inside, kind)
+        raise UserError(f"{path}: the folder holds no {kind.kind} files ({formats}){advice}")
+    unpacked = {re.sub(r"\.gz$", "", str(file), flags=re.IGNORECASE): file for file in files}
+    if len(unpacked) < len(files):
+        packed = next(file for file in files if unpacked.get(str(file), file) != file)
+        other = unpacked[str(packed)]
+        raise UserError(
+            f"{path}: {packed.relative_to(path)} and {other.relative_to(path)} are one text twice;"
+            " remove one of them"
+        )
+    return files
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """All files below a folder but hidden ones, through links too, none twice by a loop of them.
+
+    Raises:
+        UserError: a folder that cannot be listed, a link that leads nowhere.
+    """
+    seen: set[tuple[int, int]] = set()
+
+    def inside(folder: Path) -> Iterator[Path]:
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                return
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                names = sorted(entry.name for entry in entries)
+        except OSError as error:
+            raise unreadable(error, folder) from error
+        for name in names:
+            entry = folder / name
+            if name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from inside(entry)
+            elif entry.is_file():
+                yield entry
+            elif entry.is_symlink():
+                raise UserError(f"{entry}: a link to {entry.readlink()}, which is not there")
+
+    return inside(folder)
+
+
+def short_name(path: Path) -> str:
+    """The name of a data set for folders and tables, of at most `LONGEST_NAME` bytes."""
+    path = path.resolve()
+    stem = path.name if path.is_dir() else path.name.split(".")[0]
+    if not path.is_dir() and stem in ("input", "train", "text", "data"):
+        stem = path.parent.name
+    return stem.encode()[:LONGEST_NAME].decode(errors="ignore") or "text"
+
+
+def _exact_word(place: Path) -> str | None:
+    """The word of a split that the file or the folder at the top is named by, nothing else."""
+    stem = place.parts[0].lower().split(".")[0]
+    return stem if stem in SPLIT_OF else None
+
+
+def _word_inside(place: Path, unclear: list[Path]) -> str | None:
+    """The word of a split in the file's name or, before that, in those of its folders.
+
+    A place whose name says several splits is added to `unclear`.
+    """
+    for part in place.parts:
+        letters = re.findall(r"[a-z]+", re.sub("held.?out", "heldout", part.lower()))
+        words = [word for word in letters if word in SPLIT_OF]
+        splits = {SPLIT_OF[word] for word in words}
+        if len(splits) > 1:
+            unclear.append(place)
+            return None
+        if words:
+            return words[0]
+    return None
+
+
+def _refuse_two_words(path: Path, words: dict[Path, str | None]) -> None:
+    """`val.txt` beside `valid.txt`: which is it?"""
+    first: dict[str, tuple[str, Path]] = {}
+    for file, word in words.items():
+        if word is None:
+            continue
+        known, example = first.setdefault(SPLIT_OF[word], (word, file))
+        if known != word:
+            raise UserError(
+                f"{path}: {example.relative_to(path)} and {file.relative_to(path)} both name the"
+                f" {SPLIT_OF[word]} split; which is it? Remove or rename the other"
+            )
+
+
+def _other_kind(files: list[Path], kind: FileKind) -> str:
+    """What to do where files meant for other tokenizers are taken for text."""
+    found = names_for(files) if kind.kind == "text" else None
+    return f"; for {found[0]} files use --tokenizer {' or '.join(found[1])}" if found else ""
+
+
+def _some(files: list[Path], folder: Path) -> str:
+    names = [file.relative_to(folder).as_posix() for file in files[:3]]
+    return ", ".join(names) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
