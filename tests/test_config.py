@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import tiny_config
 from wavelet_lm.cli.flags import OneLineParser, add_config_flags, parse_flags
-from wavelet_lm.config import FIELDS, GROUPS, Config, ConfigError
+from wavelet_lm.config import FIELDS, GROUPS, Config, ConfigError, ModelConfig, keys_read_by
 from wavelet_lm.config_reference import reference
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.registry import build_model, n_params
@@ -152,10 +152,50 @@ def test_mistaken_flags(arguments, words):
 
 def test_every_key_is_a_flag_and_in_help(capsys):
     parser = OneLineParser()
-    add_config_flags(parser)
+    add_config_flags(parser, ["--help-all"])
     text = parser.format_help()
     for key in FIELDS:
         assert f"--{key} " in text or f"--{key}\n" in text
+
+
+def shown(*arguments: str) -> set[str]:
+    """The keys that `--help` shows beside these arguments."""
+    parser = OneLineParser()
+    add_config_flags(parser, ["--help", *arguments])
+    text = parser.format_help()
+    assert text.index("--dataset") < text.index("--data_order"), "common options come first"
+    return {key for key in FIELDS if re.search(rf"--{key}\b", text)}
+
+
+def test_help_shows_what_the_model_and_the_command_read(tmp_path):
+    file = tmp_path / "gpt.json"
+    file.write_text('{"model": "gpt"}')
+    wavelets = shown("--model", "wavelet_lm")
+    assert {"levels", "pkm_num_keys", "lr"} <= wavelets
+    assert not {"heads", "wavelet_fraction", "quantize_bits", "num_new_tokens"} & wavelets
+    for chosen in (["--model=gpt"], ["--config", str(file)]):
+        gpt = shown(*chosen)
+        assert {"heads", "C", "lr"} <= gpt
+        assert not {"levels", "wavelet_fraction"} & gpt
+    assert "wavelet_fraction" in shown("--model", "wavelet_gpt:haar")
+
+
+@pytest.mark.parametrize("model", ["gpt", "wavelet_gpt"])
+def test_the_keys_that_a_model_reads_are_those_that_it_asks_for(model):
+    asked = set()
+
+    class Watched(Config):
+        def __getattribute__(self, name):
+            asked.add(name)
+            return super().__getattribute__(name)
+
+    values = {"C": 16, "layers": 2, "heads": 2, "head_hidden": 8, "block_size": 8}
+    config = Watched(**values, model=model, wavelet_module="learnable" if "w" in model else "haar")
+    asked.clear()  # of the checks
+    network = build_model(config, 11)
+    network.loss(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))
+    keys = asked & {field.name for field in dataclasses.fields(ModelConfig)}
+    assert keys - {"multinodal_enabled"} == keys_read_by(model)
 
 
 @given(st.sampled_from(sorted(FIELDS)), st.text(max_size=6))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from wavelet_lm.config import (
     ConfigError,
     Option,
     checked_value,
+    keys_read_by,
     nearest,
     parse_value,
+    read_json_object,
     show,
 )
 from wavelet_lm.errors import UserError
@@ -198,29 +202,85 @@ def program() -> str:
     return f"python {Path(name).name}"
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """One `--key VALUE` per option, by group; `--key` and `--no_key` for booleans."""
+# What people change first; `--help` begins with it.
+COMMON = (
+    "dataset",
+    "tokenizer",
+    "model",
+    "C",
+    "layers",
+    "levels",
+    "block_size",
+    "micro_batch_size",
+    "grad_accum",
+    "max_steps",
+    "epochs",
+    "optimizer",
+    "lr",
+    "min_lr",
+    "warmup_fraction",
+    "seed",
+    "device",
+    "threads",
+    "compile",
+    "eval_interval",
+    "init_from",
+    "out_dir",
+)
+EVERYTHING = "--help_all"
+
+
+def add_config_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] = ()) -> None:
+    """One `--key VALUE` per option, by group; `--key` and `--no_key` for booleans.
+
+    `--help` shows what the chosen model and training read, the common ones first, and `--help_all`
+    everything; all can be typed.
+
+    Args:
+        arguments: what was typed, which says the model; sys.argv's if empty.
+    """
+    words = [word.replace("-", "_") for word in (arguments or sys.argv[1:])]
+    shows_all = EVERYTHING.replace("-", "_") in words
+    read = keys_read_by(_chosen_model(arguments or sys.argv[1:]))
+    groups = {name: parser.add_argument_group(name) for name in ("common options", *GROUPS)}
+    n_hidden = 0
     for group, part in GROUPS.items():
-        flags = parser.add_argument_group(f"{group} options")
         for spec in dataclasses.fields(part):
-            limits: Option = spec.metadata["option"]
-            extra = f"; {limits.range()}" if limits.range() else ""
-            text = f"{limits.meaning} [{show(spec.default)}{extra}]".replace("%", "%%")
-            boolean = {"nargs": "?", "const": "true"} if spec.type.startswith("bool") else {}
-            metavar = {"int": "N", "float": "X", "bool": "BOOL"}.get(spec.type.split()[0], "TEXT")
-            metavar = "LIST" if spec.type.startswith("tuple") else metavar
-            flags.add_argument(
-                f"--{spec.name}", metavar=metavar, help=text, default=argparse.SUPPRESS, **boolean
-            )
-            if boolean:
-                flags.add_argument(
-                    f"--no_{spec.name}",
-                    dest=spec.name,
-                    action="store_const",
-                    const="false",
-                    default=argparse.SUPPRESS,
-                    help=argparse.SUPPRESS,
-                )
+            is_read = spec.name in read if group == "model" else group in ("data", "training")
+            shown = shows_all or is_read
+            n_hidden += not shown
+            place = groups["common options" if spec.name in COMMON and shown else group]
+            _add_flag(place, spec, shown)
+    hint = f"; it leaves out {n_hidden} that this model or command does not read" * (n_hidden > 0)
+    parser.add_argument(
+        EVERYTHING, action="help", default=argparse.SUPPRESS, help=f"show every option{hint}"
+    )
+
+
+def _add_flag(place: argparse._ArgumentGroup, spec: dataclasses.Field, shown: bool) -> None:
+    limits: Option = spec.metadata["option"]
+    extra = f"; {limits.range()}" if limits.range() else ""
+    text = f"{limits.meaning} [{show(spec.default)}{extra}]".replace("%", "%%")
+    boolean = {"nargs": "?", "const": "true"} if spec.type.startswith("bool") else {}
+    metavar = {"int": "N", "float": "X", "bool": "BOOL"}.get(spec.type.split()[0], "TEXT")
+    metavar = "LIST" if spec.type.startswith("tuple") else metavar
+    text = text if shown else argparse.SUPPRESS
+    hidden = {"default": argparse.SUPPRESS}
+    place.add_argument(f"--{spec.name}", metavar=metavar, help=text, **hidden, **boolean)
+    if boolean:
+        off = {"dest": spec.name, "action": "store_const", "const": "false"}
+        place.add_argument(f"--no_{spec.name}", help=argparse.SUPPRESS, **off, **hidden)
+
+
+def _chosen_model(arguments: Sequence[str]) -> str:
+    """The model that a command line asks for, by `--model` or by the file of `--config`."""
+    words = [part for word in arguments for part in word.split("=", 1)]
+    given = dict(pairwise(words))
+    model = given.get("--model")
+    if model is None:
+        with contextlib.suppress(UserError):  # a file that cannot be read is complained of later
+            model = read_json_object(given.get("--config", "config.json")).get("model")
+    return str(model).partition("+")[0].partition(":")[0].partition(",")[0]
 
 
 def parse_flags(

@@ -16,16 +16,16 @@ from wavelet_lm.config.config import (
     parse_value,
     read_json_object,
 )
-from wavelet_lm.config.model import ModelConfig
+from wavelet_lm.config.model import WAVELET_GPT_KEYS, ModelConfig, keys_read_by
 from wavelet_lm.config.option import ConfigError, Option, nearest, show, type_words
-from wavelet_lm.config.rules import WAVELET_GPT_ALONE, cell_config
+from wavelet_lm.config.rules import cell_config
 from wavelet_lm.config.run import DataConfig, GenerationConfig, QuantizationConfig, TrainingConfig
 
 __all__ = [
     "CHANGES",
     "FIELDS",
     "GROUPS",
-    "WAVELET_GPT_ALONE",
+    "WAVELET_GPT_KEYS",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -37,6 +37,7 @@ __all__ = [
     "cell_config",
     "check_values",
     "checked_value",
+    "keys_read_by",
     "nearest",
     "parse_value",
     "read_json_object",

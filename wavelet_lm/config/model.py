@@ -277,3 +277,31 @@ class ModelConfig:
         """Width of each scale's mixer in channels, coarse to fine."""
         fractions = self.per_scale_mixer_widths or (1.0,) * self.n_scales
         return tuple(max(1, int(self.padded_channels * fraction)) for fraction in fractions)
+
+
+# What the baselines read of these, as `--help` shows them; the wavelet model reads all others.
+GPT_KEYS = (
+    "model",
+    "C",
+    "layers",
+    "heads",
+    "gpt_mlp_expansion",
+    "head_hidden",
+    "tie_embedding_to_lm_head",
+    "dropout_embedding",
+    "dropout_projection",
+    "dropout_mlp",
+    "dropout_lm_head",
+    "gradient_checkpointing",
+)
+WAVELET_GPT_KEYS = ("wavelet_module", "wavelet_fraction", "wavelet_shared_kernels")
+
+
+def keys_read_by(model: str) -> set[str]:
+    """The keys of `ModelConfig` that a model of this name reads."""
+    if model == "gpt":
+        return set(GPT_KEYS)
+    if model == "wavelet_gpt":
+        return {*GPT_KEYS, *WAVELET_GPT_KEYS}
+    others = {"heads", "gpt_mlp_expansion", "head_hidden", *WAVELET_GPT_KEYS}
+    return set(ModelConfig.__dataclass_fields__) - others

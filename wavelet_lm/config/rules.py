@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from wavelet_lm.config.model import WAVELET_GPT_KEYS
 from wavelet_lm.config.option import ConfigError, show
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ WAVELET_LM_ALONE = (
     "fwpkm_inference_updates",
     "multinodal_enabled",
 )
-WAVELET_GPT_ALONE = ("wavelet_module", "wavelet_fraction", "wavelet_shared_kernels")
 
 
 def check_contradictions(c: Config) -> None:
@@ -86,7 +86,7 @@ def _wavelet(c: Config) -> None:
 
 def _baseline(c: Config) -> None:
     """Keys at odds with model gpt or wavelet_gpt, and those that only wavelet_gpt reads."""
-    for key in WAVELET_GPT_ALONE:
+    for key in WAVELET_GPT_KEYS:
         _refuse(
             c.model != "wavelet_gpt" and getattr(c, key) != _default(c, key),
             f"{key} is {show(getattr(c, key))} and model {c.model} has no moving averages;"

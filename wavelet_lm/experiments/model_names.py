@@ -7,7 +7,7 @@ from typing import Any
 
 from wavelet_lm.config import (
     FIELDS,
-    WAVELET_GPT_ALONE,
+    WAVELET_GPT_KEYS,
     Config,
     ConfigError,
     ModelConfig,
@@ -49,7 +49,7 @@ def model_configs(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, 
     for name, keys in own.items():
         shared = dict(values)
         if has_averages and keys["model"] != "wavelet_gpt":
-            shared = {k: v for k, v in values.items() if k not in WAVELET_GPT_ALONE}
+            shared = {k: v for k, v in values.items() if k not in WAVELET_GPT_KEYS}
         configs[name] = Config.from_dict({**shared, **keys}, source=name)
     return configs
 
