@@ -25,7 +25,7 @@ from report import check_targets, table, write_results
 from wavelet_lm.config import Config, OneLineParser
 from wavelet_lm.data.tokenizers import named_tokenizer
 from wavelet_lm.errors import UserError, run_command
-from wavelet_lm.inference.options import DTYPES
+from wavelet_lm.inference.generation_options import DTYPES
 from wavelet_lm.models.checkpoint import save_checkpoint
 from wavelet_lm.models.registry import build_model, n_params
 
