@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -72,15 +73,15 @@ def files_by_split(
     _refuse_two_words(path, words)
     missing = [split for split in ("train", "valid") if split not in found]
     if complete and missing:
-        have = " and ".join(f"a {s} split ({_some(found[s], path)})" for s in found)
+        have = " and ".join(f"a {s} split ({some(found[s], path)})" for s in found)
         raise UserError(
             f"{path}: there is {have} but no {missing[0]}; add a file or folder of that name, or"
             " rename what is there to have the text split by position"
         )
-    log(f"{path}: {'; '.join(f'{s}: {_some(found[s], path)}' for s in SPLIT_NAMES if s in found)}")
+    log(f"{path}: {'; '.join(f'{s}: {some(found[s], path)}' for s in SPLIT_NAMES if s in found)}")
     unused = [file for file in files if words[file] is None]
     if unused:
-        log(f"{path}: not used, as no split is named: {_some(unused, path)}")
+        log(f"{path}: not used, as no split is named: {some(unused, path)}")
     return {split: found[split] for split in SPLIT_NAMES if split in found}
 
 
@@ -101,47 +102,71 @@ def find_files(path: Path, kind: FileKind) -> list[Path]:
     if not files:
         advice = _other_kind(inside, kind)
         raise UserError(f"{path}: the folder holds no {kind.kind} files ({formats}){advice}")
-    unpacked = {re.sub(r"\.gz$", "", str(file), flags=re.IGNORECASE): file for file in files}
-    if len(unpacked) < len(files):
-        packed = next(file for file in files if unpacked.get(str(file), file) != file)
-        other = unpacked[str(packed)]
-        raise UserError(
-            f"{path}: {packed.relative_to(path)} and {other.relative_to(path)} are one text twice;"
-            " remove one of them"
-        )
+    unpacked: dict[str, Path] = {}
+    for file in files:
+        other = unpacked.setdefault(re.sub(r"\.gz$", "", str(file), flags=re.IGNORECASE), file)
+        if other != file:
+            raise UserError(
+                f"{path}: {other.relative_to(path)} and {file.relative_to(path)} are one text"
+                " twice; remove one of them"
+            )
     return files
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder but hidden ones, through links too, none twice by a loop of them.
+    """All files below a folder but hidden ones, through links too, but not in circles.
 
     Raises:
-        UserError: a folder that cannot be listed, a link that leads nowhere.
+        UserError: a folder that cannot be listed or is there twice, a link that leads nowhere, and
+            what is neither file nor folder.
     """
-    seen: set[tuple[int, int]] = set()
+    seen: dict[tuple[int, int], Path] = {}
 
-    def inside(folder: Path) -> Iterator[Path]:
-        try:
-            status = folder.stat()
-            if (status.st_dev, status.st_ino) in seen:
-                return
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as entries:
-                names = sorted(entry.name for entry in entries)
-        except OSError as error:
-            raise unreadable(error, folder) from error
-        for name in names:
-            entry = folder / name
-            if name.startswith("."):
+    def inside(folder: Path, above: set[tuple[int, int]]) -> Iterator[Path]:
+        status = _status(folder)
+        place = (status.st_dev, status.st_ino)
+        if place in above:  # a link back up
+            return
+        other = seen.setdefault(place, folder)
+        if other != folder:
+            raise UserError(f"{folder} and {other} are one folder; remove the link to it")
+        for entry in listed(folder):
+            if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                yield from inside(entry)
-            elif entry.is_file():
+            mode = _status(entry).st_mode
+            if stat.S_ISDIR(mode):
+                yield from inside(entry, above | {place})
+            elif stat.S_ISREG(mode):
                 yield entry
-            elif entry.is_symlink():
-                raise UserError(f"{entry}: a link to {entry.readlink()}, which is not there")
+            else:
+                raise UserError(f"{entry}: neither a file nor a folder; remove it")
 
-    return inside(folder)
+    return inside(folder, set())
+
+
+def listed(folder: Path) -> list[Path]:
+    """What a folder holds, sorted; unlike by `glob`, one that cannot be read is not an empty one.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(folder / entry.name for entry in entries)
+    except OSError as error:
+        raise unreadable(error, folder) from error
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            where = path.readlink()
+            raise UserError(f"{path}: a link to {where}, which is not there") from error
+        raise unreadable(error, path) from error
+    except OSError as error:
+        raise unreadable(error, path) from error
 
 
 def short_name(path: Path) -> str:
@@ -150,7 +175,8 @@ def short_name(path: Path) -> str:
     stem = path.name if path.is_dir() else path.name.split(".")[0]
     if not path.is_dir() and stem in ("input", "train", "text", "data"):
         stem = path.parent.name
-    return stem.encode()[:LONGEST_NAME].decode(errors="ignore") or "text"
+    # A name of a file may be no UTF-8, and a cut may fall inside a character.
+    return os.fsencode(stem)[:LONGEST_NAME].decode(errors="ignore") or "text"
 
 
 def _exact_word(place: Path) -> str | None:
@@ -165,7 +191,7 @@ def _word_inside(place: Path, unclear: list[Path]) -> str | None:
     A place whose name says several splits is added to `unclear`.
     """
     for part in place.parts:
-        letters = re.findall(r"[a-z]+", re.sub("held.?out", "heldout", part.lower()))
+        letters = re.findall(r"[^\W\d_]+", re.sub("held.?out", "heldout", part.lower()))
         words = [word for word in letters if word in SPLIT_OF]
         splits = {SPLIT_OF[word] for word in words}
         if len(splits) > 1:
@@ -196,6 +222,6 @@ def _other_kind(files: list[Path], kind: FileKind) -> str:
     return f"; for {found[0]} files use --tokenizer {' or '.join(found[1])}" if found else ""
 
 
-def _some(files: list[Path], folder: Path) -> str:
+def some(files: list[Path], folder: Path) -> str:
     names = [file.relative_to(folder).as_posix() for file in files[:3]]
     return ", ".join(names) + (f" and {len(files) - 3} more" if len(files) > 3 else "")

@@ -81,6 +81,12 @@ def test_faults_are_one_line(folder):
     refused("no test_batch.bin", "170 MB", "--data data/cifar-10-batches-bin")
 
 
+def test_a_batch_that_is_missing_in_between_is_named(folder):
+    images(50).tofile(folder / "data_batch_4.bin")
+    with pytest.raises(UserError, match=r"there is no data_batch_3\.bin"):
+        pixels.load(folder, seed=1)
+
+
 def test_the_pickled_version_is_refused_unread(tmp_path):
     class Trap:
         def __reduce__(self):

@@ -1,5 +1,7 @@
 """Reviews as bytes: the layouts of their files, and the faults that files have."""
 
+import os
+
 import pytest
 
 from wavelet_lm.data.tasks import reviews
@@ -115,4 +117,21 @@ def test_an_empty_or_unreadable_review_is_named(tmp_path):
     file.unlink()
     file.mkdir()
     with pytest.raises(UserError, match=r"pos/03_7\.txt: cannot be read"):
+        reviews.load(tmp_path, seed=1)
+
+
+def test_no_review_is_left_out_in_silence(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    (tmp_path / "pos" / "03_7.txt").rename(tmp_path / "pos" / "03_7.TXT")
+    task = reviews.load(tmp_path, seed=1)
+    assert sum(map(len, (task.train, task.valid, task.test))) == len(ALL)
+    real = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("pos"):
+            raise PermissionError(13, "Permission denied")
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"pos: cannot be read \(Permission denied\)"):
         reviews.load(tmp_path, seed=1)

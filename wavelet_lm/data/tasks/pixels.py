@@ -55,6 +55,9 @@ def load(folder: Path, seed: int, pixels: str = "grey") -> Task:
     if not train or not test.is_file():
         name = "test_batch.bin" if train else "data_batch_1.bin"
         raise UserError(f"{folder}: there is no {name}; {DOWNLOAD}")
+    for number in range(1, len(train) + 1):
+        if folder / f"data_batch_{number}.bin" not in train:
+            raise UserError(f"{folder}: there is no data_batch_{number}.bin; {DOWNLOAD}")
     trained, valid = cut(_read(train, pixels), (1 - VALID_SHARE, VALID_SHARE), seed, folder)
     return Task("image", VOCAB_SIZE, N_CLASSES, trained, valid, _read([test], pixels))
 

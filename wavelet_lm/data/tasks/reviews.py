@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wavelet_lm.atomic_files import unreadable
+from wavelet_lm.data.files import listed
 from wavelet_lm.data.tasks.examples import Task, TokenExamples, cut
 from wavelet_lm.data.tasks.tables import read_table
 from wavelet_lm.errors import UserError
@@ -81,7 +82,11 @@ def _read(source: Path, max_length: int) -> TokenExamples:
 
 def _folder_rows(folder: Path) -> Iterator[tuple[bytes, int]]:
     for label, name in enumerate(CLASSES):
-        for file in sorted((folder / name).glob("*.txt")):
+        if not (folder / name).exists():
+            continue
+        for file in listed(folder / name):
+            if file.suffix.lower() != ".txt" or file.name.startswith("."):
+                continue
             try:
                 text = file.read_bytes()
             except OSError as error:
