@@ -2,13 +2,14 @@
 
 import gzip
 import os
+from pathlib import Path
 
 import pytest
 
 from wavelet_lm import Config, UserError
 from wavelet_lm.data import dataset
-from wavelet_lm.data.corpus import TextFiles
-from wavelet_lm.data.dataset import cache_folder, prepare_data, prepare_split
+from wavelet_lm.data.corpus import TextFiles, separated
+from wavelet_lm.data.dataset import cache_folder, open_corpus, prepare_data, prepare_split
 from wavelet_lm.data.files import ALL, files_by_split, find_files, walk
 from wavelet_lm.data.tokenizers import ByteTokenizer
 
@@ -72,6 +73,7 @@ def test_no_held_out_line_is_trained_on(tmp_path):
         (["train.txt", "valid.txt", "val.txt"], ["val.txt", "valid.txt", "which is it?"]),
         (["a.train.txt", "a.valid.txt", "train_test.txt"], ["train_test.txt", "one or none"]),
         (["book.txt", "book.txt.gz"], ["book.txt", "book.txt.gz", "twice"]),
+        (["book.md.GZ", "book.md.gz"], ["book.md.gz", "book.md.GZ", "twice"]),
     ],
 )
 def test_names_that_leave_a_choice_are_refused(names, words, tmp_path):
@@ -87,6 +89,7 @@ def test_names_that_leave_a_choice_are_refused(names, words, tmp_path):
         ["a.txt", "b.md"],
         ["on training.txt", "other.txt"],
         ["contest.txt", "developer.md", "evaluate.txt"],
+        ["a.txt", "prétest.txt"],
     ],
 )
 def test_names_that_say_no_split_are_one_text(names, tmp_path):
@@ -101,6 +104,40 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (other / "deep" / "up").symlink_to(folder)
     names = [file.relative_to(folder).as_posix() for file in find_files(folder, TextFiles)]
     assert names == ["a.txt", "file.txt", "linked/c.txt", "linked/deep/d.txt"]
+
+
+def test_a_folder_that_is_there_twice_is_named(tmp_path):
+    make(tmp_path, "train/a.txt")
+    (tmp_path / "valid").symlink_to("train")
+    with pytest.raises(UserError, match=r"valid and .*train are one folder"):
+        splits(tmp_path)
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    make(tmp_path, "a.txt")
+    os.mkfifo(tmp_path / "b.txt")
+    with pytest.raises(UserError, match=r"b\.txt: neither a file nor a folder"):
+        splits(tmp_path)
+
+
+def test_a_link_to_itself_is_named(tmp_path):
+    (tmp_path / "l.txt").symlink_to("l.txt")
+    with pytest.raises(UserError, match=r"l\.txt: cannot be read \(Too many levels"):
+        splits(tmp_path)
+
+
+def test_what_cannot_be_looked_at_is_named(tmp_path, monkeypatch):
+    make(tmp_path, "a.txt", "locked/b.txt")
+    real = Path.stat
+
+    def refuse(path, **options):
+        if path.name == "locked":  # as in a folder that may be listed but not entered
+            raise PermissionError(13, "Permission denied")
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(UserError, match=r"locked: cannot be read \(Permission denied\)"):
+        list(walk(tmp_path))
 
 
 def test_a_dead_link_is_named(tmp_path):
@@ -143,6 +180,9 @@ def test_a_folder_with_a_test_split_alone_can_be_scored(tmp_path):
     folder = make(tmp_path / "data", "test.txt", "notes.md")
     config = config_for(tmp_path, dataset=str(folder))
     assert prepare_split(config, ByteTokenizer(), None, QUIET)[1:][0] == "test"
+    assert prepare_split(config, ByteTokenizer(), "test", QUIET)[1] == "test"
+    with pytest.raises(UserError, match="has no train split; use --split with one of test"):
+        prepare_split(config, ByteTokenizer(), "train", QUIET)
     with pytest.raises(UserError, match="no train"):
         prepare_data(config, log=QUIET)
 
@@ -165,6 +205,62 @@ def test_a_text_that_separates_documents(pieces, tmp_path, monkeypatch):
     assert train.n_bytes == len(b"one\ntwo\nthree <|en")
     plain = prepare_data(config.replace(document_separator=None), log=QUIET).train
     assert plain.tokens.tobytes() == b"one<|end|>two<|end|><|end|>three <|en"
+
+
+def test_documents_are_cut_in_time_that_grows_with_the_text():
+    """Of what a piece still holds, nothing is copied for each document in it."""
+
+    class Counted(str):
+        copied = 0
+
+        def __getitem__(self, part):
+            text = super().__getitem__(part)
+            Counted.copied += len(text)
+            return Counted(text)
+
+        def __add__(self, other):
+            return Counted(super().__add__(other))
+
+        def __radd__(self, other):
+            return Counted(other + str(self))
+
+    documents = separated(lambda: iter([iter([Counted("ab|" * 1000)])]), "|")
+    assert ["".join(document) for document in documents()] == ["ab"] * 1000 + [""]
+    assert Counted.copied < 2 * 3000
+
+
+def test_an_empty_separator_is_refused():
+    with pytest.raises(UserError, match="document_separator is empty"):
+        Config(document_separator="")
+
+
+def test_a_separator_is_for_every_text_and_for_text_alone(tmp_path):
+    plain = open_corpus(config_for(tmp_path, dataset="python-stdlib"), QUIET)
+    config = config_for(tmp_path, dataset="python-stdlib", document_separator="def ")
+    assert open_corpus(config, QUIET).key != plain.key
+    (tmp_path / "a.wav").touch()
+    config = config.replace(dataset=str(tmp_path), tokenizer="mulaw")
+    with pytest.raises(UserError, match="document_separator is for text and mulaw reads audio"):
+        prepare_data(config, log=QUIET)
+
+
+def test_characters_have_a_line_break_where_one_stands_between_documents(tmp_path):
+    folder = make(tmp_path / "data", "train/a.txt", "train/b.txt", "valid.txt", text="end.")
+    config = config_for(tmp_path, dataset=str(folder)).replace(tokenizer="char")
+    data = prepare_data(config, log=QUIET)
+    assert data.tokenizer.decode(data.train.tokens) == "end.\nend."
+    assert data.train.n_bytes == 9
+    (folder / "train" / "b.txt").unlink()
+    assert "\n" not in prepare_data(config, log=QUIET).tokenizer.characters
+
+
+def test_a_file_whose_name_is_no_utf_8(tmp_path):
+    file = os.fsdecode(os.fsencode(tmp_path) + b"/na\xffme.txt")
+    try:
+        Path(file).write_text("some text " * 20)
+    except OSError:
+        pytest.skip("the file system takes only names in UTF-8")
+    assert prepare_data(config_for(tmp_path, dataset=file), log=QUIET).name == "name"
 
 
 def test_files_are_not_glued_and_a_byte_order_mark_is_no_text(tmp_path):

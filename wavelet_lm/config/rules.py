@@ -190,6 +190,10 @@ def _run(c: Config) -> None:
         f"split is {show(c.split)}; it must be three fractions that sum to 1"
         " (train and valid above 0)",
     )
+    _refuse(
+        c.document_separator == "",
+        "document_separator is empty; give a text such as <|endoftext|>, or leave it out",
+    )
     _refuse(len(c.adam_betas) != 2, f"adam_betas is {show(c.adam_betas)}; it must be two numbers")
     _refuse(c.min_lr > c.lr, f"min_lr ({show(c.min_lr)}) is above lr ({show(c.lr)})")
     _refuse(

@@ -61,7 +61,12 @@ class Corpus:
 
 
 def path_corpus(
-    path: Path, split: tuple[float, ...], log: Callable[[str], None], separator: str | None = None
+    path: Path,
+    split: tuple[float, ...],
+    log: Callable[[str], None],
+    separator: str | None = None,
+    *,
+    complete: bool = True,
 ) -> Corpus:
     """The corpus of an existing file or folder.
 
@@ -70,9 +75,10 @@ def path_corpus(
 
     Args:
         separator: a text in the files at which a document ends, and which is no part of it.
+        complete: as `files_by_split` has it.
     """
     name = short_name(path)
-    files = files_by_split(path, TextFiles, log)
+    files = files_by_split(path, TextFiles, log, complete=complete)
     keys = {part: digests(found, TextFiles) for part, found in files.items()}
     marked = {} if separator is None else {"separator": separator}
     texts = {part: separated(reader(found), separator) for part, found in files.items()}
@@ -99,7 +105,7 @@ def whole_text(
 
 def separated(documents: Documents, separator: str | None) -> Documents:
     """The documents, each cut where it holds the separator; which is left out."""
-    if separator is None:
+    if not separator:
         return documents
 
     def parts() -> Iterator[Document]:
@@ -111,28 +117,29 @@ def separated(documents: Documents, separator: str | None) -> Documents:
 
 def _parts(document: Document, separator: str) -> Iterator[Document]:
     """One after the other; each has to be read before the next is asked for, as files are."""
-    pieces, held, more = iter(document), "", True
+    pieces, more = iter(document), True
+    held, start = "", 0  # a piece, and how much of it has been given out
 
     def part() -> Document:
-        nonlocal held, more
+        nonlocal held, start, more
         while True:
-            at = held.find(separator)
-            if at >= 0:
-                text, held = held[:at], held[at + len(separator) :]
-                if text:
-                    yield text
-                return
+            at = held.find(separator, start)
             # What may be the beginning of a separator waits for the next piece.
-            keep = len(separator) - 1
-            text, held = (held[:-keep], held[-keep:]) if keep else (held, "")
+            end = at if at >= 0 else max(start, len(held) - len(separator) + 1)
+            text = held[start:end]
+            if at >= 0:
+                start = at + len(separator)
+            else:
+                held, start = held[end:], 0
             if text:
                 yield text
+            if at >= 0:
+                return
             piece = next(pieces, None)
             if piece is None:
                 more = False
                 if held:
                     yield held
-                held = ""
                 return
             held += piece
 

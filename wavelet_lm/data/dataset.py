@@ -27,10 +27,10 @@ from wavelet_lm.data.corpus import (
     whole_text,
 )
 from wavelet_lm.data.encoding import EmptySplitError, kept, locked, sample_blocks, token_file
-from wavelet_lm.data.files import ALL, SPLIT_NAMES, files_by_split, short_name
+from wavelet_lm.data.files import ALL, files_by_split, short_name
 from wavelet_lm.data.hub import KNOWN, hub_corpus
 from wavelet_lm.data.modalities import Modality, find_modality
-from wavelet_lm.data.tasks.tables import read_table
+from wavelet_lm.data.split_tables import table_splits
 from wavelet_lm.data.tokenizers import (
     CharTokenizer,
     Tokenizer,
@@ -101,6 +101,7 @@ def prepare_data(
         check_tokenizer_name(config.tokenizer)
         tokenizer = find_modality(config.tokenizer)
     if isinstance(tokenizer, Modality):
+        _refuse_separator(config, tokenizer)
         return _prepare_files(config, tokenizer, log)
     corpus = open_corpus(config, log)
     folder = cache_folder(config) / f"{corpus.name}-{_short_hash(corpus.key)}"
@@ -144,13 +145,14 @@ def prepare_split(
         UserError: whatever is wrong with the data; there is no such split.
     """
     if isinstance(tokenizer, Modality):
+        _refuse_separator(config, tokenizer)
         return _prepare_file_split(config, tokenizer, split, log)
     path = Path(config.dataset).expanduser()
     if split is None and config.dataset not in ("python-stdlib", *KNOWN) and path.exists():
         split, documents, key = whole_text(path, log, config.document_separator)
         corpus = Corpus(short_name(path), {split: documents}, key, tokenizer.name)
     else:
-        corpus = open_corpus(config, log)
+        corpus = open_corpus(config, log, complete=False)
         if split is None:
             split = "test" if "test" in corpus.splits else "valid"
     if split not in corpus.splits:
@@ -168,12 +170,20 @@ def prepare_split(
         raise UserError(f"{config.dataset}: {error}; give more text") from error
 
 
+def _refuse_separator(config: DataConfig, modality: Modality) -> None:
+    if config.document_separator is not None:
+        raise UserError(
+            f"document_separator is for text and {modality.name} reads {modality.kind} files;"
+            " leave it out"
+        )
+
+
 def _prepare_file_split(
     config: DataConfig, modality: Modality, split: str | None, log: Callable[[str], None]
 ) -> tuple[str, str, TokenSplit]:
     """The same for files that are no text."""
     path = Path(config.dataset).expanduser()
-    if split is None and path.exists() and not _table_splits(path, modality):
+    if split is None and path.exists() and not table_splits(path, modality, log):
         files = files_by_split(path, modality, log, complete=False)
         if ALL in files or "train" not in files:
             split = next(name for name in ("test", "valid", ALL) if name in files)
@@ -226,7 +236,7 @@ def _prepare_files(
             f" ({', '.join(modality.suffixes)}) and dataset {config.dataset!r} is no file or"
             " folder; give the path of some, or another tokenizer"
         )
-    files = _table_splits(path, modality) or files_by_split(path, modality, log)
+    files = table_splits(path, modality, log) or files_by_split(path, modality, log)
     modality = modality.fitted([file for part in files.values() for file in part])
     name, tokens = _tokens_of(path, files, config, modality, log)
     if ALL in tokens:
@@ -271,30 +281,6 @@ def _tokens_of(
     return name, tokens
 
 
-def _table_splits(folder: Path, modality: Modality) -> dict[str, list[Path]]:
-    """The files of a folder by the splits of its table, as MAESTRO has one; empty without."""
-    found: dict[str, list[Path]] = {}
-    for table in sorted(folder.glob("*.csv")):
-        with table.open(encoding="utf-8", errors="replace") as file:
-            columns = file.readline().strip().split(",")
-        if modality.column not in columns or "split" not in columns:
-            continue
-        for place, (name, split) in read_table(table, (modality.column, "split")):
-            part = next((p for p, names in SPLIT_NAMES.items() if split in names), None)
-            if part is None:
-                raise UserError(
-                    f"{place}: split is {split!r}; it must be train, validation or test"
-                )
-            if not (folder / name).is_file():
-                raise UserError(f"{place}: there is no {folder / name}; unpack all of the data set")
-            found.setdefault(part, []).append(folder / name)
-        for part in ("train", "valid"):
-            if part not in found:
-                raise UserError(f"{table}: names no {part} files; remove it to split by position")
-        return found
-    return {}
-
-
 def _cut_tokens(tokens: np.ndarray, split: tuple[float, ...]) -> dict[str, np.ndarray]:
     """Train, valid and test one after the other, of these fractions of the tokens."""
     train, valid, test = split
@@ -305,27 +291,33 @@ def _cut_tokens(tokens: np.ndarray, split: tuple[float, ...]) -> dict[str, np.nd
     return {"train": tokens[:first], "valid": tokens[first:second], "test": tokens[second:]}
 
 
-def open_corpus(config: DataConfig, log: Callable[[str], None] = print) -> Corpus:
-    """What `config.dataset` means: a built-in name, else an existing path, else a hub name."""
-    dataset = config.dataset
+def open_corpus(
+    config: DataConfig, log: Callable[[str], None] = print, *, complete: bool = True
+) -> Corpus:
+    """What `config.dataset` means: a built-in name, else an existing path, else a hub name.
+
+    Args:
+        complete: a folder that names splits must have a train and a valid split.
+    """
+    dataset, separator = config.dataset, config.document_separator
     if dataset == "python-stdlib":
-        return stdlib_corpus(config.split, log)
+        return _separated(stdlib_corpus(config.split, log), separator)
     if dataset in KNOWN:
-        return _from_hub(config)
+        return _separated(hub_corpus(dataset, config.split), separator)
     path = Path(dataset).expanduser()
     if dataset and path.exists():
-        return path_corpus(path, config.split, log, config.document_separator)
+        return path_corpus(path, config.split, log, separator, complete=complete)
     if not HUB_NAME.fullmatch(dataset) or _looks_like_a_path(dataset):
         hint = "; data/ is a folder that you fill, see README" if dataset[:5] == "data/" else ""
         raise UserError(f"missing data path: {dataset!r} does not exist{hint}")
     near = difflib.get_close_matches(dataset, ["python-stdlib", *KNOWN], n=1, cutoff=0.7)
     if near and "/" not in dataset:
         raise UserError(f"unknown dataset {dataset!r}; did you mean {near[0]}?")
-    return _from_hub(config)
+    return _separated(hub_corpus(dataset, config.split), separator)
 
 
-def _from_hub(config: DataConfig) -> Corpus:
-    corpus, separator = hub_corpus(config.dataset, config.split), config.document_separator
+def _separated(corpus: Corpus, separator: str | None) -> Corpus:
+    """The same with documents that end at the separator, where there is one."""
     if separator is None:
         return corpus
     splits = {part: separated(documents, separator) for part, documents in corpus.splits.items()}
@@ -355,14 +347,26 @@ def _tokenizer_for(
         if (home / "tokenizer.json").is_file():
             return load_tokenizer(home)
         if name == "char":
-            everything = (documents() for documents in corpus.splits.values())
-            made = CharTokenizer.of(p for split in everything for doc in split for p in doc)
+            made = CharTokenizer.of(_all_text(corpus))
         else:
             log(f"training {name} on the training split of {corpus.name}")
             made = train_sentencepiece(_sentences(corpus), sentencepiece_vocab(name))
         if made.vocab_size:
             made.save(home)
     return made
+
+
+def _all_text(corpus: Corpus) -> Iterator[str]:
+    """The text of all splits, with the line breaks that are to stand between documents."""
+    for documents in corpus.splits.values():
+        any_text = False
+        for document in documents():
+            opens = any_text
+            for piece in filter(None, document):
+                if opens:
+                    yield "\n"
+                yield piece
+                opens, any_text = False, True
 
 
 def _sentences(corpus: Corpus) -> Iterator[str]:

@@ -79,6 +79,19 @@ def test_the_splits_of_maestros_table(tmp_path):
         [372, 60 + i, 265, 188 + i] for i in range(3)
     ]
     good = table.read_text()
+    # As spreadsheets write it, and with a piece that it does not name.
+    write_notes(folder / "extra.midi", [Note(0, 10, 70, 16)])
+    table.write_text(
+        "\ufeffsplit"
+        + good.removeprefix("canonical_title,split")
+        .replace('"A, B",train', '"A, B",Train')
+        .replace('"A, B",', "")
+    )
+    lines = []
+    same = prepare(folder, tmp_path, "midi", log=lines.append)
+    assert same.keys == data.keys
+    assert any("extra.midi" in line and "not used" in line for line in lines)
+    (folder / "extra.midi").unlink()
     for before, after, message in (
         ("validation", "other", "line 3: split is 'other'"),
         ("2004/c", "2004/d", "line 4: there is no"),

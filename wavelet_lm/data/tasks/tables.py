@@ -3,9 +3,25 @@
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 from wavelet_lm.atomic_files import unreadable
 from wavelet_lm.errors import UserError
+
+
+def table_columns(path: Path) -> list[str]:
+    """The names in the first line of a table, as `read_table` takes them; none of what is no text.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with _opened(path) as file:
+            return next(csv.reader(file, **_dialect(path)), [])
+    except OSError as error:
+        raise unreadable(error, path) from error
+    except csv.Error:
+        return []
 
 
 def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -17,12 +33,9 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[s
     Raises:
         UserError: the file is missing or broken, or has a line without one of the columns.
     """
-    dialect = {"delimiter": ",", "strict": True}
-    if path.suffix.lower() == ".tsv":
-        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = csv.reader(file, **dialect)
+        with _opened(path) as file:
+            rows = csv.reader(file, **_dialect(path))
             header = next(rows, [])
             missing = [name for name in columns if name not in header]
             if missing:
@@ -45,3 +58,13 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[s
         raise unreadable(error, path) from error
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: {error}; mend the line") from error
+
+
+def _opened(path: Path) -> TextIO:
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _dialect(path: Path) -> dict[str, Any]:
+    if path.suffix.lower() == ".tsv":
+        return {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    return {"delimiter": ",", "strict": True}
