@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from report import check_targets, table, write_results
 
-from wavelet_lm.config import Config, OneLineParser
+from wavelet_lm.cli.flags import OneLineParser
+from wavelet_lm.config import Config
 from wavelet_lm.data.tokenizers import named_tokenizer
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.inference.generation_options import DTYPES

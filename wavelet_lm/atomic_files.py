@@ -83,7 +83,8 @@ def check_writable(path: str | Path) -> None:
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         elif not folder.is_dir():
-            raise UserError(f"{path}: there is no folder {folder}; make it first")
+            shown = folder if path.is_symlink() else path.parent
+            raise UserError(f"{path}: there is no folder {shown}; make it first")
         else:
             _check_folder(folder)
     except OSError as error:

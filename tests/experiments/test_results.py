@@ -31,8 +31,8 @@ def test_a_missing_folder_is_noticed_first(tmp_path):
     ("module", "command"),
     [
         (None, "python some/train.py --lr 0.1"),
-        ("wavelet_lm.cli.evaluate", "python -m wavelet_lm.evaluation --lr 0.1"),
-        ("wavelet_lm.cli.lra", "python -m wavelet_lm.evaluation.lra --lr 0.1"),
+        ("wavelet_lm.evaluation.__main__", "python -m wavelet_lm.evaluation --lr 0.1"),
+        ("wavelet_lm.evaluation.lra", "python -m wavelet_lm.evaluation.lra --lr 0.1"),
     ],
 )
 def test_the_command_is_as_it_was_typed(module, command, monkeypatch):

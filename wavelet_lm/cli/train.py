@@ -48,7 +48,8 @@ def main() -> None:
         from wavelet_lm.threads import use_threads
 
         use_threads(config.threads)
-        evaluate_and_print(config.benchmark_run_dir, device=config.device)
+        dataset = flags.get("dataset")  # of the run itself where none was typed
+        evaluate_and_print(config.benchmark_run_dir, dataset=dataset, device=config.device)
     else:
         from wavelet_lm.training.run import train
 

@@ -148,7 +148,8 @@ def prepare_split(
         _refuse_separator(config, tokenizer)
         return _prepare_file_split(config, tokenizer, split, log)
     path = Path(config.dataset).expanduser()
-    if split is None and config.dataset not in ("python-stdlib", *KNOWN) and path.exists():
+    is_own = config.dataset not in ("", "python-stdlib", *KNOWN) and path.exists()
+    if split is None and is_own:
         split, documents, key = whole_text(path, log, config.document_separator)
         corpus = Corpus(short_name(path), {split: documents}, key, tokenizer.name)
     else:
@@ -201,10 +202,13 @@ def _prepare_file_split(
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where encoded texts are kept: `cache_dir`, whose default follows XDG_CACHE_HOME."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    if base and config.cache_dir == type(config).__dataclass_fields__["cache_dir"].default:
-        return Path(base).expanduser() / "wavelet_lm"
+    """Where encoded texts are kept: `cache_dir`, whose default follows XDG_CACHE_HOME (an absolute path)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if (
+        Path(base).is_absolute()
+        and config.cache_dir == type(config).__dataclass_fields__["cache_dir"].default
+    ):
+        return Path(base) / "wavelet_lm"
     return Path(config.cache_dir).expanduser()
 
 
