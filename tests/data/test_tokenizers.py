@@ -6,6 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.data.conftest import make_tokenizer, some_text, tokenizer_or_skip
+from wavelet_lm.data import tokenizers
 from wavelet_lm.data.tokenizers import (
     CharTokenizer,
     GPT2Tokenizer,
@@ -87,10 +88,11 @@ def test_gpt2_is_tiktokens(gpt2):
 
 
 def test_gpt2_without_vocabulary(monkeypatch):
-    def unreachable(name):
+    def unreachable():
         raise OSError("no network\nat all")
 
-    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    monkeypatch.setattr("tiktoken_ext.openai_public.gpt2", unreachable)
+    tokenizers._gpt2_encoding.cache_clear()
     with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR") as error:
         GPT2Tokenizer()
     assert "\n" not in str(error.value)

@@ -7,12 +7,14 @@ Files that are no text have tokenizers of their own (`modalities/`), by the same
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +23,9 @@ from wavelet_lm.data.tokenizer_base import Tokenizer, Tokens
 from wavelet_lm.errors import UserError
 from wavelet_lm.files import atomic_path
 from wavelet_lm.json_files import read_json
+
+if TYPE_CHECKING:
+    import tiktoken
 
 GPT2_VOCAB, GPT2_END_OF_TEXT = 50257, 50256
 SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space inside its pieces
@@ -90,16 +95,25 @@ class CharTokenizer(Tokenizer):
         return {"characters": self.characters}
 
 
+@functools.cache
+def _gpt2_encoding() -> tiktoken.Encoding:
+    """An encoding of our own, without the table that its core was made of: 8 MB, read no more."""
+    import tiktoken
+    from tiktoken_ext.openai_public import gpt2
+
+    encoding = tiktoken.Encoding(**gpt2())
+    encoding._mergeable_ranks = {}
+    return encoding
+
+
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE through tiktoken."""
 
     name, vocab_size, end_of_text = "gpt2", GPT2_VOCAB, GPT2_END_OF_TEXT
 
     def __init__(self) -> None:
-        import tiktoken
-
         try:
-            self._encoding = tiktoken.get_encoding("gpt2")
+            self._encoding = _gpt2_encoding()
         except Exception as error:
             # Whatever went wrong (no network, proxy, a damaged cache), the remedy is the same.
             raise UserError(

@@ -88,17 +88,17 @@ class OpenedCheckpoint:
 
     def __init__(self, model: LanguageModel | StoredModel, tokenizer: Tokenizer, path: Path):
         self.model, self.tokenizer = model, tokenizer
-        self._path, self._fingerprint = path, Fingerprint()
-        if isinstance(model, StoredModel):
-            self.empty = model.model
-            model.see = self._see
-        else:
+        self._fingerprint = fingerprint = Fingerprint()
+        if not isinstance(model, StoredModel):
             self.empty = model
             check_finite(model, path)
+            return
 
-    def _see(self, name: str, values: Tensor) -> None:
-        check_values(name, values, self._path)
-        self._fingerprint.add(name, values)
+        def see(name: str, values: Tensor) -> None:  # not a method: the samples go with `self`
+            check_values(name, values, path)
+            fingerprint.add(name, values)
+
+        self.empty, model.see = model.model, see
 
     def record(self) -> ModelRecord:
         """What stays of the model once its twin is made."""

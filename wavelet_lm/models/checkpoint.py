@@ -19,7 +19,7 @@ from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
 from wavelet_lm.files import atomic_path
 from wavelet_lm.json_files import brief, parse_json
-from wavelet_lm.models.registry import build_model, model_without_weights
+from wavelet_lm.models.registry import model_without_weights
 from wavelet_lm.models.weights import StoredModel, TensorReader
 
 FORMAT = "wavelet_lm.1"
@@ -229,7 +229,10 @@ def stored_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> 
     path, read = checkpoint.path, TensorReader(checkpoint.path)
     config, vocab_size, most = checkpoint.config, checkpoint.vocab_size, path.stat().st_size
     try:
-        stored = StoredModel(config, vocab_size, read, device, most=most + BUFFER_VALUES)
+        n = len(checkpoint.names)
+        stored = StoredModel(
+            config, vocab_size, read, device, most=most + BUFFER_VALUES, n_tensors=n
+        )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     checkpoint.check_fits(stored.model)
@@ -242,9 +245,4 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     Raises:
         UserError: there is none, it is truncated, or it does not fit its config.
     """
-    checkpoint = Checkpoint(find_checkpoint(path))
-    checkpoint.check_fits(checkpoint.without_weights())  # before memory is taken for it
-    with torch.device(device):
-        model = build_model(checkpoint.config, checkpoint.vocab_size)
-    checkpoint.load_into(model)
-    return model.eval()
+    return stored_model(Checkpoint(find_checkpoint(path)), device).loaded()

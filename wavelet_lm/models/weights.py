@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.language_model import LanguageModel
-from wavelet_lm.models.registry import build_model
+from wavelet_lm.models.registry import MOST_TENSORS, REGISTRATIONS_PER_TENSOR, build_model
 
 DTYPES = {
     "F16": torch.float16,
@@ -71,6 +71,8 @@ class StoredModel:
         device: where the weights go.
         dtype: of the weights.
         most: values that a tensor may have.
+        n_tensors: those that the weights should be; building stops where there are far more, which
+            sizes that loop without end would reach.
 
     Raises:
         UserError: no such model can be built.
@@ -88,9 +90,10 @@ class StoredModel:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         most: float = math.inf,
+        n_tensors: int = MOST_TENSORS,
     ):
         try:
-            with torch.device(device), _NoDraws(most), _dropped_weights():
+            with torch.device(device), _NoDraws(most), _dropped_weights(n_tensors):
                 self.model: LanguageModel = build_model(config, vocab_size)
         except (ValueError, RuntimeError, TypeError, OverflowError, MemoryError) as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -124,17 +127,24 @@ class StoredModel:
             for module, key, empty in places:
                 module._parameters[key] = empty
 
+    def loaded(self) -> LanguageModel:
+        """The model with all of its weights, which are its own from now on."""
+        real: dict[int, nn.Parameter] = {}
+        for module in self.model.modules():
+            for key, empty in module._parameters.items():
+                if empty is not None and id(empty) not in real:
+                    real[id(empty)] = self._parameter(empty)
+                if empty is not None:
+                    module._parameters[key] = real[id(empty)]
+        return self.model
+
     def _parameter(self, empty: nn.Parameter) -> nn.Parameter:
         name = self._names[id(empty)]
         values = self.read(name).to(self.device, empty.dtype)
         if name not in self._seen:
             self._seen.add(name)
             self.see(name, values)
-        return nn.Parameter(values, requires_grad=False)
-
-    def names(self) -> list[str]:
-        """The model's parameters, in its order."""
-        return list(self._names.values())
+        return nn.Parameter(values, requires_grad=empty.requires_grad)
 
 
 class _NoDraws(TorchFunctionMode):
@@ -182,12 +192,18 @@ class _NoDraws(TorchFunctionMode):
 
 
 @contextmanager
-def _dropped_weights() -> Iterator[None]:
+def _dropped_weights(n_tensors: int) -> Iterator[None]:
     """Modules that this thread builds inside have their parameters on the meta device."""
-    thread = threading.get_ident()
+    thread, left = threading.get_ident(), REGISTRATIONS_PER_TENSOR * (n_tensors + 1)
 
     def drop(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+        nonlocal left
+        if threading.get_ident() != thread:
+            return None
+        left -= 1
+        if left < 0:
+            raise ValueError(f"it has far more than {n_tensors:,} tensors")
+        if parameter is None or parameter.is_meta:
             return None
         empty = torch.empty_like(parameter, device="meta")
         return nn.Parameter(empty, requires_grad=parameter.requires_grad)
