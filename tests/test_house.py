@@ -42,6 +42,7 @@ LIBRARIES = {
         "soundfile",
         "soxr",
         "tiktoken",
+        "tiktoken_ext",
         "tqdm",
     },
 }

@@ -1,17 +1,15 @@
 """The README says what is so: its commands parse, its files exist, its figures are the code's."""
 
-import argparse
-import importlib.util
 import itertools
 import re
 import shlex
-import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.test_documents import parser_of
 from wavelet_lm.cli.flags import parse_flags
 from wavelet_lm.cli.generation_flags import parse_options
 from wavelet_lm.config import FIELDS, Config, read_json_object
@@ -55,23 +53,6 @@ def commands() -> list[list[str]]:
 
 class Parsed(Exception):
     """Carries a program's parser out of it, once it is complete."""
-
-
-def parser_of(program: str, monkeypatch) -> argparse.ArgumentParser:
-    path = ROOT / program
-    spec = importlib.util.spec_from_file_location(f"readme_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-
-    def capture(parser, *_):
-        raise Parsed(parser)
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", capture)
-    with pytest.raises(Parsed) as caught:
-        module.main()
-    monkeypatch.undo()
-    return caught.value.args[0]
 
 
 def program_of(command: list[str]) -> tuple[str, list[str]]:

@@ -202,13 +202,11 @@ def _prepare_file_split(
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where encoded texts are kept: `cache_dir`, whose default follows XDG_CACHE_HOME (an absolute path)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if (
-        Path(base).is_absolute()
-        and config.cache_dir == type(config).__dataclass_fields__["cache_dir"].default
-    ):
-        return Path(base) / "wavelet_lm"
+    """Where encoded texts are kept: `cache_dir`, or by default below an absolute XDG_CACHE_HOME."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    is_default = config.cache_dir == type(config).__dataclass_fields__["cache_dir"].default
+    if is_default and base.is_absolute():
+        return base / "wavelet_lm"
     return Path(config.cache_dir).expanduser()
 
 
