@@ -158,7 +158,7 @@ def test_a_long_prompt_is_read_in_bounded_chunks(monkeypatch):
 @pytest.mark.parametrize("N", [1, 5, 16, 100])
 def test_a_window_limits_the_running_mean_alone(N, monkeypatch):
     """Against a model whose running mean is taken anew from the last N inputs."""
-    from wavelet_lm.models.wavelet_lm.model import block as block_module
+    from wavelet_lm.models.wavelet_lm import block as block_module
 
     def slow_mean(x, state=None):
         means = [x[:, max(0, t - N + 1) : t + 1].mean(1) for t in range(x.shape[1])]
