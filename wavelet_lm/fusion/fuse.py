@@ -26,7 +26,7 @@ from wavelet_lm.fusion.fused_layers import (
 from wavelet_lm.fusion.linear import Cast, cast, computing_dtype, rebuilt, shallow_copy
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.stored_model import StoredModel
-from wavelet_lm.models.wavelet_lm.block import Block, BlockState
+from wavelet_lm.models.wavelet_lm.block import Block
 from wavelet_lm.models.wavelet_lm.ensemble import MultinodalLM
 from wavelet_lm.models.wavelet_lm.memory import FastWeightMemory, ProductKeyMemory
 from wavelet_lm.models.wavelet_lm.model import WaveletLM
@@ -142,7 +142,7 @@ class _Preparation:
         for i, block in enumerate(model.blocks):
             with self.at_hand(block):
                 nets = updates[i % len(updates)]
-                blocks.append(self.cast(PreparedBlock(block, nets, self.adapt, self.precision)))
+                blocks.append(self.cast(FusedBlock(block, nets, self.adapt, self.precision)))
         twin.blocks = nn.ModuleList(blocks)
 
 
@@ -173,12 +173,15 @@ def _learning(module: nn.Module, _: str) -> nn.Module | None:
     return twin
 
 
-class PreparedBlock(nn.Module):
-    """`Block.forward` with folded parts; the names of the steps are those of `Block`."""
+class FusedBlock(Block):
+    """A block for reading: its parts are folded where they can be, its steps are those of `Block`.
+
+    It shares what needs no change with the block that it is made of.
+    """
 
     def __init__(self, block: Block, updates: UpdateNets | None, adapt: bool, precision: Precision):
         """updates: for a reconstruction that can be folded."""
-        super().__init__()
+        nn.Module.__init__(self)
         self.pad, self.norm1 = block.pad, block.norm1
         self.embedding_gain = block.embedding_gain
         self.decomposed_norm, self.bypass = block.decomposed_norm, block.bypass
@@ -198,37 +201,14 @@ class PreparedBlock(nn.Module):
             apart = precision("mlp") != precision("rest")
             self.feedforward = FoldedFeedForward(block.feedforward, apart)
 
-    def forward(
-        self,
-        x: Tensor,
-        embedding: Tensor,
-        mean_prev: Tensor | None,
-        wavelet: nn.Module,
-        state: BlockState | None = None,
-    ) -> tuple[Tensor, Tensor | None, BlockState]:
-        wavelet_state, mean_state, memory = (None, None, None) if state is None else state
-        mean = None
-        if self.bypass is not None:
-            mean, mean_state = self.bypass.average(x, mean_state)
-        if self.embedding_gain is not None:
-            x = torch.addcmul(x, self.embedding_gain, embedding)
+    def with_embedding(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return torch.addcmul(x, self.embedding_gain, embedding)
 
-        bands, wavelet_state = wavelet.decompose(self.pad(self.norm1(x)), wavelet_state)
-        bands = self.decomposed_norm(torch.stack(bands))
-        if mean is not None:
-            bands = self.bypass(bands, mean, mean_prev)
+    def mixed_signal(self, bands: Tensor, wavelet: nn.Module) -> Tensor:
         mixed = self.mixer(self.phase_gate(bands))
         if self.reconstruction is not None:
-            signal = self.reconstruction(mixed)
-        else:
-            signal = self.projection(wavelet.reconstruct(list(mixed.unbind())))
-
-        x = self.spectral_gain(x) + signal
-        y = self.feedforward_gain(x)
-        if self.feedforward is not None:
-            update, memory = self.feedforward(x, memory)
-            y = y + update
-        return y, mean, BlockState(wavelet_state, mean_state, memory)
+            return self.reconstruction(mixed)
+        return self.projection(wavelet.reconstruct(list(mixed.unbind())))
 
 
 def weight_bytes_per_token(model: LanguageModel) -> int:

@@ -91,23 +91,29 @@ class Block(nn.Module):
         if self.bypass is not None:
             mean, mean_state = self.bypass.average(x, mean_state)
         if self.embedding_gain is not None:
-            x = x + self.embedding_gain * embedding
+            x = self.with_embedding(x, embedding)
 
         bands, wavelet_state = wavelet.decompose(self.pad(self.norm1(x)), wavelet_state)
         bands = self.decomposed_norm(torch.stack(bands))
         if mean is not None:
             bands = self.bypass(bands, mean, mean_prev)
-        bands = self.phase_gate(bands)
-        mixed = self.mixer_dropout(self.mixed_norm(self.mixer(bands)))
-        mixed = mixed * self.scale_weights[:, None, None, None]
-        signal = self.projection(wavelet.reconstruct(list(mixed.unbind())))
-
-        x = self.spectral_gain(x) + self.projection_dropout(signal)
+        x = self.spectral_gain(x) + self.mixed_signal(bands, wavelet)
         y = self.feedforward_gain(x)
         if self.feedforward is not None:
             update, memory = self.feedforward(x, memory)
             y = y + update
         return y, mean, BlockState(wavelet_state, mean_state, memory)
+
+    def with_embedding(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x + γ ⊙ e, [B, T, C]."""
+        return x + self.embedding_gain * embedding
+
+    def mixed_signal(self, bands: Tensor, wavelet: nn.Module) -> Tensor:
+        """Bands [S, B, T, Cp], gated and mixed, and the signal [B, T, C] that they make."""
+        mixed = self.mixer_dropout(self.mixed_norm(self.mixer(self.phase_gate(bands))))
+        mixed = mixed * self.scale_weights[:, None, None, None]
+        signal = self.projection(wavelet.reconstruct(list(mixed.unbind())))
+        return self.projection_dropout(signal)
 
 
 class MeanBypass(nn.Module):
