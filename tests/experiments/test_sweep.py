@@ -66,10 +66,10 @@ def test_a_member_is_the_run_of_the_plain_command(tmp_path):
 
 
 def test_failures_are_rows_and_the_sweep_goes_on(tmp_path, monkeypatch):
-    def fragile(config):
+    def fragile(config, command):
         if config.seed == 5:
             raise RuntimeError("out | of luck")
-        return train(config)
+        return train(config, command)
 
     monkeypatch.setattr(sweep_module, "train", fragile)
     members = [{"lr": 1e9}, {"levels": 3}, {"seed": 5}, {"lr": 0.01}]
@@ -92,10 +92,10 @@ def test_nothing_but_failures_is_an_error(tmp_path):
 
 
 def test_ctrl_c_ends_the_sweep_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    def interrupted(config):
+    def interrupted(config, command):
         if config.lr == 0.02:
             raise Interrupted(signal.SIGTERM, "stopped; go on with: python train.py --resume RUN")
-        return train(config)
+        return train(config, command)
 
     monkeypatch.setattr(sweep_module, "train", interrupted)
     monkeypatch.setattr("sys.argv", ["train.py", "--set", "lr=0.01,0.02", "--seed", "7", "--set=x"])

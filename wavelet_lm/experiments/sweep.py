@@ -12,8 +12,7 @@ import itertools
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -118,8 +117,7 @@ def sweep(
         rows.append({key: show(value) for key, value in member.items()})
         forget_the_last_run()
         try:
-            with _typed(member):
-                rows[-1] |= _figures(train(Config.from_dict(values, source)))
+            rows[-1] |= _figures(train(Config.from_dict(values, source), _command(member)))
         except (KeyboardInterrupt, Interrupted) as stop:
             rows[-1]["result"] = "stopped"
             _conclude(file, title, rows, log)
@@ -211,19 +209,8 @@ def forget_the_last_run() -> None:
         torch.compiler.reset()  # or it gives up after a few models of different shapes
 
 
-@contextmanager
-def _typed(member: Values) -> Iterator[None]:
-    """Let a member be the run of its own command line."""
-    typed = sys.argv
-    sys.argv = [typed[0], *_arguments(typed[1:], member)]
-    try:
-        yield
-    finally:
-        sys.argv = typed
-
-
 def _arguments(typed: list[str], member: Values) -> list[str]:
-    """The arguments that train a member alone."""
+    """The arguments that were typed, with a member's values in place of the sweep."""
     words, rest = [], iter(typed)
     for word in rest:
         if word in ("--set", "--sweep"):
@@ -236,8 +223,8 @@ def _arguments(typed: list[str], member: Values) -> list[str]:
 
 
 def _command(member: Values) -> str:
-    with _typed(member):
-        return command_line()
+    """What trains a member alone."""
+    return command_line(_arguments(sys.argv[1:], member))
 
 
 def _words(member: Values) -> str:

@@ -40,13 +40,13 @@ from wavelet_lm.training.memory_estimate import (
     refuse_large_model_on_cpu,
     refuse_what_cannot_fit,
 )
-from wavelet_lm.training.run_folder import RunFolder, check_folder, command_line
+from wavelet_lm.training.run_folder import RunFolder, check_folder
 from wavelet_lm.training.runs_table import append_run, check_table, row_line
 
 SAMPLE_TOKENS = 512
 
 
-def train(config: Config) -> RunFolder:
+def train(config: Config, command: str | None = None) -> RunFolder:
     """Train a new model and leave its run folder.
 
     Raises:
@@ -73,7 +73,7 @@ def train(config: Config) -> RunFolder:
     model = _build(config, data, device)
     if source is not None:
         Checkpoint(source).load_into(model)
-    run = RunFolder.create(config, data.name)
+    run = RunFolder.create(config, data.name, command)
     try:
         for message in messages:
             run.note(message)
@@ -136,7 +136,7 @@ def resume(path: str | Path, flags: Mapping[str, Any] | None = None) -> RunFolde
     run.remove_temporary_files()
     trainer.restore(checkpoint, changed=bool(changes))
     run.drop_metrics_after(trainer.step, trainer.evaluated_step)
-    run.log(f"resumed at step {trainer.step} of {trainer.total_steps}: {command_line()}")
+    run.log(f"resumed at step {trainer.step} of {trainer.total_steps}: {run.command}")
     if changes:
         # The checkpoint first: where it is newer than config.json, flags can still say what holds.
         trainer.save()
@@ -298,7 +298,7 @@ def _write_sample(trainer: Trainer) -> None:
         sample.text = str(run.path / f"sample{tokenizer.output}")
         tokenizer.write(Path(sample.text), sample.tokens)
         run.log(f"a sample: {sample.text}")
-    record(run.path / RECORD, command_line(), prompt, sample, options)
+    record(run.path / RECORD, run.command, prompt, sample, options)
 
 
 def _row(trainer: Trainer, results: dict[str, Any]) -> dict[str, str]:
@@ -323,5 +323,5 @@ def _row(trainer: Trainer, results: dict[str, Any]) -> dict[str, str]:
         "tokens/s": f"{trainer.tokens_per_second:,.0f}",
         "peak memory": f"{peak_bytes(trainer.device) / GiB:.2f} GiB",
         "hours": f"{trainer.seconds / 3600:.2f}",
-        "command": f"`{command_line()}`",
+        "command": f"`{trainer.run.command}`",
     }

@@ -33,10 +33,15 @@ class RunFolder:
         self.best = self.path / "best.safetensors"
         self.last = self.path / "last.safetensors"
         self.tokenizer = self.path / "tokenizer"
+        self.command = command_line()
 
     @classmethod
-    def create(cls, config: Config, data_name: str) -> "RunFolder":
-        """Make `out_dir/<data_name>_<timestamp>`, numbered if two runs start in one second."""
+    def create(cls, config: Config, data_name: str, command: str | None = None) -> "RunFolder":
+        """Make `out_dir/<data_name>_<timestamp>`, numbered if two runs start in one second.
+
+        Args:
+            command: that makes this run alone; None is the one that was typed.
+        """
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         base = Path(config.out_dir).expanduser() / f"{data_name}_{stamp}"
         path, number = base, 2
@@ -50,8 +55,11 @@ class RunFolder:
         except OSError as error:
             raise as_user_error(error, path) from error
         run = cls(path)
+        run.command = command or run.command
         run.write_config(config)
-        write_text(run.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        write_text(
+            run.path / "environment.json", json.dumps(environment(run.command), indent=1) + "\n"
+        )
         return run
 
     def write_config(self, config: Config, changes: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -142,12 +150,16 @@ def check_folder(path: str | Path) -> None:
         raise as_user_error(error, folder) from error
 
 
-def environment() -> dict[str, Any]:
-    """What a result depends on besides the config."""
+def environment(command: str | None = None) -> dict[str, Any]:
+    """What a result depends on besides the config.
+
+    Args:
+        command: that makes it; None is the one that was typed.
+    """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": command_line(),
+        "command": command or command_line(),
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -158,18 +170,22 @@ def environment() -> dict[str, Any]:
     }
 
 
-def command_line() -> str:
+def command_line(arguments: Sequence[str] | None = None) -> str:
     """The command as it was typed, starting with `python`; of paths in this folder what is in it.
 
     It can then be typed again in another clone.
+
+    Args:
+        arguments: take the place of those that were typed.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     program = [os.path.relpath(sys.argv[0])]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.origin == sys.argv[0]:  # run by -m
         program = ["-m", spec.name.removesuffix(".__main__")]
     if sys.argv[0].startswith("wavelet-lm "):
-        return shlex.join([*sys.argv[0].split(), *map(_relative, sys.argv[1:])])
-    return shlex.join(["python", *program, *map(_relative, sys.argv[1:])])
+        return shlex.join([*sys.argv[0].split(), *map(_relative, arguments)])
+    return shlex.join(["python", *program, *map(_relative, arguments)])
 
 
 def _relative(word: str) -> str:
