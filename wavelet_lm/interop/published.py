@@ -8,6 +8,11 @@ silence: every tensor of the file has a place in the model, and every parameter 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -298,9 +303,6 @@ def _tokenizer(name: str) -> Tokenizer:
 
 
 if __name__ == "__main__":
-    from wavelet_lm.environment import start
-
-    start()
     from wavelet_lm.cli.convert import main
     from wavelet_lm.errors import run_command
 

@@ -11,6 +11,11 @@ a binary tree; its models never see them, and so the reader here drops them and 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -202,9 +207,6 @@ def load(folder: Path) -> Task:
 
 
 if __name__ == "__main__":
-    from wavelet_lm.environment import start
-
-    start()
     from wavelet_lm.cli.listops import main
     from wavelet_lm.errors import run_command
 

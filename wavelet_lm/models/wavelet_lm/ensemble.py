@@ -23,11 +23,10 @@ class MultinodalLM(LanguageModel):
     def __init__(self, config: Config, vocab_size: int):
         super().__init__(config, vocab_size)
         n = config.multinodal_num_cells
-        bags = [
-            FeatureBag(config, config.seed + i) if config.multinodal_features_per_cell else None
-            for i in range(n)
-        ]
-        self.cells = nn.ModuleList(WaveletLM(cell_config(config), vocab_size, bag) for bag in bags)
+        # One by one, so that an absurd number of them can be refused while they are made.
+        self.cells = nn.ModuleList(
+            WaveletLM(cell_config(config), vocab_size, feature_bag(config, i)) for i in range(n)
+        )
         self.interval = config.multinodal_cross_cell_gate_interval
         n_gates = len(self.cells[0].order) // self.interval
         self.gates = nn.ModuleList(
@@ -95,6 +94,13 @@ def _side_by_side(carries: list[Carry | None]) -> Carry | None:
     if carries[0] is None:
         return None
     return Carry(torch.cat([carry.mean for carry in carries], dim=-1))
+
+
+def feature_bag(config: Config, cell: int) -> nn.Module | None:
+    """What limits the features that a cell sees, None where it sees all."""
+    if not config.multinodal_features_per_cell:
+        return None
+    return FeatureBag(config, config.seed + cell)
 
 
 class FeatureBag(nn.Module):
