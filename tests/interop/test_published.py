@@ -316,6 +316,9 @@ def test_every_key_of_the_model_is_published_or_an_extension():
     parts = [{"model"}, set(ABSENT), needed, EXTENSIONS]
     assert set().union(*parts) == {spec.name for spec in fields(ModelConfig)}
     assert sum(map(len, parts)) == len(fields(ModelConfig))
+    published = {key for key in HEADLINE if key in ModelConfig.__dataclass_fields__}
+    assert not published & EXTENSIONS
+    assert {"phase_gating", "wavelet_packets", "heads", "wavelet_module"} <= EXTENSIONS
 
 
 @pytest.mark.parametrize("key", ["C", "layers", "levels", "pkm_top_k", "wavelet_crawl_k"])

@@ -103,19 +103,9 @@ NEEDED = {
     "multinodal_enabled": ("multinodal_num_cells", "multinodal_cell_dim"),
 }
 
-# Keys of ModelConfig that are no part of the published family, beside the network's name.
-EXTENSIONS = {
-    "lifting_data_dependent",
-    "wavelet_packets",
-    "hadamard_top_k",
-    "phase_gating",
-    "heads",
-    "gpt_mlp_expansion",
-    "head_hidden",
-    "wavelet_module",
-    "wavelet_fraction",
-    "wavelet_shared_kernels",
-}
+# Keys of ModelConfig that are no part of the published family: all others, but the network's name.
+EXTENSIONS = {spec.name for spec in fields(ModelConfig)} - {"model"} - ABSENT.keys()
+EXTENSIONS -= {key for keys in NEEDED.values() for key in keys}
 
 # Keys of the published program that change nothing of a trained model.
 TRAINING_ONLY = {
