@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from wavelet_lm.cli.generate import parse_options
 from wavelet_lm.config import FIELDS, Config, parse_value, read_json_object
 from wavelet_lm.data.modalities import MODALITY_NAMES
 from wavelet_lm.data.tokenizers import ByteTokenizer
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 GENERATED = ("config.md", "commands.md", "reference.md")  # from the code, by the code
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("C*.md")])
+    for path in sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("[A-Z]*.md")])
 }
 WRITTEN = [page for page in PAGES if not page.endswith(GENERATED)]
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -75,7 +76,7 @@ for _page in WRITTEN:
         if _command[0] == "python":
             _program, _arguments = program_of(_command)
             PROGRAMS.setdefault(_program, []).append((_page, _arguments))
-OTHERS = ("pip/", "pytest/", "wavelet_lm/config_reference")
+OTHERS = ("pip/", "pytest/", "wavelet_lm/config_reference", "wavelet_lm/cli/reference")
 OWN_PROGRAMS = sorted(program for program in PROGRAMS if not program.startswith(OTHERS))
 
 
@@ -121,10 +122,13 @@ def test_commands_parse(program, monkeypatch):
         if "--help" in arguments or not (arguments or program == "train.py"):
             continue  # a program that is named and not run
         try:
+            if program == "generate.py":
+                parse_options("", arguments)  # which also refuses contradictions
+                continue
             found = vars(parser.parse_args(arguments))
         except UserError as error:
             pytest.fail(f"{page}: {program} {shlex.join(arguments)}: {error}")
-        if program == "train.py":
+        if program in ("train.py", "benchmarks/training.py"):
             values = {k: parse_value(k, v) for k, v in found.items() if k in FIELDS}
             file = found.get("config") or "config.json"
             Config.from_dict({**read_json_object(ROOT / file), **values})
@@ -202,3 +206,10 @@ def test_python_examples_run(page, checkout):
 def test_json_examples_are_json(page):
     for text in blocks(page, "json"):
         json.loads(text if text.lstrip().startswith(("{", "[")) else "{" + text + "}")
+
+
+@pytest.mark.parametrize("name", re.findall(r"^::: (\S+)$", PAGES["docs/reference.md"], re.M))
+def test_what_the_reference_names_exists_and_is_described(name):
+    module, _, attribute = name.rpartition(".")
+    thing = getattr(importlib.import_module(module), attribute)
+    assert thing.__doc__

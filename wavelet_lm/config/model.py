@@ -12,7 +12,7 @@ from wavelet_lm.config.option import option
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network. The keys and their meaning are described in the README, "How it works"."""
+    """The network; [How it works](how-it-works.md) says what the keys are about."""
 
     model: str = option(
         "wavelet_lm",
