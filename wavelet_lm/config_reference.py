@@ -75,7 +75,7 @@ def reference() -> str:
                 type_words(spec).removeprefix("a "),
                 f"`{show(spec.default)}`",
                 limits.range().replace("|", "\\|"),
-                limits.meaning,
+                limits.meaning.replace("|", "\\|"),
                 limits.cost or "none",
             ]
             lines.append("| " + " | ".join(cells[: len(columns)]) + " |")

@@ -310,7 +310,11 @@ def open_corpus(
     if dataset and path.exists():
         return path_corpus(path, config.split, log, separator, complete=complete)
     if not HUB_NAME.fullmatch(dataset) or _looks_like_a_path(dataset):
-        hint = "; data/ is a folder that you fill, see README" if dataset[:5] == "data/" else ""
+        hint = (
+            "; data/ is a folder that you fill, see docs/getting-started.md"
+            if dataset[:5] == "data/"
+            else ""
+        )
         raise UserError(f"missing data path: {dataset!r} does not exist{hint}")
     near = difflib.get_close_matches(dataset, ["python-stdlib", *KNOWN], n=1, cutoff=0.7)
     if near and "/" not in dataset:
