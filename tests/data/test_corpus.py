@@ -239,7 +239,7 @@ def test_missing_paths(tmp_path):
     for missing in ("./nothing", "~/nothing-here", "/no/such/file", "poems.txt", "a/b/c", "x y"):
         assert "missing data path" in message(missing, tmp_path)
     assert "docs/getting-started.md" in message("data/nothing-here", tmp_path)
-    assert "README" not in message("./nothing", tmp_path)
+    assert "getting-started" not in message("./nothing", tmp_path)
     assert "did you mean wikitext-103?" in message("wikitext103", tmp_path)
 
 
