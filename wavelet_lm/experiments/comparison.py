@@ -2,7 +2,7 @@
 
 Every run is one of the `Trainer`; a seed decides the order of the batches, so the runs of a seed
 read the same ones. A budget in seconds counts training alone, without validation and without what
-the first step sets up. FLOPs are those of `models/breakdown.py`: matrix products, forward and
+the first step sets up. FLOPs are those of `models/cost.py`: matrix products, forward and
 backward, without the Hadamard transforms.
 """
 

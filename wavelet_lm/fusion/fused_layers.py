@@ -9,7 +9,7 @@
   beside them; a memory's query and sub-keys become one matrix where that is smaller.
 
 Every part is built from trained modules, which it leaves as they are, and computes in their
-precision. Every matrix of a part is a module of `products.py`.
+precision. Every matrix of a part is a module of `linear.py`.
 """
 
 from __future__ import annotations

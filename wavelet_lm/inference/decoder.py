@@ -40,7 +40,7 @@ class Decoder:
     Args:
         model: left as it is; or one whose weights are stored (`models/weights.py`).
         context: what a token sees of the text: `stream` (as the model itself reads), `window:N`,
-            `recompute:N` or `auto` (`contexts.py`).
+            `recompute:N` or `auto` (`context.py`).
         dtype: of the weights and the computation; None keeps the model's.
         compile: compile whole steps with torch.compile.
         adapt: the fast weights learn while decoding; None asks the model's config.
