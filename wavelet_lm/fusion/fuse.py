@@ -1,9 +1,9 @@
 """A model's weights put together for reading: the same function in fewer and larger products.
 
-`prepare` leaves the model alone and returns a twin of folded parts (`fused_layers.py`), which shares the
-weights that need no change. A part with a switch that stands in the way of a fold (a norm between
-transform and product, packets, several bases, nets that depend on their input) runs as it was
-trained.
+`prepare` leaves the model alone and returns a twin of folded parts (`fused_layers.py`), which
+shares the weights that need no change. A part with a switch that stands in the way of a fold (a
+norm between transform and product, packets, several bases, nets that depend on their input) runs as
+it was trained.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ OPTIONS = (
 class Engine:
     """Writes texts with a model.
 
-    Its weights are put together for reading once (`fusion/fuse.py`). Where they have changed since the
+    Its weights are put together for reading once (`fuse.py`). Where they have changed since the
     last text, by training or `load_state_dict`, that is done again. The model is not kept: an
     engine lives on when it is gone, in about the memory of its weights.
 

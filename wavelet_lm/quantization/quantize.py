@@ -50,7 +50,7 @@ def quantize(
 ) -> LanguageModel:
     """A prepared twin of `model` with weights as the scheme says; vectors and norms stay.
 
-    The model's folds come first (`fusion/fuse.py`), so that what is rounded is what is read: a mixer's
+    The model's folds come first (`fuse.py`), so that what is rounded is what is read: a mixer's
     matrix, near the identity when it starts, has entries of one size in the Hadamard domain.
 
     Args:
