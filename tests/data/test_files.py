@@ -44,6 +44,10 @@ def splits(folder, log=QUIET, **options):
         (["TRAINING.txt"], ["my_dev_set.md"], ["held-out.txt"]),
         (["en/train.txt", "fr/train.txt"], ["en/val.txt", "fr/val.txt"], ["en/eval.txt"]),
         (["train/a.txt", "train/about_test.txt"], ["valid/b.txt.gz"], ["test/c.txt"]),
+        (["train_set/w.train.txt"], ["train_set/w.valid.txt"], ["train_set/w.test.txt"]),
+        (["train_test/train.txt"], ["train_test/val.txt"], ["train_test/test.txt"]),
+        (["train.txt"], ["valid.txt"], ["test-00000-of-00001.jsonl"]),
+        (["trainSet.txt"], ["validating.txt"], ["wiki.holdout.txt"]),
     ],
 )
 def test_splits_in_every_style(train, valid, test, tmp_path):
@@ -73,6 +77,7 @@ def test_no_held_out_line_is_trained_on(tmp_path):
         (["train.txt", "valid.txt", "val.txt"], ["val.txt", "valid.txt", "which is it?"]),
         (["a.train.txt", "a.valid.txt", "train_test.txt"], ["train_test.txt", "one or none"]),
         (["book.txt", "book.txt.gz"], ["book.txt", "book.txt.gz", "twice"]),
+        (["train_corpus/test/a.txt", "README.md"], ["train_corpus/test/a.txt", "one or none"]),
         (["book.md.GZ", "book.md.gz"], ["book.md.gz", "book.md.GZ", "twice"]),
     ],
 )
@@ -100,7 +105,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     folder, other = tmp_path / "data", make(tmp_path / "other", "c.txt", "deep/d.txt")
     make(folder, "a.txt", ".hidden.txt")
     (folder / "linked").symlink_to(other)
-    (folder / "file.txt").symlink_to(other / "c.txt")
+    (folder / "file.txt").symlink_to(make(tmp_path / "third", "e.txt") / "e.txt")
     (other / "deep" / "up").symlink_to(folder)
     names = [file.relative_to(folder).as_posix() for file in find_files(folder, TextFiles)]
     assert names == ["a.txt", "file.txt", "linked/c.txt", "linked/deep/d.txt"]
@@ -138,6 +143,13 @@ def test_what_cannot_be_looked_at_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "stat", refuse)
     with pytest.raises(UserError, match=r"locked: cannot be read \(Permission denied\)"):
         list(walk(tmp_path))
+
+
+def test_a_file_that_is_there_twice_is_named(tmp_path):
+    make(tmp_path, "train.txt")
+    (tmp_path / "valid.txt").symlink_to(tmp_path / "train.txt")
+    with pytest.raises(UserError, match=r"train\.txt and valid\.txt are one file"):
+        splits(tmp_path)
 
 
 def test_a_dead_link_is_named(tmp_path):

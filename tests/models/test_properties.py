@@ -135,6 +135,7 @@ quickly = settings(
 @quickly
 @given(configs())
 def test_gradients_are_finite_and_reach_every_parameter(config):
+    assume(config.mixer_gate_activation != "relu")  # a narrow gate of it may be closed everywhere
     model = make(config)
     if config.stochastic_depth_rate == 0:
         model.train()  # a dropped block has no gradient

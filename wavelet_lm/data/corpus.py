@@ -165,7 +165,7 @@ def read_documents(path: Path) -> Iterator[Document]:
 
     Raises `UserError` naming the place when the file is not what its name says.
     """
-    if ".jsonl" in path.name.lower():
+    if path.name.lower().endswith((".jsonl", ".jsonl.gz")):
         for row in _jsonl_rows(path):
             yield iter((row,))
     else:

@@ -18,9 +18,18 @@ from wavelet_lm.data.modalities import names_for
 from wavelet_lm.errors import UserError
 
 SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "valid": ("valid", "val", "validation", "dev"),
-    "test": ("test", "eval", "heldout"),
+    "train": ("train", "training", "trainset"),
+    "valid": (
+        "valid",
+        "val",
+        "validation",
+        "validating",
+        "dev",
+        "development",
+        "validset",
+        "devset",
+    ),
+    "test": ("test", "testing", "eval", "evaluation", "heldout", "holdout", "testset"),
 }
 SPLIT_OF = {word: split for split, words in SPLIT_NAMES.items() for word in words}
 ALL = "all"  # the part of files that name no splits
@@ -52,19 +61,29 @@ def files_by_split(
     files = find_files(path, kind)
     if not path.is_dir():
         return {ALL: files}
-    places = {file: file.relative_to(path) for file in files}
-    words = {file: _exact_word(place) for file, place in places.items()}
-    has_exact = any(words.values())
-    # Names that are nothing but the word count alone where they make a whole data set.
+    # What all files share above them tells none from another.
+    above = Path(os.path.commonpath([file.parent for file in files]))
+    places = {file: file.relative_to(above) for file in files}
+    exact = {file: _exact_word(place) for file, place in places.items()}
     unclear: list[Path] = []
-    if not {"train", "valid"} <= {SPLIT_OF.get(word) for word in words.values()}:
-        words = {file: _word_inside(place, unclear) for file, place in places.items()}
+    words = {file: exact[file] or _word_inside(place, unclear) for file, place in places.items()}
+    named = {SPLIT_OF[word] for word in exact.values() if word is not None}
+    if {"train", "valid"} <= named:
+        # Names that are nothing but the word make a whole data set; others may add a split to it.
+        unclear = []
+        for file, word in words.items():
+            if exact[file] is None and SPLIT_OF.get(word) in named:
+                words[file] = None
     found: dict[str, list[Path]] = {}
     for file, word in words.items():
         if word is not None:
             found.setdefault(SPLIT_OF[word], []).append(file)
-    if not ({"valid", "test"} & found.keys() or has_exact):
-        return {ALL: files}  # a word such as train in some name means nothing by itself
+    in_folders = [place for place in unclear if len(place.parts) > 1]
+    if not ({"valid", "test"} & found.keys() or named or in_folders):
+        # A word such as train in some name means nothing by itself.
+        if complete:
+            log(f"{path}: no splits are named; {len(files):,} files, cut by position")
+        return {ALL: files}
     if unclear:
         raise UserError(
             f"{path}: the name {unclear[0]} says more than one split; rename it so that it says one"
@@ -103,7 +122,15 @@ def find_files(path: Path, kind: FileKind) -> list[Path]:
         advice = _other_kind(inside, kind)
         raise UserError(f"{path}: the folder holds no {kind.kind} files ({formats}){advice}")
     unpacked: dict[str, Path] = {}
+    known: dict[tuple[int, int], Path] = {}
     for file in files:
+        status = _status(file)
+        same = known.setdefault((status.st_dev, status.st_ino), file)
+        if same != file:
+            raise UserError(
+                f"{path}: {same.relative_to(path)} and {file.relative_to(path)} are one file, there"
+                " twice through a link; remove one of them"
+            )
         other = unpacked.setdefault(re.sub(r"\.gz$", "", str(file), flags=re.IGNORECASE), file)
         if other != file:
             raise UserError(
@@ -186,20 +213,16 @@ def _exact_word(place: Path) -> str | None:
 
 
 def _word_inside(place: Path, unclear: list[Path]) -> str | None:
-    """The word of a split in the file's name or, before that, in those of its folders.
+    """The word of a split in the file's name or in those of its folders.
 
-    A place whose name says several splits is added to `unclear`.
+    A place whose names say several splits is added to `unclear`.
     """
-    for part in place.parts:
-        letters = re.findall(r"[^\W\d_]+", re.sub("held.?out", "heldout", part.lower()))
-        words = [word for word in letters if word in SPLIT_OF]
-        splits = {SPLIT_OF[word] for word in words}
-        if len(splits) > 1:
-            unclear.append(place)
-            return None
-        if words:
-            return words[0]
-    return None
+    name = re.sub("h[eo]ld.?out", "heldout", place.as_posix().lower())
+    words = [word for word in re.findall(r"[^\W\d_]+", name) if word in SPLIT_OF]
+    if len({SPLIT_OF[word] for word in words}) > 1:
+        unclear.append(place)
+        return None
+    return words[0] if words else None
 
 
 def _refuse_two_words(path: Path, words: dict[Path, str | None]) -> None:

@@ -15,6 +15,7 @@ from wavelet_lm.inference.checks import check_seed
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.sampling.logits import SamplingOptions, draw, entropy, log_probs_of
 from wavelet_lm.inference.sampling.random import uniforms
+from wavelet_lm.json_files import brief
 
 if TYPE_CHECKING:
     from wavelet_lm.data.tokenizers import Tokenizer
@@ -203,6 +204,10 @@ def start_token(tokenizer: Tokenizer) -> tuple[int, str]:
 
 def check_vocabulary(model: nn.Module, tokenizer: Tokenizer) -> None:
     """Raise `UserError` where a tokenizer is not the one that the model was trained with."""
+    if not hasattr(tokenizer, "vocab_size"):
+        raise UserError(
+            f"the tokenizer is {brief(tokenizer)}; it must be the one of load_tokenizer"
+        )
     if tokenizer.vocab_size != model.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens and the model"
