@@ -14,7 +14,7 @@ from wavelet_lm.models.wavelet_lm.mixer import LargestCoefficients
 from wavelet_lm.models.wavelet_lm.model import Carry
 from wavelet_lm.transforms.hadamard import hadamard_transform
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 V = 23
 
 VARIANTS = {
