@@ -1,11 +1,11 @@
 """Training speed beside other busy processes, by how threads wait and how many there are.
 
     python benchmarks/shared_machine.py --json benchmarks/results/shared_machine_cpu.json
-    python benchmarks/shared_machine.py --settings sleeping,spin:1000,one --busy 0,3 --repeats 9
+    python benchmarks/shared_machine.py --settings ours,spin:3000,one --busy 0,3 --repeats 9
 
-A setting is a process that trains the config on random tokens: `spinning` as libgomp waits by
-itself, `sleeping` as the project's commands wait, `one` with one thread, `spin:N` with
-GOMP_SPINCOUNT N. They take turns of some seconds, each beside the same number of busy processes,
+A setting is a process that trains the config on random tokens: `ours` as the project's commands
+wait, `spinning` as libgomp waits by itself, `sleeping` at once, `one` with one thread, `spin:N`
+with GOMP_SPINCOUNT N. They take turns of some seconds, each beside the same number of busy processes,
 which this program starts and ends; the others sleep meanwhile. The fair share of n threads beside m
 busy processes on c CPUs is that of c·n / (n + m) CPUs where that is less than n.
 """
@@ -39,8 +39,9 @@ CONFIG = "configs/quickstart.json"
 VOCAB_SIZE = 256
 LIBGOMP_SPINS = "300000"  # what it spins for where nothing is set
 SETTINGS: dict[str, dict[str, str]] = {
+    "ours": {},
     "spinning": {"GOMP_SPINCOUNT": LIBGOMP_SPINS},
-    "sleeping": {},
+    "sleeping": {"OMP_WAIT_POLICY": "passive"},
     "one": {"OMP_NUM_THREADS": "1"},
 }
 BUSY = [sys.executable, "-c", "import os\nwhile os.getppid() == {parent}: pass"]
