@@ -5,9 +5,9 @@
 
 A setting is a process that trains the config on random tokens: `ours` as the project's commands
 wait, `spinning` as libgomp waits by itself, `sleeping` at once, `one` with one thread, `spin:N`
-with GOMP_SPINCOUNT N. They take turns of some seconds, each beside the same number of busy processes,
-which this program starts and ends; the others sleep meanwhile. The fair share of n threads beside m
-busy processes on c CPUs is that of c·n / (n + m) CPUs where that is less than n.
+with GOMP_SPINCOUNT N. They take turns of some seconds, each beside the same number of busy
+processes, which this program starts and ends; the others sleep meanwhile. The fair share of n
+threads beside m busy processes on c CPUs is that of c·n / (n + m) CPUs where that is less than n.
 """
 
 from __future__ import annotations

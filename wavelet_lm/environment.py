@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-# Threads that wait for one another in a small product should soon sleep, not spin: the one that they
-# wait for may be without a CPU, and they are what keeps it from one. A thousand rounds are as fast
-# as any number on a machine that does nothing else, as benchmarks/shared_machine.py measures.
+# Threads that wait for one another in a small product should soon sleep, not spin: the one that
+# they wait for may be without a CPU, and they are what keeps it from one. A thousand rounds are as
+# fast as any number on a machine that does nothing else (benchmarks/shared_machine.py).
 WAIT_POLICY = {"GOMP_SPINCOUNT": "1000"}
 # Any of these is the user's own choice of how threads wait.
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")

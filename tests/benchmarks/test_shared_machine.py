@@ -41,5 +41,5 @@ def test_a_small_measurement(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("setting", ["two", "spin:", "spin:x", ""])
 def test_an_unknown_setting_is_refused(setting):
-    with pytest.raises(UserError, match="it may have spinning, sleeping, one, spin:N"):
+    with pytest.raises(UserError, match="it may have ours, spinning, sleeping, one, spin:N"):
         shared_machine.variables_of(setting)
