@@ -39,10 +39,10 @@ from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.threads import use_threads
 from wavelet_lm.training.compilation import compiled
+from wavelet_lm.training.language import LanguageModelling, total_steps
 from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.memory_estimate import peak_bytes, reset_peak
 from wavelet_lm.training.optimizers import STATE_BYTES
-from wavelet_lm.training.run import total_steps
 from wavelet_lm.training.run_folder import RunFolder
 
 # Numbers of a state that share a scale in bitsandbytes.
@@ -61,8 +61,9 @@ def measure(config: Config, data: TokenizedText) -> dict[str, Any]:
     reset_peak()
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder.create(config.replace(out_dir=folder), data.name)
-        trainer = Trainer(config, model, data, run, device, total_steps(config, data))
-        trainer.loss_function = compiled(model, config, device, run.log)
+        task = LanguageModelling(config, model, data, device)
+        task.loss_function = compiled(model, config, device, run.log)
+        trainer = Trainer(config, task, run, total_steps(config, data))
         trainer.train()
         rows = run.metrics()
     train = [row for row in rows if row["event"] == "train"]
@@ -72,7 +73,7 @@ def measure(config: Config, data: TokenizedText) -> dict[str, Any]:
     return {
         "optimizer": config.optimizer,
         "seed": config.seed,
-        "steps": trainer.total_steps,
+        "steps": trainer.progress.total_steps,
         "parameters": n_params(model),
         **state_memory(trainer),
         "mean_root_second_moment": float(f"{mean_root_second_moment(trainer):.4g}"),
@@ -91,7 +92,7 @@ def state_memory(trainer: Trainer) -> dict[str, int]:
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()
     }
     quantized = {n.split("/")[1] for n, t in tensors.items() if t.dtype == torch.uint8}
-    sizes = {name: p.numel() for name, p in trainer.model.named_parameters()}
+    sizes = {name: p.numel() for name, p in trainer.task.model.named_parameters()}
     return {
         "state_bytes": sum(storages.values()),
         "parameters_in_8_bits": sum(sizes[name] for name in quantized),

@@ -29,6 +29,7 @@ from wavelet_lm.errors import run_command
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.threads import use_threads
 from wavelet_lm.training.compilation import compiled
+from wavelet_lm.training.language import LanguageModelling
 from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.memory_estimate import GiB, estimate_bytes, peak_bytes
 from wavelet_lm.training.run_folder import RunFolder
@@ -82,8 +83,9 @@ def measure(config: Config, vocab_size: int) -> dict[str, object]:
         model = build_model(config, vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder.create(config.replace(out_dir=folder), data.name)
-        trainer = Trainer(config, model, data, run, device, config.max_steps)
-        trainer.loss_function = compiled(model, config, device, run.log)
+        task = LanguageModelling(config, model, data, device)
+        task.loss_function = compiled(model, config, device, run.log)
+        trainer = Trainer(config, task, run, config.max_steps)
         trainer.train()
         rows = run.metrics()
     train = [row for row in rows if row["event"] == "train"]

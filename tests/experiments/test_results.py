@@ -10,7 +10,7 @@ import torch
 
 from wavelet_lm.errors import UserError
 from wavelet_lm.experiments.results import check_targets, write_results
-from wavelet_lm.training.run_folder import command_line
+from wavelet_lm.training.provenance import command_line
 
 
 def test_results_say_where_they_come_from(tmp_path):

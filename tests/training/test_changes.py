@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.training import runs
-from tests.training.test_resume import before_step, killed_run, whole_run
+from tests.training.test_resume import before_step, found, killed_run, whole_run
 from wavelet_lm.config import Config, ConfigError
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.models.checkpoint import Checkpoint, load_model, save_checkpoint
@@ -132,16 +132,17 @@ def test_other_validation_windows_measure_the_best_anew(tmp_path, monkeypatch):
     """Losses on other windows do not compete: best is kept with its loss on the new ones."""
     run = killed_run(tmp_path, monkeypatch)
     best = Checkpoint(run / "best.safetensors").metadata
-    found = []
+    seen = []
     restored = Trainer._restore_best
 
     def spy(trainer, revalidate):
         restored(trainer, revalidate)
-        found.append((revalidate, trainer.best_step, trainer.best_loss, len(trainer.validation)))
+        done, n_passes = trainer.progress, len(trainer.task.validation)
+        seen.append((revalidate, done.best_step, done.best_loss, n_passes))
 
     monkeypatch.setattr(Trainer, "_restore_best", spy)
     resume(run, {"eval_batches": 5, "max_steps": 21})
-    ((revalidate, step, loss, n_passes),) = found
+    ((revalidate, step, loss, n_passes),) = seen
     assert (revalidate, step, n_passes) == (True, best["step"], 5)
     assert loss != best["val_loss"]
     assert "validation reads other windows than before" in (run / "log.txt").read_text("utf-8")
@@ -153,7 +154,7 @@ def test_best_of_an_abandoned_future_is_the_one_to_beat(tmp_path, monkeypatch):
     """Killed after a better `best` than the last checkpoint knows, and then changed."""
     run = killed_run(tmp_path, monkeypatch, step=22, save_interval=15)
     assert Checkpoint(run / "best.safetensors").metadata["step"] == 20
-    monkeypatch.setattr(Trainer, "validate", lambda trainer: 100.0)
+    monkeypatch.setattr(Trainer, "validate", found(lambda step: 100.0))
     resume(run, {"max_steps": 16})
     assert Checkpoint(run / "best.safetensors").metadata["step"] == 20
     assert Checkpoint(run / "last.safetensors").metadata["best_step"] == 20

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from tests.training import runs
-from tests.training.test_resume import before_step
+from tests.training.test_resume import before_step, found
 from wavelet_lm.data.batches import validation_batches
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.checkpoint import Checkpoint, load_model
-from wavelet_lm.training.loop import Diverged, Trainer
+from wavelet_lm.training.language import LanguageModelling
+from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.optimizers import Optimizer
+from wavelet_lm.training.report import Diverged
 from wavelet_lm.training.run import train
 from wavelet_lm.training.run_folder import RunFolder
 
@@ -43,15 +45,15 @@ def trained(folder, **overrides):
 @pytest.mark.parametrize("order", ["sequential", "random"])
 def test_accumulated_micro_batches_are_one_large_batch(tmp_path, monkeypatch, order):
     """The gradient of 4 micro-batches of 2 windows against that of all 8 windows at once."""
-    found = []
+    seen = []
 
     def compare(trainer):
-        trainer.model.loss(*trainer.batches[0])[0].backward()
-        found.append(gradients(trainer.model))
+        trainer.task.model.loss(*trainer.task.windows[0])[0].backward()
+        seen.append(gradients(trainer.task.model))
         trainer.optimizer.zero_grad()
 
     def keep(precision, optimizer, model, clip):
-        found.append(gradients(model))
+        seen.append(gradients(model))
 
     before_step(monkeypatch, 0, compare)
     monkeypatch.setattr("wavelet_lm.training.precision.Precision.update", keep)
@@ -63,7 +65,7 @@ def test_accumulated_micro_batches_are_one_large_batch(tmp_path, monkeypatch, or
         grad_accum=4,
         max_steps=1,
     )
-    large, accumulated = found
+    large, accumulated = seen
     assert large.keys() == accumulated.keys()
     for name in large:
         torch.testing.assert_close(accumulated[name], large[name], rtol=1e-4, atol=1e-6)
@@ -73,14 +75,14 @@ def test_accumulated_micro_batches_are_one_large_batch(tmp_path, monkeypatch, or
 def test_a_memory_setting_changes_neither_batches_nor_validation(tmp_path, monkeypatch, order):
     """8 windows at once, twice 4 and four times 2: the same windows in the same step."""
     read, validated = [], []
-    real = Trainer._update
+    real = LanguageModelling.losses
 
-    def recorded(trainer, batch):
+    def recorded(task, step, batch):
         read[-1].append(torch.cat([inputs for inputs, _ in batch]))
-        assert {len(inputs) for inputs, _ in batch} == {trainer.config.micro_batch_size}
-        return real(trainer, batch)
+        assert {len(inputs) for inputs, _ in batch} == {task.config.micro_batch_size}
+        return real(task, step, batch)
 
-    monkeypatch.setattr(Trainer, "_update", recorded)
+    monkeypatch.setattr(LanguageModelling, "losses", recorded)
     losses = []
     for micro, accum in ((8, 1), (4, 2), (2, 4)):
         folder = tmp_path / str(micro)
@@ -104,10 +106,10 @@ def test_a_memory_setting_changes_neither_batches_nor_validation(tmp_path, monke
 def test_the_carry_of_a_window_is_the_mean_of_the_window_before(tmp_path, monkeypatch):
     """Row by row through the whole text, and zero where it starts again."""
     seen = []
-    real = Trainer._update
+    real = LanguageModelling.losses
 
-    def watched(trainer, batch):
-        loss = trainer.loss_function
+    def watched(task, step, batch):
+        loss = task.loss_function
 
         def spy(inputs, targets, start):
             seen.append((inputs, start.mean))
@@ -115,13 +117,13 @@ def test_the_carry_of_a_window_is_the_mean_of_the_window_before(tmp_path, monkey
             seen[-1] += (result[1][-1].mean,)
             return result
 
-        trainer.loss_function = spy
+        task.loss_function = spy
         try:
-            return real(trainer, batch)
+            yield from real(task, step, batch)
         finally:
-            trainer.loss_function = loss
+            task.loss_function = loss
 
-    monkeypatch.setattr(Trainer, "_update", watched)
+    monkeypatch.setattr(LanguageModelling, "losses", watched)
     (tmp_path / "words.txt").write_text(runs.some_text(90), encoding="utf-8")
     trained(tmp_path, data_order="sequential", grad_accum=2, max_steps=12)
     # Two micro-batches take turns, each with its own rows of the text.
@@ -174,7 +176,7 @@ def test_short_runs_end_with_a_best_checkpoint(tmp_path, overrides, evaluations)
 @pytest.mark.parametrize(("skip", "expected"), [(True, 20), (False, 10)])
 def test_no_best_in_warmup_unless_wanted(tmp_path, monkeypatch, skip, expected):
     """Validation losses that only rise: the first one that counts stays the best."""
-    monkeypatch.setattr(Trainer, "validate", lambda trainer: 1 + trainer.step / 100)
+    monkeypatch.setattr(Trainer, "validate", found(lambda step: 1 + step / 100))
     run = trained(tmp_path, warmup_fraction=0.5, skip_warmup_saves=skip)
     metadata = Checkpoint(run / "best.safetensors").metadata
     assert metadata == {"step": expected, "val_loss": 1 + expected / 100}
@@ -226,7 +228,7 @@ def poke(value, parameter):
 
     def poked(trainer):
         with torch.no_grad():
-            dict(trainer.model.named_parameters())[parameter].view(-1)[0] = value
+            dict(trainer.task.model.named_parameters())[parameter].view(-1)[0] = value
 
     return poked
 
@@ -261,7 +263,7 @@ def test_a_loss_that_explodes_stops(tmp_path, monkeypatch):
 
 def test_a_validation_loss_that_is_not_finite_stops(tmp_path, monkeypatch):
     losses = {0: 3.0, 10: 2.0}
-    monkeypatch.setattr(Trainer, "validate", lambda self: losses.get(self.step, math.inf))
+    monkeypatch.setattr(Trainer, "validate", found(lambda step: losses.get(step, math.inf)))
     assert "the validation loss is inf at step 20" in last_words(tmp_path)
 
 

@@ -15,6 +15,7 @@ from wavelet_lm.models.checkpoint import Checkpoint
 from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.run import resume, train
 from wavelet_lm.training.run_folder import RunFolder
+from wavelet_lm.training.task import Validation
 
 
 class Killed(BaseException):
@@ -25,12 +26,22 @@ def before_step(monkeypatch, step, action):
     """Call `action(trainer)` in place of the update number `step` (from 0), and then go on."""
     update = Trainer._update
 
-    def patched(trainer, batch):
-        if trainer.step == step:
+    def patched(trainer):
+        if trainer.progress.step == step:
             action(trainer)
-        return update(trainer, batch)
+        update(trainer)
 
     monkeypatch.setattr(Trainer, "_update", patched)
+
+
+def found(loss_of):
+    """A validation that finds this loss of a step."""
+
+    def validate(trainer):
+        loss = loss_of(trainer.progress.step)
+        return Validation(loss, {"val_loss": loss, "bits_per_byte": None}, [])
+
+    return validate
 
 
 def kill(trainer):
@@ -131,7 +142,7 @@ def test_a_stop_where_an_evaluation_is_due_and_then_a_kill(folders, monkeypatch,
     run = runs.only_run(folders[1])
     with monkeypatch.context() as patch, pytest.raises(Killed):
         # The checkpoint that follows the evaluation, or the sample that follows the last one.
-        unreached = "loop.Trainer.save" if step < 40 else "run._write_sample"
+        unreached = "loop.Trainer.save" if step < 40 else "conclusion._write_sample"
         patch.setattr(f"wavelet_lm.training.{unreached}", kill)
         resume(run)
     resume(run)
@@ -154,7 +165,7 @@ def test_best_of_a_killed_run_is_written_again(folders, monkeypatch):
 
 def test_a_resumed_run_knows_its_best_loss(tmp_path, monkeypatch):
     """Validation losses that only rise: the best checkpoint is one of before the kill."""
-    monkeypatch.setattr(Trainer, "validate", lambda trainer: 1 + trainer.step / 100)
+    monkeypatch.setattr(Trainer, "validate", found(lambda step: 1 + step / 100))
     run = killed_run(tmp_path, monkeypatch)
     resume(run)
     assert Checkpoint(run / "best.safetensors").metadata == {"step": 10, "val_loss": 1.1}
@@ -202,7 +213,7 @@ def test_ctrl_c_after_the_last_step_tells_how_to_evaluate(tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="evaluate it with:"):
-        patch.setattr("wavelet_lm.training.run.evaluate_run", interrupted)
+        patch.setattr("wavelet_lm.training.conclusion.evaluate_run", interrupted)
         train(runs.run_config(tmp_path))
     run = resume(runs.only_run(tmp_path))
     assert [row["event"] for row in run.metrics()][-2:] == ["test", "end"]
@@ -213,7 +224,7 @@ def test_ctrl_c_in_the_last_evaluation_or_save_stops(tmp_path, monkeypatch, duri
     real = getattr(Trainer, during)
 
     def patched(trainer):
-        if trainer.step == trainer.total_steps:
+        if trainer.progress.step == trainer.progress.total_steps:
             signal.raise_signal(signal.SIGTERM)
         return real(trainer)
 

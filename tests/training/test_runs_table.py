@@ -9,9 +9,9 @@ import pytest
 
 from tests.training import runs
 from wavelet_lm.errors import UserError
-from wavelet_lm.training import run_folder
+from wavelet_lm.training import provenance
+from wavelet_lm.training.provenance import command_line, commit
 from wavelet_lm.training.run import resume, train
-from wavelet_lm.training.run_folder import command_line, commit
 from wavelet_lm.training.runs_table import COLUMNS, append_run
 
 
@@ -104,7 +104,7 @@ def test_a_table_that_breaks_during_the_run_does_not_keep_it_from_ending(tmp_pat
     def breaks(path, row):
         raise UserError(f"{path}: the disk is full")
 
-    with mock.patch("wavelet_lm.training.run.append_run", breaks):
+    with mock.patch("wavelet_lm.training.conclusion.append_run", breaks):
         run = train(runs.run_config(tmp_path, max_steps=3))
     assert run.metrics()[-1]["event"] == "end"
     log = (run.path / "log.txt").read_text(encoding="utf-8")
@@ -131,7 +131,7 @@ def test_a_row_does_not_mark_the_commit_as_changed(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run([*git, *words], check=True)
-    monkeypatch.setattr(run_folder, "__file__", str(package / "code.py"))
+    monkeypatch.setattr(provenance, "__file__", str(package / "code.py"))
     clean = commit()
     assert len(clean) == 12
     append_run(tmp_path / "runs.md", {"name": "one"})

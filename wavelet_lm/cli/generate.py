@@ -12,7 +12,7 @@ from wavelet_lm.devices import resolve_device
 from wavelet_lm.inference.build_engine import open_writer
 from wavelet_lm.models.checkpoint import find_checkpoint
 from wavelet_lm.threads import use_threads
-from wavelet_lm.training.run_folder import command_line
+from wavelet_lm.training.provenance import command_line
 
 
 def main() -> None:

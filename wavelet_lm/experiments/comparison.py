@@ -29,14 +29,16 @@ from wavelet_lm.models.cost import breakdown
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.threads import use_threads
 from wavelet_lm.training.compilation import compiled
-from wavelet_lm.training.loop import Diverged, Trainer
+from wavelet_lm.training.language import LanguageModelling, total_steps
+from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.memory_estimate import (
     estimate_bytes,
     refuse_large_model_on_cpu,
     refuse_what_cannot_fit,
 )
-from wavelet_lm.training.run import total_steps
+from wavelet_lm.training.report import Diverged
 from wavelet_lm.training.run_folder import RunFolder
+from wavelet_lm.training.task import Task
 
 AXES = ("step", "epoch", "seconds", "flops")
 
@@ -104,14 +106,12 @@ class ComparedTrainer(Trainer):
     def __init__(
         self,
         config: Config,
-        model: torch.nn.Module,
-        data: TokenizedText,
+        task: Task,
         run: RunFolder,
-        device: torch.device,
         steps: int | None,
         seconds: float = math.inf,
     ):
-        super().__init__(config, model, data, run, device, steps or 1)
+        super().__init__(config, task, run, steps or 1)
         self.clock: list[float] = []
         self._seconds = None if steps else seconds
 
@@ -121,28 +121,25 @@ class ComparedTrainer(Trainer):
 
     def _warm_up(self) -> None:
         """Compile and allocate outside of the clock; nothing of the run is changed by it."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        device = self.task.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for _ in range(2):
                 started = time.perf_counter()
-                for (inputs, targets), start in zip(self._load(0), self._starts(0), strict=True):
-                    with self.precision.autocast():
-                        loss, _ = self.loss_function(inputs, targets, start)
+                for loss in self.task.losses(0, self.batches[0]):
                     loss.backward()
                 float(loss.detach())
                 seconds = time.perf_counter() - started
         self.optimizer.zero_grad()
         if self._seconds:
-            self.total_steps = max(1, int(self._seconds / seconds))
+            self.progress.total_steps = max(1, int(self._seconds / seconds))
 
-    def _report(self, bar: Any) -> None:
-        self.clock.append(self.seconds)
+    def _stepped(self) -> None:
+        done = self.progress
+        self.clock.append(done.seconds)
         if self._seconds:
-            fitting = int(self._seconds * self.step / self.seconds)
-            is_over = self.seconds >= self._seconds
-            self.total_steps = self.step if is_over else max(self.step + 1, fitting)
-            bar.total = self.total_steps
-        super()._report(bar)
+            fitting = int(self._seconds * done.step / done.seconds)
+            is_over = done.seconds >= self._seconds
+            done.total_steps = done.step if is_over else max(done.step + 1, fitting)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -235,8 +232,9 @@ def train_one(config: Config, data: TokenizedText, budget: Budget | None, costs:
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder.create(config.replace(out_dir=folder), data.name)
         seconds = math.inf if budget is None else budget.amount
-        trainer = ComparedTrainer(config, model, data, run, device, steps, seconds)
-        trainer.loss_function = compiled(model, config, device, run.log)
+        task = LanguageModelling(config, model, data, device)
+        task.loss_function = compiled(model, config, device, run.log)
+        trainer = ComparedTrainer(config, task, run, steps, seconds)
         trainer.train()
         metrics = run.metrics()
     step_seconds = statistics.median(b - a for a, b in pairwise([0.0, *trainer.clock]))
@@ -248,9 +246,9 @@ def train_one(config: Config, data: TokenizedText, budget: Budget | None, costs:
     return {
         "n_params": n_params(model),
         **costs,
-        "steps": trainer.step,
-        "seconds": round(trainer.seconds, 3),
-        "flops": trainer.step * flops_per_step,
+        "steps": trainer.progress.step,
+        "seconds": round(trainer.progress.seconds, 3),
+        "flops": trainer.progress.step * flops_per_step,
         "step_milliseconds": round(1000 * step_seconds, 3),
         "tokens_per_second": round(tokens_per_step(config) / step_seconds, 1),
         **{key: curve[-1][key] for key in ("train_loss", "valid_loss")},

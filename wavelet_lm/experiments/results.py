@@ -7,7 +7,7 @@ from typing import Any
 
 from wavelet_lm.atomic_files import check_writable, write_text
 from wavelet_lm.errors import UserError
-from wavelet_lm.training.run_folder import environment
+from wavelet_lm.training.provenance import environment
 
 
 def write_results(path: str | Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:

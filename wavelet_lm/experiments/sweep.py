@@ -32,8 +32,9 @@ from wavelet_lm.config import (
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.models.checkpoint import Checkpoint
 from wavelet_lm.training.memory_estimate import reset_peak
+from wavelet_lm.training.provenance import command_line
 from wavelet_lm.training.run import train
-from wavelet_lm.training.run_folder import RunFolder, command_line
+from wavelet_lm.training.run_folder import RunFolder
 from wavelet_lm.training.runs_table import check_table
 
 Values = dict[str, Any]

@@ -2,7 +2,7 @@
 
 The header's metadata carries the config, the vocabulary size and the step, so that a file can be
 loaded without anything beside it. A training checkpoint (`last.safetensors`) is the same file with
-more tensors, whose names start with a prefix that no parameter has (`training/loop.py`).
+more tensors, whose names start with a prefix that no parameter has (`training/saved_state.py`).
 """
 
 import json

@@ -2,29 +2,27 @@
 
 import errno
 import json
-import os
-import platform
 import shlex
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import torch
-
 from wavelet_lm.atomic_files import append_line, as_user_error, write_text
 from wavelet_lm.config import CHANGES, Config, read_json_object
 from wavelet_lm.errors import UserError
-
-# What a result depends on in a checkout, besides the config, which a run keeps itself.
-CODE = (":(top)*.py", ":(top)pyproject.toml", ":(top)constraints.txt")
+from wavelet_lm.training.provenance import command_line, environment
 
 
 class RunFolder:
-    """Paths and writers of a run folder; `log` speaks to the terminal and to `log.txt`."""
+    """Paths and writers of a run folder; `log` speaks to the terminal and to `log.txt`.
+
+    Attributes:
+        command: that makes the run.
+        go_on: the command that goes on with it.
+        title: what stands before its progress bar.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
@@ -33,27 +31,21 @@ class RunFolder:
         self.best = self.path / "best.safetensors"
         self.last = self.path / "last.safetensors"
         self.tokenizer = self.path / "tokenizer"
-        self.command = command_line()
+        self.command, self.title = command_line(), ""
+        self.go_on = f"python train.py --resume {shlex.quote(str(self.path))}"
 
     @classmethod
     def create(cls, config: Config, data_name: str, command: str | None = None) -> "RunFolder":
-        """Make `out_dir/<data_name>_<timestamp>`, numbered if two runs start in one second.
+        """Make `out_dir/<data_name>_<timestamp>` and begin a run there.
 
         Args:
             command: that makes this run alone; None is the one that was typed.
         """
-        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        base = Path(config.out_dir).expanduser() / f"{data_name}_{stamp}"
-        path, number = base, 2
-        try:
-            while True:
-                try:
-                    path.mkdir(parents=True)
-                    break
-                except FileExistsError:
-                    path, number = base.with_name(f"{base.name}_{number}"), number + 1
-        except OSError as error:
-            raise as_user_error(error, path) from error
+        return cls.begin(new_folder(config.out_dir, data_name), config, command)
+
+    @classmethod
+    def begin(cls, path: Path, config: Config, command: str | None = None) -> "RunFolder":
+        """The run of a folder that is there and empty."""
         run = cls(path)
         run.command = command or run.command
         run.write_config(config)
@@ -137,6 +129,21 @@ class RunFolder:
         write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
+def new_folder(parent: str | Path, name: str) -> Path:
+    """Make `parent/<name>_<timestamp>`, numbered if two are made in one second."""
+    base = Path(parent).expanduser() / f"{name}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    path, number = base, 2
+    try:
+        while True:
+            try:
+                path.mkdir(parents=True)
+                return path
+            except FileExistsError:
+                path, number = base.with_name(f"{base.name}_{number}"), number + 1
+    except OSError as error:
+        raise as_user_error(error, path) from error
+
+
 def check_folder(path: str | Path) -> None:
     """Raise `UserError` where no file could be made in this folder, or the folder itself."""
     folder = Path(path).expanduser().absolute()
@@ -148,83 +155,3 @@ def check_folder(path: str | Path) -> None:
             pass
     except OSError as error:
         raise as_user_error(error, folder) from error
-
-
-def environment(command: str | None = None) -> dict[str, Any]:
-    """What a result depends on besides the config.
-
-    Args:
-        command: that makes it; None is the one that was typed.
-    """
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": command or command_line(),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "cpu": processor(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-    }
-
-
-def command_line(arguments: Sequence[str] | None = None) -> str:
-    """The command as it was typed, starting with `python`; of paths in this folder what is in it.
-
-    It can then be typed again in another clone.
-
-    Args:
-        arguments: take the place of those that were typed.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    program = [os.path.relpath(sys.argv[0])]
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is not None and spec.origin == sys.argv[0]:  # run by -m
-        program = ["-m", spec.name.removesuffix(".__main__")]
-    if sys.argv[0].startswith("wavelet-lm "):
-        return shlex.join([*sys.argv[0].split(), *map(_relative, arguments)])
-    return shlex.join(["python", *program, *map(_relative, arguments)])
-
-
-def _relative(word: str) -> str:
-    """A word of a command line; the path of a file or folder in this one is made relative."""
-    flag, sign, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
-    path = Path(value)
-    if path.is_absolute() and path.is_relative_to(Path.cwd()) and os.path.lexists(path):
-        value = os.path.relpath(path)
-    return f"{flag}{sign}{value}"
-
-
-def commit() -> str | None:
-    """The commit of the code, with `+` where the code differs from it; None outside git.
-
-    Tables and figures that runs and benchmarks add to are no code, nor are documents.
-    """
-
-    def git(*arguments: str) -> str | None:
-        try:
-            result = subprocess.run(
-                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
-            )
-        except OSError:
-            return None
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    if head is None:
-        return None
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
-    return head + ("+" if changed else "")
-
-
-def processor() -> str:
-    """The CPU's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -1,0 +1,151 @@
+"""The task of a language model: the next token of windows of a text."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wavelet_lm.config import Config
+from wavelet_lm.data.batches import (
+    batch_size,
+    steps_per_epoch,
+    training_batches,
+    validation_batches,
+)
+from wavelet_lm.data.dataset import TokenizedText
+from wavelet_lm.errors import UserError
+from wavelet_lm.models.checkpoint import Checkpoint
+from wavelet_lm.models.wavelet_lm.model import Carry
+from wavelet_lm.training.device_batches import to_device
+from wavelet_lm.training.task import MicroBatch, Task, Validation
+
+# A loss this many times that of guessing uniformly has left the region from which it recovers.
+EXPLODED = 4.0
+
+
+def total_steps(config: Config, data: TokenizedText) -> int:
+    """Optimizer steps of the run: `max_steps`, or `epochs` times the steps of one."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return max(1, round(config.epochs * steps_per_epoch(config, len(data.train.tokens))))
+
+
+class LanguageModelling(Task):
+    """Mean nats per token; what a window hands on is carried to the next one of the same text.
+
+    Attributes:
+        loss_function: `model.loss`, or what computes the same.
+        window: what the next windows start with; None = nothing.
+    """
+
+    unit = "tokens"
+
+    def __init__(self, config: Config, model: nn.Module, data: TokenizedText, device: torch.device):
+        super().__init__(config, model, device)
+        self.data = data
+        self.per_step = batch_size(config) * config.block_size
+        self.worst_loss = EXPLODED * math.log(max(2, model.vocab_size))
+        self.windows = training_batches(config, data.train.tokens)
+        self.validation = validation_batches(config, data.valid.tokens)
+        self.loss_function: Callable[..., tuple[Tensor, Any]] = model.loss
+        self.window: Carry | None = None
+
+    def batch(self, step: int) -> list[MicroBatch]:
+        """Tokens and next tokens, int64 [micro_batch_size, block_size] each."""
+        parts = (tokens.split(self.config.micro_batch_size) for tokens in self.windows[step])
+        return list(zip(*parts, strict=True))
+
+    def losses(self, step: int, batch: list[MicroBatch]) -> Iterator[Tensor]:
+        starts = self._starts(step)
+        for i, (inputs, targets) in enumerate(batch):
+            with self.autocast():
+                loss, state = self.loss_function(inputs, targets, starts[i])
+            starts[i] = self.model.next_window(state)
+            yield loss
+        if starts[0] is not None:
+            self.window = Carry(torch.cat([start.mean for start in starts]))
+
+    def _starts(self, step: int) -> list[Any]:
+        """For each micro-batch the state that its windows start with, None for nothing.
+
+        It is what the windows before them handed on, or that of a new text where one starts.
+        """
+        window = self.window
+        if window is None or self.windows.starts_text(step):
+            window = self.model.first_window(batch_size(self.config), self.device)
+        if window is None:
+            return [None] * self.config.grad_accum
+        return [Carry(mean) for mean in window.mean.split(self.config.micro_batch_size)]
+
+    @torch.no_grad()
+    def validate(self) -> Validation:
+        """Mean loss in nats per token over the fixed validation windows."""
+        self.model.eval()
+        total, n = 0.0, 0
+        for window in self.validation:
+            inputs, targets = (to_device(tokens, self.device) for tokens in window)
+            with self.autocast():
+                losses = self.model.token_losses(inputs, targets)
+            total += float(losses.sum(dtype=torch.float64))
+            n += targets.numel()
+        self.model.train()
+        loss, valid = total / n, self.data.valid
+        words, bits_per_byte = [f"valid loss {loss:.4f}"], None
+        if valid.n_bytes:  # what is no text has none
+            bits_per_byte = loss / math.log(2) * len(valid.tokens) / valid.n_bytes
+            words.append(f"{bits_per_byte:.4f} bits/byte")
+        return Validation(loss, {"val_loss": loss, "bits_per_byte": bits_per_byte}, words)
+
+    # --- what a resumed run needs -----------------------------------------------------------------
+
+    def saved(self) -> dict[str, Any]:
+        return {
+            "eval_windows": self._eval_windows,
+            "train_tokens": len(self.data.train.tokens),
+            "data": self.data.keys,
+        }
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        return {} if self.window is None else {"carry": self.window.mean}
+
+    def check_data(self, checkpoint: Checkpoint) -> None:
+        checkpoint.require({"train_tokens": (int,)})
+        saved, data, dataset = checkpoint.metadata, self.data, self.config.dataset
+        n, advice = len(data.train.tokens), "put the old text back, or start a new run from this"
+        advice += f" one with --init_from {checkpoint.path.parent}"
+        if saved["train_tokens"] != n:
+            raise UserError(
+                f"{checkpoint.path}: trained on {saved['train_tokens']} tokens but {dataset} now"
+                f" has {n}: the data changed; {advice}"
+            )
+        # A checkpoint of before the keys were kept has none to compare.
+        for split, key in saved.get("data", data.keys).items():
+            if key != data.keys[split]:
+                raise UserError(
+                    f"{checkpoint.path}: the data changed: the {split} split of {dataset} is not"
+                    f" the one that this run began with; {advice}"
+                )
+
+    @property
+    def _eval_windows(self) -> int:
+        return self.config.eval_batches * batch_size(self.config)
+
+    def validates_otherwise(self, checkpoint: Checkpoint) -> bool:
+        then = checkpoint.config
+        # Before this was kept, a batch of validation was a micro-batch.
+        windows = then.eval_batches * then.micro_batch_size
+        return checkpoint.metadata.get("eval_windows", windows) != self._eval_windows
+
+    def restore(
+        self, checkpoint: Checkpoint, tensors: dict[str, Tensor], log: Callable[[str], None]
+    ) -> None:
+        # One of another size is of before the streams were those of the whole batch.
+        if "carry" in tensors and len(tensors["carry"]) == batch_size(self.config):
+            self.window = Carry(tensors["carry"].to(self.device))
+        if self.config.grad_accum > 1 and "eval_windows" not in checkpoint.metadata:
+            log(
+                f"the steps up to {checkpoint.metadata['step']} drew their windows by micro-batch,"
+                " as was done then; from here on they are those of the whole batch"
+            )

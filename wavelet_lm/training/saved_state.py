@@ -1,0 +1,121 @@
+"""Where a run stands, and what of it is saved beside the weights so that it can go on."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wavelet_lm.errors import UserError
+from wavelet_lm.models.checkpoint import Checkpoint
+from wavelet_lm.training.optimizers import Optimizer
+from wavelet_lm.training.precision import Precision
+from wavelet_lm.training.task import Task
+
+# What has been saved since the first version, and of which type.
+SAVED: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("step", "total_steps", "evaluated_step", "best_step"), (int,)),
+    **dict.fromkeys(("best_loss", "smooth_loss"), (float, int, type(None))),
+    "seconds": (float, int),
+    **dict.fromkeys(("scaler", "optimizer"), (dict,)),
+}
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    step: updates done; evaluated_step: of the last validation, -1 before the first; best_loss,
+    best_step: of the best weights, infinite and -1 while there are none; smooth_loss: a moving
+    average of the batches' losses; seconds: of training alone.
+    """
+
+    total_steps: int
+    step: int = 0
+    evaluated_step: int = -1
+    best_loss: float = math.inf
+    best_step: int = -1
+    smooth_loss: float | None = None
+    seconds: float = 0.0
+
+    def saved(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "evaluated_step": self.evaluated_step,
+            "best_loss": self.best_loss if self.best_step >= 0 else None,
+            "best_step": self.best_step,
+            "smooth_loss": self.smooth_loss,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """The inverse of `saved`, but for the length, which may have changed."""
+        self.step, self.evaluated_step = saved["step"], saved["evaluated_step"]
+        self.best_loss = math.inf if saved["best_loss"] is None else saved["best_loss"]
+        self.best_step = saved["best_step"]
+        self.smooth_loss, self.seconds = saved["smooth_loss"], saved["seconds"]
+
+
+def collect(
+    progress: Progress, task: Task, optimizer: Optimizer, precision: Precision
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of `last.safetensors`, the weights aside."""
+    moments, scalars = optimizer.state()
+    tensors = {f"optimizer/{name}": t for name, t in moments.items()}
+    tensors["generator/cpu"] = torch.get_rng_state()
+    if task.device.type == "cuda":
+        tensors["generator/cuda"] = torch.cuda.get_rng_state(task.device)
+    metadata = {
+        **progress.saved(),
+        **task.saved(),
+        "scaler": precision.scaler.state_dict(),
+        "optimizer": scalars,
+    }
+    return metadata, tensors | task.saved_tensors()
+
+
+def open_saved(path: Path) -> Checkpoint:
+    """The checkpoint that a run goes on from.
+
+    Raises:
+        UserError: it is not whole, or holds weights alone.
+    """
+    checkpoint = Checkpoint(path)
+    if "total_steps" not in checkpoint.metadata:
+        raise UserError(f"{path}: holds weights only; start a new run with --init_from")
+    checkpoint.require(SAVED)
+    return checkpoint
+
+
+def put_back(
+    checkpoint: Checkpoint, optimizer: Optimizer, precision: Precision, device: torch.device
+) -> dict[str, Tensor]:
+    """Give optimizer, random generators and loss scale the state that they had.
+
+    Returns:
+        All saved tensors beside the weights, those of the task among them.
+
+    Raises:
+        UserError: the state does not fit the model.
+    """
+    saved, tensors = checkpoint.metadata, checkpoint.extra()
+    moments = {
+        name.removeprefix("optimizer/"): t
+        for name, t in tensors.items()
+        if name.startswith("optimizer/")
+    }
+    try:
+        optimizer.load_state(moments, saved["optimizer"])
+        torch.set_rng_state(tensors["generator/cpu"])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        problem = str(error).strip().split("\n")[0]
+        raise checkpoint.damaged(f"its optimizer or generators do not fit: {problem}") from None
+    if "generator/cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["generator/cuda"], device)
+    if saved["scaler"]:  # one that had nothing to scale, as on another device, has no state
+        precision.scaler.load_state_dict(saved["scaler"])
+    return tensors
