@@ -65,13 +65,20 @@ class LanguageModel(nn.Module):
         x, state = self.hidden(idx, state)
         return self.project(x[:, -1:] if last_only else x), state
 
-    def loss(self, idx: Tensor, targets: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    def loss(
+        self, idx: Tensor, targets: Tensor, state: Any = None, at: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         """Mean cross-entropy in nats per token over `targets` [B, T], a 0-d tensor; the state.
 
         In training it is the mean over all passes, each with its own prediction; the state may then
         be one of `first_window` and `next_window`.
+
+        Args:
+            at: [B, Q] int64, the positions that have a target, then [B, Q]; None = all.
         """
         passes, state = self.passes(idx, state)
+        if at is not None:
+            passes = [picked(x, at) for x in passes]
         losses = [
             mean_cross_entropy(x.flatten(0, 1), self.output_weight(), targets.flatten())
             for x in (passes if self.training else passes[-1:])
@@ -110,3 +117,8 @@ class LanguageModel(nn.Module):
     def networks(self) -> list["LanguageModel"]:
         """The networks that it consists of, itself where it is one."""
         return [self]
+
+
+def picked(x: Tensor, at: Tensor) -> Tensor:
+    """The vectors of x [B, T, H] at the positions `at` [B, Q]: [B, Q, H]."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))

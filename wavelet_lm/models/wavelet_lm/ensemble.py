@@ -43,9 +43,11 @@ class MultinodalLM(LanguageModel):
         logits = sum(cell.head(part) for cell, part in parts)
         return logits / len(self.cells) if self.config.multinodal_combination == "mean" else logits
 
-    def loss(self, idx: Tensor, targets: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    def loss(
+        self, idx: Tensor, targets: Tensor, state: Any = None, at: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         """As every model's; the gradient is scaled by 1/√cells, the value is not."""
-        loss, state = super().loss(idx, targets, state)
+        loss, state = super().loss(idx, targets, state, at)
         value = loss.detach()
         return value + (loss - value) / math.sqrt(len(self.cells)), state
 
