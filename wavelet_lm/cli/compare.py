@@ -24,8 +24,8 @@ from signal import SIGINT
 from typing import Any
 
 from wavelet_lm.atomic_files import atomic_path
-from wavelet_lm.cli.flags import OneLineParser, add_config_flags, parse_flags
-from wavelet_lm.config import FIELDS, Config, check_values, parse_value, read_json_object
+from wavelet_lm.cli.flags import OneLineParser, add_config_flags, listed, parse_flags
+from wavelet_lm.config import FIELDS, Config, check_values, read_json_object
 from wavelet_lm.data.dataset import TokenizedText, prepare_data
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.experiments.comparison import Budget, check, compare, summary, tokens_per_step
@@ -121,28 +121,15 @@ def what_to_train(
     values = {**given, **flags}
     if values.get("init_from"):
         raise UserError("init_from is set, and compared models start from random weights; drop it")
-    lrs, seeds = _list(own, "lr", values), _list(own, "seed", values)
+    lrs, seeds = (
+        listed(key, own[f"{key}s"], values.get(key, FIELDS[key].default)) for key in ("lr", "seed")
+    )
     configs = model_configs(split_names(own["models"]), values)
     for name, config in configs.items():
         for lr in lrs:
             Config.from_dict({**config.to_dict(), "lr": lr}, name)
     check(configs, vocab_size=1)  # what cannot be built should say so before any data is fetched
     return configs, budget, lrs, seeds
-
-
-def _list(own: dict[str, Any], key: str, values: dict[str, Any]) -> list[Any]:
-    """The values of `--<key>s`, or that of the config."""
-    option, text = f"--{key}s", own[f"{key}s"]
-    if text is None:
-        return [values.get(key, FIELDS[key].default)]
-    found = []
-    for part in text.split(","):
-        value = parse_value(key, part)
-        check_values({key: value}, option)
-        if value in found:
-            raise UserError(f"{option} lists {part} twice; give every value once")
-        found.append(value)
-    return found
 
 
 # --- results -------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from wavelet_lm.config import (
     GROUPS,
     ConfigError,
     Option,
+    check_values,
     checked_value,
     keys_read_by,
     nearest,
@@ -289,6 +290,24 @@ def parse_flags(
     """What was given: options of `Config` as their typed values, others as the parser has them."""
     given = vars(parser.parse_args(arguments))
     return {k: parse_value(k, v) if k in FIELDS else v for k, v in given.items()}
+
+
+def listed(key: str, text: str | None, default: Any) -> list[Any]:
+    """The values of `--<key>s`, each once; without one the default alone.
+
+    Raises:
+        UserError: one is not allowed, or comes twice.
+    """
+    if text is None:
+        return [default]
+    found: list[Any] = []
+    for part in text.split(","):
+        value = parse_value(key, part)
+        check_values({key: value}, f"--{key}s")
+        if value in found:
+            raise UserError(f"--{key}s lists {part} twice; give every value once")
+        found.append(value)
+    return found
 
 
 def add_threads_flag(parser: argparse.ArgumentParser) -> None:

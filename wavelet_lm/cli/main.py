@@ -11,6 +11,7 @@ COMMANDS = {
     "compare": "train models on the same batches and compare them",
     "lra": "train and judge models on a task of the Long Range Arena",
     "fsd50k": "train and judge models on the sounds of FSD-50K",
+    "recall": "what models look up in the text before, and how far back",
     "quantize": "make a checkpoint with weights of 8, 4 or 2 bits",
     "convert": "make a run folder of a published checkpoint",
     "count": "what a config costs, by component",

@@ -22,6 +22,7 @@ OLDER = {  # what can be typed in place of `wavelet-lm NAME`
     "compare": "python -m wavelet_lm.evaluation.compare",
     "lra": "python -m wavelet_lm.evaluation.lra",
     "fsd50k": "python -m wavelet_lm.evaluation.fsd50k",
+    "recall": "python -m wavelet_lm.evaluation.recall",
     "quantize": "python -m wavelet_lm.inference.quantization",
     "convert": "python -m wavelet_lm.interop.published",
     "count": "python -m wavelet_lm.models",

@@ -26,6 +26,7 @@ from wavelet_lm.devices import amp_dtype, autocast, reading, resolve_device
 from wavelet_lm.errors import UserError
 
 if TYPE_CHECKING:
+    from wavelet_lm.config import Config
     from wavelet_lm.data.dataset import TokenSplit
     from wavelet_lm.data.tokenizers import Tokenizer
     from wavelet_lm.quantization.options import QuantizationOptions
@@ -176,7 +177,6 @@ def evaluate_run(
         What `evaluate` does, and `run`, `dataset`, `split`, `tokenizer`, `n_params`; what
         `evaluate` says of the quantized model under `quantized`, with its `scheme` in words.
     """
-    from wavelet_lm.data.dataset import prepare_data, prepare_split
     from wavelet_lm.inference.generation import check_vocabulary
     from wavelet_lm.inference.loading import load_model, load_tokenizer
     from wavelet_lm.models.registry import n_params
@@ -186,18 +186,8 @@ def evaluate_run(
     where = resolve_device(device)
     model, tokenizer = load_model(run, where, log), load_tokenizer(run)
     check_vocabulary(model, tokenizer)
-    if dataset is None:
-        config = model.config
-        data = prepare_data(config, tokenizer=tokenizer, log=log)
-        name, split = data.name, split or ("test" if data.test is not None else "valid")
-        if data.test is None and split == "valid":
-            log(f"{name} has no test split; evaluating on valid")
-        chosen: TokenSplit | None = getattr(data, split)
-        if chosen is None:
-            raise UserError(f"{name} has no {split} split; use --split valid")
-    else:
-        config = model.config.replace(dataset=dataset)
-        name, split, chosen = prepare_split(config, tokenizer, split, log)
+    name, split, chosen = split_of_run(model.config, tokenizer, split, dataset, log)
+    config = model.config if dataset is None else model.config.replace(dataset=dataset)
     quantization = quantization or QuantizationOptions()
     scheme = quantization.scheme(model, str(run))
     calibration = None if scheme is None else quantization.calibration(config, tokenizer)
@@ -227,6 +217,28 @@ def evaluate_run(
         "n_params": n_params(model),
     }
     return {**about, **results}
+
+
+def split_of_run(
+    config: Config,
+    tokenizer: Tokenizer,
+    split: str | None,
+    dataset: str | None,
+    log: Callable[[str], None],
+) -> tuple[str, str, TokenSplit]:
+    """The name of the data, that of the split, and its tokens, as `evaluate_run` chooses them."""
+    from wavelet_lm.data.dataset import prepare_data, prepare_split
+
+    if dataset is not None:
+        return prepare_split(config.replace(dataset=dataset), tokenizer, split, log)
+    data = prepare_data(config, tokenizer=tokenizer, log=log)
+    name, split = data.name, split or ("test" if data.test is not None else "valid")
+    if data.test is None and split == "valid":
+        log(f"{name} has no test split; evaluating on valid")
+    chosen: TokenSplit | None = getattr(data, split)
+    if chosen is None:
+        raise UserError(f"{name} has no {split} split; use --split valid")
+    return name, split, chosen
 
 
 def _exp(x: float) -> float:
