@@ -44,11 +44,13 @@ def metrics(run: str) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or they are those of a classifier.
     """
     rows = RunFolder(Path(run)).metrics()
     if not any(row.get("event") == "train" for row in rows):
         raise UserError(f"{run}: no metrics.jsonl with a training step; give a run folder")
+    if any("score" in row for row in rows):
+        raise UserError(f"{run}: is the run of a classifier; give one of a language model")
     return rows
 
 

@@ -39,3 +39,12 @@ def test_runs_are_drawn_side_by_side_also_while_they_train(tmp_path, monkeypatch
 def test_a_folder_without_metrics_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no metrics\.jsonl with a training step"):
         plot_run.metrics(str(tmp_path))
+
+
+def test_the_run_of_a_classifier_is_named(tmp_path):
+    rows = (
+        '{"event": "train", "step": 1, "loss": 2.0}\n{"event": "eval", "step": 1, "score": 0.5}\n'
+    )
+    (tmp_path / "metrics.jsonl").write_text(rows, encoding="utf-8")
+    with pytest.raises(UserError, match="is the run of a classifier"):
+        plot_run.metrics(str(tmp_path))

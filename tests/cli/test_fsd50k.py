@@ -52,7 +52,8 @@ SMALL |= {"device": "cpu", "micro_batch_size": 2, "steps": 12, "eval_interval": 
 def command(monkeypatch, tmp_path, capsys):
     def run(*arguments):
         small = [str(word) for key, value in SMALL.items() for word in (f"--{key}", value)]
-        words = ["fsd50k", *small, "--json", str(tmp_path / "x.json"), *map(str, arguments)]
+        places = ["--json", str(tmp_path / "x.json"), "--out_dir", str(tmp_path / "logs")]
+        words = ["fsd50k", *small, *places, *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", words)
         fsd50k.main()
         return capsys.readouterr().out, json.loads((tmp_path / "x.json").read_text())

@@ -27,6 +27,7 @@ def command(monkeypatch, tmp_path, capsys):
     def run(*arguments):
         file = tmp_path / "results.json"
         fixed = ["--cache_dir", str(tmp_path / "cache"), "--json", str(file)]
+        fixed += ["--out_dir", str(tmp_path / "logs")]
         monkeypatch.setattr(sys, "argv", ["lra", *SMALL, *fixed, *map(str, arguments)])
         lra.main()
         return capsys.readouterr().out, json.loads(file.read_text())
@@ -123,6 +124,7 @@ def test_mistakes_are_one_line_before_any_work(arguments, words, command, tmp_pa
     assert "\n" not in str(error.value)
     assert not (tmp_path / "results.json").exists()
     assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "logs").exists()
 
 
 @pytest.mark.slow

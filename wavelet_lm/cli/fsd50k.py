@@ -16,6 +16,7 @@ WaveletGPT paper: 6 layers of width 64.
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -23,16 +24,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavelet_lm.cli.flags import parse_flags
-from wavelet_lm.cli.task_flags import add_shared_flags, command_parser, configs_of, positive
+from wavelet_lm.cli.task_flags import add_shared_flags, command_parser, configs_of, given, positive
 from wavelet_lm.config import Config
 from wavelet_lm.data.tasks.fsd50k import DOWNLOAD, ClipExamples, SoundTask, load
 from wavelet_lm.errors import UserError
+from wavelet_lm.experiments.comparison_folder import ComparisonFolder
 from wavelet_lm.experiments.results import check_targets
 from wavelet_lm.experiments.tasks import DEFAULTS, compare, table
 from wavelet_lm.models.classifier.audio_front_end import PATCH, AudioFrontEnd
 from wavelet_lm.models.classifier.model import SequenceClassifier, build_classifier
 from wavelet_lm.training.classification import predict
+from wavelet_lm.training.run_folder import check_folder
 
 STEPS = 50_000
 TOP = 5
@@ -46,19 +48,22 @@ def main() -> None:
         "--clips", type=positive, metavar="N", help="read the first N clips of each split [all]"
     )
     add_shared_flags(parser, f"{STEPS:,}")
-    flags = parse_flags(parser)
+    flags, folder = given(parser, "fsd50k")
     own = {key: flags.pop(key) for key in ("data", "clips", "pooling", "json", "config")}
     if own["data"] is None:
         raise UserError(f"--data is missing; {DOWNLOAD}")
     check_targets([own["json"]])
     defaults = {**DEFAULTS, "C": 64, "levels": 5, "max_steps": STEPS}
     configs = configs_of(defaults, own["config"], flags)
+    out_dir = next(iter(configs.values())).out_dir
+    check_folder(out_dir)
     task = load(Path(own["data"]).expanduser(), PATCH, own["clips"])
     print(describe(task), flush=True)
     prior = {part: judge_prior(task.train, getattr(task, part)) for part in ("valid", "test")}
     rows = compare(
         configs,
         task,
+        folder or ComparisonFolder.create(out_dir, "fsd50k", sys.argv[1:]),
         build=partial(build, n_classes=len(task.classes), pooling=own["pooling"]),
         judge=judge,
         score=lambda logits, _: figures(clip_scores(logits, task.valid), task.valid)["mAP"],

@@ -11,22 +11,24 @@ the whole config of each model is in the file that --json names.
 """
 
 import argparse
+import sys
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from wavelet_lm.cli.flags import parse_flags
-from wavelet_lm.cli.task_flags import add_shared_flags, command_parser, configs_of, positive
+from wavelet_lm.cli.task_flags import add_shared_flags, command_parser, configs_of, given, positive
 from wavelet_lm.config import Config
 from wavelet_lm.data.dataset import cache_folder
 from wavelet_lm.data.tasks import listops, pixels, reviews
 from wavelet_lm.data.tasks.examples import Task, some
 from wavelet_lm.errors import UserError
+from wavelet_lm.experiments.comparison_folder import ComparisonFolder
 from wavelet_lm.experiments.results import check_targets
 from wavelet_lm.experiments.tasks import DEFAULTS, compare, table
 from wavelet_lm.models.classifier.model import build_classifier
 from wavelet_lm.training.classification import judge
+from wavelet_lm.training.run_folder import check_folder
 
 # The arena's own numbers of batches of 32.
 STEPS = {"listops": 5000, "text": 20_000, "image": 35_000}
@@ -41,7 +43,7 @@ def main() -> None:
     parser = command_parser(__doc__, "--task TASK [--data PATH]")
     add_task_flags(parser)
     add_shared_flags(parser, ", ".join(f"{n:,} of {task}" for task, n in STEPS.items()))
-    flags = parse_flags(parser)
+    flags, folder = given(parser, "lra")
     own = {key: flags.pop(key) for key in ("task", "data", "pooling", "json", "config")}
     shaping = {key: flags.pop(key) for names in OPTIONS.values() for key in names if key in flags}
     limits = {part: flags.pop(f"{part}_examples", None) for part in SIZES}
@@ -51,11 +53,13 @@ def main() -> None:
     defaults = {**DEFAULTS, "max_steps": STEPS[own["task"]]}
     configs = configs_of(defaults, own["config"], flags)
     first = next(iter(configs.values()))
+    check_folder(first.out_dir)
     task = load_task(own["task"], own["data"], shaping, limits, first)
     print(describe(task), flush=True)
     rows = compare(
         configs,
         task,
+        folder or ComparisonFolder.create(first.out_dir, "lra", sys.argv[1:]),
         build=partial(
             build_classifier,
             vocab_size=task.vocab_size,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from wavelet_lm.cli.flags import OneLineParser, add_config_flags
+from wavelet_lm.cli.flags import OneLineParser, add_config_flags, parse_flags
 from wavelet_lm.config import Config, check_values, read_json_object
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError
+from wavelet_lm.experiments.comparison_folder import ComparisonFolder
 from wavelet_lm.experiments.model_names import SYNTAX, model_configs, split_names
 from wavelet_lm.models.classifier.model import POOLING
 
@@ -19,7 +21,8 @@ def command_parser(description: str | None, usage: str) -> OneLineParser:
     return OneLineParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=f"%(prog)s {usage} --model {SYNTAX}[,…] [--steps N] [--json FILE] [--key value …]",
+        usage=f"%(prog)s {usage} --model {SYNTAX}[,…] [--steps N] [--json FILE] [--key value …]"
+        " | --resume FOLDER",
     )
 
 
@@ -39,7 +42,34 @@ def add_shared_flags(parser: argparse.ArgumentParser, steps: str) -> None:
     )
     parser.add_argument("--pooling", choices=tuple(POOLING), default="last", help="[%(default)s]")
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    goes_on = "go on with the models of a folder that this command has made, bit for bit"
+    parser.add_argument("--resume", metavar="FOLDER", help=goes_on)
     add_config_flags(parser)
+
+
+def given(parser: OneLineParser, kind: str) -> tuple[dict[str, Any], ComparisonFolder | None]:
+    """The options that were typed; with `--resume` those of a comparison, and its folder.
+
+    Args:
+        kind: of the command, as its folders say it.
+
+    Raises:
+        UserError: there is no such comparison, or other options are given with it.
+    """
+    typed = parse_flags(parser, sys.argv[1:])
+    path = typed.pop("resume")
+    if path is None:
+        return typed, None
+    folder, alone = ComparisonFolder.open(path, kind), parse_flags(parser, ["--resume", path])
+    for key, value in typed.items():
+        if key not in alone or value != alone[key]:
+            raise UserError(
+                f"--resume goes on as the comparison began, and --{key} would make another one;"
+                f" drop --{key}"
+            )
+    options = parse_flags(parser, folder.arguments)
+    del options["resume"]
+    return options, folder
 
 
 def positive(text: str) -> int:

@@ -1,6 +1,6 @@
-"""Windows of tokens in the order in which training reads them.
+"""Windows of tokens, and examples, in the order in which training reads them.
 
-Both orders are pure functions of the step, so a resumed run reads the same batches without any
+All orders are pure functions of the step, so a resumed run reads the same batches without any
 saved state. A batch is what one optimizer step reads, whatever the size of the forward passes in
 which it does so: 1 of 8 windows, 2 of 4 and 8 of 1 train and validate on the same text.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavelet_lm.config import Config
+from wavelet_lm.config import Config, TrainingConfig
 from wavelet_lm.errors import UserError
 
 
@@ -60,7 +60,29 @@ class SequentialStreams:
         return step % self.n_windows == 0
 
 
-def batch_size(config: Config) -> int:
+class ShuffledExamples:
+    """Numbers of examples without end: all in a random order, again in another, and so on.
+
+    `examples[step]` are the `batch_size` numbers [batch_size] that a step reads.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int):
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        parts, first, left = [], step * self.batch_size, self.batch_size
+        while left:
+            epoch, place = divmod(first, self.n)
+            if epoch != self._epoch:
+                generator = np.random.default_rng((self.seed, epoch))
+                self._epoch, self._order = epoch, generator.permutation(self.n)
+            parts.append(self._order[place : place + left])
+            first, left = first + len(parts[-1]), left - len(parts[-1])
+        return np.concatenate(parts)
+
+
+def batch_size(config: TrainingConfig) -> int:
     """Windows of one optimizer step."""
     return config.micro_batch_size * config.grad_accum
 

@@ -8,7 +8,7 @@ more tensors, whose names start with a prefix that no parameter has (`training/s
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,11 @@ class Checkpoint:
             )
         parameters = dict(model.named_parameters())
         names = {name for name in self.names if not name.startswith(EXTRA)}
+        if self._is_classifier(names) and not self._is_classifier(parameters):
+            raise UserError(
+                f"{self.path}: the weights of a classifier, which neither writes nor scores texts;"
+                " give a checkpoint of a language model"
+            )
         problems = [f"no {name}" for name in sorted(parameters.keys() - names)]
         problems += [f"unknown {name}" for name in sorted(names - parameters.keys())]
         for name in sorted(parameters.keys() & names):
@@ -190,6 +195,10 @@ class Checkpoint:
             raise UserError(
                 f"{self.path}: a checkpoint of another config: {'; '.join(problems[:3])}{more}"
             )
+
+    @staticmethod
+    def _is_classifier(names: Iterable[str]) -> bool:
+        return any(name.startswith("backbone.") for name in names)
 
 
 def find_checkpoint(path: str | Path) -> Path:

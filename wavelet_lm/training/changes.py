@@ -80,6 +80,17 @@ def changed_config(
     return config, {key: [then[key], new[key]] for key in new if new[key] != then[key]}
 
 
+def refuse_other_config(run: RunFolder, config: Config) -> None:
+    """Raise `UserError` where a run that is gone on with is not what it is asked to be."""
+    now, then = config.to_dict(), Config.from_json(run.config_file).to_dict()
+    for key in now:
+        if now[key] != then[key] and key not in PLACES:
+            raise UserError(
+                f"{run.config_file}: {key} was {show(then[key])} when the run began and is"
+                f" {show(now[key])} now; put it back, or start again"
+            )
+
+
 def words(changes: Changes) -> str:
     """The changes for people."""
     return ", ".join(f"{key} {show(new)} (was {show(old)})" for key, (old, new) in changes.items())

@@ -1,45 +1,24 @@
-"""Training a classifier of sequences, and what it gets right."""
+"""The task of a classifier of sequences, and what it gets right."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wavelet_lm.config import TrainingConfig
-from wavelet_lm.data.tasks.examples import Examples
-from wavelet_lm.devices import reading
+from wavelet_lm.config import Config, TrainingConfig
+from wavelet_lm.data.batches import ShuffledExamples, batch_size
+from wavelet_lm.data.tasks.examples import Examples, Splits
+from wavelet_lm.devices import amp_dtype, autocast, reading
 from wavelet_lm.errors import UserError
+from wavelet_lm.models.checkpoint import Checkpoint
 from wavelet_lm.models.classifier.model import SequenceClassifier
-from wavelet_lm.training.optimizers import Optimizer
-from wavelet_lm.training.precision import Precision
-from wavelet_lm.training.schedule import learning_rate
+from wavelet_lm.training.task import MicroBatch, Task, Validation
 
 Score = Callable[[Tensor, Tensor], float]
-
-# How many training losses make the mean that a line of the log shows.
-LOG_STEPS = 20
-
-
-@dataclass
-class Training:
-    """What `train` did.
-
-    curve: a row per validation with step, train_loss (mean nats since the row before), valid score
-    and seconds; best_step: of the highest score, whose weights the model has; seconds: of training
-    alone.
-    """
-
-    curve: list[dict[str, float]] = field(default_factory=list)
-    best_step: int = 0
-    seconds: float = 0.0
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -52,154 +31,86 @@ def majority_rate(labels: np.ndarray) -> float:
     return np.bincount(labels).max() / len(labels)
 
 
-def training_order(n: int, seed: int) -> Iterator[int]:
-    """Example numbers without end: all of them in a random order, again in another, and so on."""
-    epoch = 0
-    while True:
-        yield from np.random.default_rng((seed, epoch)).permutation(n)
-        epoch += 1
-
-
-def train(
-    model: SequenceClassifier,
-    training: Examples,
-    validation: Examples,
-    config: TrainingConfig,
-    *,
-    steps: int,
-    score: Score = accuracy,
-    progress: Callable[[str], object] | None = None,
-) -> Training:
-    """Train the model on the device where it is, and leave it with its best weights.
-
-    `optimizer`, `lr`, its warm-up and cosine, `grad_clip`, `micro_batch_size`, `grad_accum`, mixed
-    precision, `seed` and `eval_interval` are as the config says; nothing is compiled, for every
-    batch has a length of its own.
-
-    Args:
-        score: of logits and labels of the whole validation split; the higher, the better.
-        progress: called after each step with what to show beside a progress bar.
-
-    Raises:
-        UserError: the loss is no longer finite.
-    """
-    device = next(model.parameters()).device
-    precision, optimizer = Precision(config, device), Optimizer(model, config)
-    order = training_order(len(training), config.seed)
-    result = Training()
-    best_score, best_weights = -math.inf, {}
-    losses: list[Tensor] = []
-    shown = ""
-    for step in range(1, steps + 1):
-        started = time.perf_counter()
-        optimizer.set_lr(learning_rate(config, step - 1, steps))
-        losses.append(_update(model, training, order, config, precision, optimizer))
-        result.seconds += time.perf_counter() - started
-        due = step % config.eval_interval == 0 or step == steps
-        if due or step % LOG_STEPS == 0:
-            loss = _mean_loss(losses, step, config)
-            shown = f"loss {loss:.3f}" + (f", valid {best_score:.3f}" if best_weights else "")
-        if due:
-            logits, labels = predict(model, validation, config)
-            value = score(logits, labels)
-            row = {"step": step, "train_loss": loss, "valid": value, "seconds": result.seconds}
-            result.curve.append(row)
-            losses.clear()
-            if value > best_score:
-                best_score, result.best_step = value, step
-                best_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        if progress is not None:
-            progress(shown)
-    model.load_state_dict(best_weights)
-    return result
-
-
-def train_with_bar(
-    name: str,
-    model: SequenceClassifier,
-    training: Examples,
-    validation: Examples,
-    config: TrainingConfig,
-    score: Score = accuracy,
-) -> Training:
-    """`train` for as long as the config says, with a progress bar.
-
-    Raises:
-        UserError: what `train` raises, and too little memory on the GPU.
-    """
-    from tqdm import tqdm
-
-    steps = total_steps(config, len(training))
-    with tqdm(total=steps, desc=name, unit="step", disable=None, leave=False) as bar:
-
-        def progress(words: str) -> None:
-            bar.set_postfix_str(words, refresh=False)
-            bar.update()
-
-        try:
-            return train(
-                model, training, validation, config, steps=steps, score=score, progress=progress
-            )
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"the GPU ran out of memory with {name}; lower micro_batch_size"
-                f" ({config.micro_batch_size}) and raise grad_accum to match"
-            ) from error
-
-
 def total_steps(config: TrainingConfig, n: int) -> int:
     """Optimizer steps: `max_steps`, or `epochs` passes over n examples."""
     if config.max_steps is not None:
         return config.max_steps
-    return max(1, round(config.epochs * n / (config.micro_batch_size * config.grad_accum)))
+    return max(1, round(config.epochs * n / batch_size(config)))
 
 
-def _update(
-    model: SequenceClassifier,
-    training: Examples,
-    order: Iterator[int],
-    config: TrainingConfig,
-    precision: Precision,
-    optimizer: Optimizer,
-) -> Tensor:
-    """One optimizer step; its loss, still on the device."""
-    device = precision.device
-    total = torch.zeros((), device=device)
-    for _ in range(config.grad_accum):
-        indices = list(islice(order, config.micro_batch_size))
-        batch = [t.to(device, non_blocking=True) for t in training.batch(indices)]
-        with precision.autocast():
-            loss = model.loss(*batch) / config.grad_accum
-        precision.backward(loss)
-        total += loss.detach()
-    precision.update(optimizer, model, config.grad_clip)
-    optimizer.zero_grad()
-    return total
+class Classification(Task):
+    """Cross-entropy of a classifier; the best weights have the highest score.
 
+    Nothing is compiled, for every batch has a length of its own.
 
-def _mean_loss(losses: list[Tensor], step: int, config: TrainingConfig) -> float:
-    loss = torch.stack(losses).mean().item()
-    if not math.isfinite(loss):
-        raise UserError(
-            f"training diverged: the loss is {loss} at step {step}; lower lr ({config.lr}) or raise"
-            f" warmup_fraction ({config.warmup_fraction})"
-        )
-    return loss
+    Args:
+        data: the splits; `test` is only kept in mind.
+        score: of logits and labels of the whole validation split; the higher, the better.
+    """
+
+    unit = "sequences"
+    validates_untrained = False
+
+    def __init__(
+        self,
+        config: Config,
+        model: SequenceClassifier,
+        data: Splits,
+        device: torch.device,
+        score: Score = accuracy,
+    ):
+        super().__init__(config, model, device)
+        self.data, self.score = data, score
+        self.per_step = batch_size(config)
+        self.examples = ShuffledExamples(len(data.train), self.per_step, config.seed)
+
+    def batch(self, step: int) -> list[MicroBatch]:
+        parts = np.split(self.examples[step], self.config.grad_accum)
+        return [self.data.train.batch(part) for part in parts]
+
+    def losses(self, step: int, batch: list[MicroBatch]) -> Iterator[Tensor]:
+        for examples in batch:
+            with self.autocast():
+                loss = self.model.loss(*examples)
+            yield loss
+
+    def validate(self) -> Validation:
+        score = self.score(*predict(self.model, self.data.valid, self.config))
+        return Validation(-score, {"score": score}, [f"valid {score:.4f}"])
+
+    # --- what a resumed run needs -----------------------------------------------------------------
+
+    @property
+    def _keys(self) -> dict[str, str]:
+        return {part: getattr(self.data, part).key for part in ("train", "valid", "test")}
+
+    def saved(self) -> dict[str, Any]:
+        return {"data": self._keys}
+
+    def check_data(self, checkpoint: Checkpoint) -> None:
+        checkpoint.require({"data": (dict,)})
+        for split, key in self._keys.items():
+            if checkpoint.metadata["data"].get(split) != key:
+                raise UserError(
+                    f"{checkpoint.path}: the data changed: the {split} examples are not those that"
+                    " this run began with; put them back, or start again"
+                )
 
 
 def predict(
     model: SequenceClassifier, examples: Examples, config: TrainingConfig
 ) -> tuple[Tensor, Tensor]:
     """Logits [N, n_classes] float32 and labels of all examples, on the CPU, in their order."""
-    precision = Precision(config, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    dtype = amp_dtype(config, device)
     logits: list[Tensor] = []
     # Sequences of about one length side by side, so that little is computed for the padding.
     order = np.argsort(examples.lengths, kind="stable")
     with reading(model):
         for start in range(0, len(order), config.micro_batch_size):
             batch = examples.batch(order[start : start + config.micro_batch_size])
-            inputs, lengths = (t.to(precision.device) for t in batch[:2])
-            with precision.autocast():
+            inputs, lengths = (t.to(device) for t in batch[:2])
+            with autocast(device, dtype):
                 logits.append(model(inputs, lengths).float().cpu())
     in_order = torch.cat(logits)[torch.from_numpy(np.argsort(order))]
     return in_order, torch.from_numpy(examples.labels)

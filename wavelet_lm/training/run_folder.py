@@ -41,18 +41,16 @@ class RunFolder:
         Args:
             command: that makes this run alone; None is the one that was typed.
         """
-        return cls.begin(new_folder(config.out_dir, data_name), config, command)
-
-    @classmethod
-    def begin(cls, path: Path, config: Config, command: str | None = None) -> "RunFolder":
-        """The run of a folder that is there and empty."""
-        run = cls(path)
+        run = cls(new_folder(config.out_dir, data_name))
         run.command = command or run.command
-        run.write_config(config)
-        write_text(
-            run.path / "environment.json", json.dumps(environment(run.command), indent=1) + "\n"
-        )
+        run.begin(config)
         return run
+
+    def begin(self, config: Config) -> None:
+        """Say in the new folder what is run, and where."""
+        self.write_config(config)
+        about = environment(self.command)
+        write_text(self.path / "environment.json", json.dumps(about, indent=1) + "\n")
 
     def write_config(self, config: Config, changes: Sequence[Mapping[str, Any]] = ()) -> None:
         """Replace config.json by the values in force and the record of how they changed."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -29,10 +31,15 @@ class Batch(NamedTuple):
 
 
 class Examples(Protocol):
-    """A split of a task. lengths: [N] int64; labels: [N] int64 or [N, n_classes] float32."""
+    """A split of a task.
+
+    lengths: [N] int64; labels: [N] int64 or [N, n_classes] float32; key: identifies the examples,
+    wherever they lie.
+    """
 
     lengths: np.ndarray
     labels: np.ndarray
+    key: str
 
     def __len__(self) -> int: ...
 
@@ -62,6 +69,13 @@ class TokenExamples:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths
         self.labels = np.asarray(labels, dtype=np.int64)
+
+    @cached_property
+    def key(self) -> str:
+        digest = hashlib.sha256()
+        for values in (self.tokens, self.lengths, self.labels):
+            digest.update(np.ascontiguousarray(values))
+        return digest.hexdigest()
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[bytes, int]]) -> TokenExamples:

@@ -14,8 +14,10 @@ A clip of up to 30 s is read as pieces of 1 s at 16 kHz, each with all labels of
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +74,11 @@ class ClipExamples:
         self.clip_labels = np.zeros((len(clips), n_classes), np.float32)
         for row, clip in zip(self.clip_labels, clips, strict=True):
             row[list(clip.labels)] = 1
+
+    @cached_property
+    def key(self) -> str:
+        rows = [(clip.file.name, clip.labels, clip.seconds) for clip in self.clips]
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
 
     @property
     def labels(self) -> np.ndarray:

@@ -72,7 +72,8 @@ class SequenceClassifier(nn.Module):
                     " replace only one; set multinodal_enabled to false"
                 )
             backbone.embedding = front_end
-        self.config, self.backbone, self.n_classes = backbone.config, backbone, n_classes
+        self.config, self.vocab_size = backbone.config, backbone.vocab_size
+        self.backbone, self.n_classes = backbone, n_classes
         self.pool = POOLING[pooling]
         dense = (nn.Linear(H, head_hidden), nn.GELU()) if head_hidden else ()
         self.classify = nn.Sequential(*dense, nn.Linear(head_hidden or H, n_classes))
@@ -107,4 +108,6 @@ def build_classifier(
         options: `pooling`, `multi_label` and `front_end` of `SequenceClassifier`.
     """
     backbone = build_model(config.replace(head_hidden=0), vocab_size)
-    return SequenceClassifier(backbone, n_classes, head_hidden=config.head_hidden, **options)
+    model = SequenceClassifier(backbone, n_classes, head_hidden=config.head_hidden, **options)
+    model.config = config
+    return model
