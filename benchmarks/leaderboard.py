@@ -123,6 +123,7 @@ class Plan:
     lrs: tuple[float, ...]
     batches: tuple[int, ...]
     seeds: tuple[int, ...]
+    recall_steps: int | None = None
 
     def grid(self) -> list[tuple[str, float, int]]:
         return list(itertools.product(self.optimizers, self.lrs, self.batches))
@@ -169,14 +170,32 @@ class Plan:
             ):
                 turns = itertools.zip_longest(*part)
                 found += [trial for turn in turns for trial in turn if trial is not None]
+        turns = itertools.zip_longest(*(self.recalls(row) for row in self.rows))
+        found += [trial for turn in turns for trial in turn if trial is not None]
         return [trial for trial in found if key_of(trial) not in runs]
+
+    def recalls(self, row: str) -> list[Trial]:
+        """Trainings on multi-query recall, one for each rate."""
+        if self.recall_steps is None:
+            return []
+        common = (row, "recall", self.recall_steps, "AdamW")
+        return [Trial(*common, lr, RECALL_BATCH, self.seeds[0], False) for lr in self.lrs]
+
+    def recall(self, row: str, runs: dict[str, Record]) -> float | None:
+        """What a row recalls with the rate that recalls most of the validation's questions."""
+        found = [runs[key_of(t)] for t in self.recalls(row) if key_of(t) in runs]
+        ended = [run for run in found if "diverged" not in run]
+        best = max(ended, key=lambda run: run["valid_accuracy"], default=None)
+        return None if best is None else best["test_accuracy"]
 
     def n_runs(self) -> int:
         per_row = len(self.seeds) + (len(self.grid()) if len(self.grid()) > 1 else 0)
-        return per_row * len(self.rows) * len(self.budgets)
+        recalls = sum(len(self.recalls(row)) for row in self.rows)
+        return per_row * len(self.rows) * len(self.budgets) + recalls
 
 
 Setting = tuple[str, float, int]
+RECALL_BATCH = 16
 
 
 def key_of(trial: Trial) -> str:
@@ -281,12 +300,14 @@ def attempt(trial: Trial, settings: Settings, data: TokenizedText) -> Record:
 
 
 def line_of(trial: Trial, record: Record) -> str:
-    unit = "s" if trial.kind == "seconds" else "FLOPs"
+    unit = {"seconds": "s", "flops": "FLOPs", "recall": "steps of recall"}[trial.kind]
     what = f"{trial.row}, {trial.optimizer} {trial.lr:g}, batch {trial.batch}, seed {trial.seed},"
     what += f" {trial.amount:g} {unit}:"
     for word in ("failed", "diverged"):
         if word in record:
             return f"{what} {word}: {record[word]}"
+    if trial.kind == "recall":
+        return f"{what} {record['test_accuracy']:.1%} right"
     what += f" valid {record['valid_bits_per_byte']:.4f} bits/byte"
     if "test" in record:
         what += f", test {record['test']['sliding']:.4f}"
@@ -305,13 +326,20 @@ def summary(plan: Plan, runs: dict[str, Record]) -> list[Record]:
             done = [runs[key_of(t)] for t in plan.finals(row, budget, runs) if key_of(t) in runs]
             ended = [run for run in done if "diverged" not in run]
             if ended:
-                rows.append(_summary_of(plan, row, budget, ended, len(done)))
+                rows.append(
+                    _summary_of(plan, row, budget, ended, len(done), plan.recall(row, runs))
+                )
         found += sorted(rows, key=lambda row: row["sliding"])
     return found
 
 
 def _summary_of(
-    plan: Plan, row: str, budget: Budget, runs: Sequence[Record], n_done: int
+    plan: Plan,
+    row: str,
+    budget: Budget,
+    runs: Sequence[Record],
+    n_done: int,
+    recall: float | None,
 ) -> Record:
     def mean(values: Sequence[float | None]) -> float | None:
         return None if None in values else statistics.fmean(values)
@@ -328,6 +356,8 @@ def _summary_of(
         "amount": budget.amount,
         "seeds": [run["seed"] for run in runs],
         "diverged": n_done - len(runs),
+        "recall": recall,
+        "needles": _mean_needles([run["needles"] for run in runs]),
         **{key: first[key] for key in ("optimizer", "lr", "batch", "n_params", "body_params")},
         # A better rate may lie outside of those that were tried.
         "at_the_edge": len(lrs) > 1 and first["lr"] in (lrs[0], lrs[-1]),
@@ -350,8 +380,19 @@ def _summary_of(
     }
 
 
+def _mean_needles(found: Sequence[list[Record] | None]) -> list[Record] | None:
+    """Means over the seeds, by distance."""
+    if None in found:
+        return None
+    return [
+        {key: statistics.fmean(row[key] for row in rows) for key in ("distance", "again", "unseen")}
+        for rows in zip(*found, strict=True)
+    ]
+
+
 HEAD = ("model", "parameters", "setting", "test bits/byte", "streaming", "valid", "steps")
-HEAD += ("tokens", "tokens/s", "FLOPs", "memory", "ms/token", "GFLOP/s of the machine")
+HEAD += ("tokens", "tokens/s", "FLOPs", "memory", "ms/token", "recall", "needle near", "far")
+HEAD += ("GFLOP/s of the machine",)
 
 
 def table(rows: Sequence[Record]) -> str:
@@ -380,10 +421,18 @@ def table(rows: Sequence[Record]) -> str:
                 f"{row['flops']:.3g}",
                 "–" if memory is None else f"{memory / GiB:.2f} GiB",
                 f"{row['decode_milliseconds']:.2f}",
+                "–" if row["recall"] is None else f"{row['recall']:.1%}",
+                *_needle_cells(row["needles"]),
                 f"{row['matrix_rate']:,.0f}",
             )
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _needle_cells(rows: Sequence[Record] | None) -> list[str]:
+    """Right the second time, and without a first, near and far."""
+    cells = [f"{row['again']:.0%} ({row['unseen']:.0%})" for row in rows or ()]
+    return cells + ["–"] * (2 - len(cells))
 
 
 def report(plan: Plan, runs: dict[str, Record]) -> str:
@@ -501,6 +550,12 @@ def parser() -> OneLineParser:
     add("--trial_minutes", type=number, metavar="X", help="of a run of the sweep [a sixth]")
     add("--flops", type=number, metavar="X", help="of training for every run: the second table")
     add("--trial_flops", type=number, metavar="X", help="of a run of its sweep [a sixth]")
+    add(
+        "--recall_steps",
+        type=positive,
+        metavar="N",
+        help="train each row on multi-query recall as well, at every rate [no]",
+    )
     add("--optimizers", type=names, default=("AdamW",), metavar="LIST", help="to try [AdamW]")
     add(
         "--lrs",
@@ -585,6 +640,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         args.lrs,
         args.batches,
         args.seeds,
+        args.recall_steps,
     )
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from wavelet_lm.config import FIELDS, Config, check_values, nearest, parse_value
 from wavelet_lm.errors import UserError
 from wavelet_lm.experiments.model_names import NETWORK_KEYS
+from wavelet_lm.models.base import picked
 from wavelet_lm.models.losses import mean_cross_entropy, token_cross_entropy
 from wavelet_lm.models.registry import build_model
 
@@ -276,9 +277,12 @@ class LibraryModel(nn.Module):
         self.vocab_size = vocab_size
         self.longest = context if row.bounded else None
 
-    def loss(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, None]:
-        """Mean cross-entropy in nats per token over `targets` [B, T]; no state."""
+    def loss(
+        self, idx: Tensor, targets: Tensor, state: Any = None, at: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Mean cross-entropy in nats per token over `targets` [B, T], or those at [B, Q]."""
         x, _ = self._hidden(idx)
+        x = x if at is None else picked(x, at)
         return mean_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten()), None
 
     @torch.no_grad()
@@ -290,9 +294,18 @@ class LibraryModel(nn.Module):
 
     def forward(self, idx: Tensor, state: Any = None, *, last_only: bool = False) -> Any:
         """Logits, and a state; unlike one of the project's it changes in place."""
+        x, state = self.hidden(idx, state)
+        return self.project(x[:, -1:] if last_only else x), state
+
+    def hidden(self, idx: Tensor, state: Any = None) -> Any:
+        """Vectors [B, T, C] that are ready for the head, and the state."""
         cache, start = state or (None, 0)
         x, cache = self._hidden(idx, cache, start, use_cache=True)
-        return self.head(x[:, -1:] if last_only else x), (cache, start + idx.shape[1])
+        return x, (cache, start + idx.shape[1])
+
+    def project(self, x: Tensor) -> Tensor:
+        """Their logits [B, T, vocab]."""
+        return self.head(x)
 
     def _hidden(
         self, idx: Tensor, cache: Any = None, start: int = 0, use_cache: bool = False

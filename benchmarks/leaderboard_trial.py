@@ -1,5 +1,7 @@
 """One run of the leaderboard: a model trained for a budget of time or FLOPs, and its figures.
 
+Or for so many steps of multi-query recall, and what it then recalls.
+
 The clock runs while a step is computed and stands still while anything is measured. On a CPU it is
 that of the process, with one thread, so that whatever else the machine does costs a run nothing
 but caches; on a GPU it is the wall's, and each step is waited for.
@@ -27,15 +29,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from wavelet_lm.config import Config
 from wavelet_lm.data.batches import RandomCrops, validation_batches
 from wavelet_lm.data.dataset import TokenizedText, TokenSplit
+from wavelet_lm.data.tasks.needle import SHORTEST, find_needles
+from wavelet_lm.data.tasks.recall import MultiQueryRecall
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError
-from wavelet_lm.evaluation.likelihood import evaluate
+from wavelet_lm.evaluation.likelihood import score
+from wavelet_lm.evaluation.needle import NEEDLES, evaluate
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.models.registry import n_params
 from wavelet_lm.threads import use_threads
 from wavelet_lm.training.memory_estimate import peak_bytes, reset_peak
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
+from wavelet_lm.training.recall import Recall
 
 # Validations of a run: parts of its budget, evenly spaced on a logarithmic axis.
 N_POINTS = 12
@@ -44,6 +50,7 @@ WARM_UP_STEPS = 2  # outside of the clock: compiling, allocating
 STREAM_CHUNK = 1024
 EVALUATED_POSITIONS = 4096  # of a forward pass of a validation
 DECODED_TOKENS = 48
+RECALL_EXAMPLES = 320
 PROBE = 384  # rows and columns of the products that tell the machine's speed
 PROBE_REPEATS = 4
 
@@ -87,7 +94,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Trial:
-    """kind, amount: of the budget, `seconds` or `flops`; final: whether the test split is read."""
+    """kind, amount: of the budget, `seconds` or `flops`, or steps of `recall`.
+
+    final: whether the run is one of the table's, and reads the test split.
+    """
 
     row: str
     kind: str
@@ -309,6 +319,8 @@ def run_trial(trial: Trial, settings: Settings, data: TokenizedText) -> dict[str
         optimizer=trial.optimizer, lr=trial.lr, micro_batch_size=trial.batch, seed=trial.seed
     )
     torch.manual_seed(trial.seed)
+    if trial.kind == "recall":
+        return recalled(trial, config, settings, device)
     before = resident_bytes(device)
     with device:
         model = build_row(trial.row, data.tokenizer.vocab_size, settings.context)
@@ -342,7 +354,37 @@ def run_trial(trial: Trial, settings: Settings, data: TokenizedText) -> dict[str
         del training
         result["test"] = tested(model, data, settings, device)
         result["decode_milliseconds"] = decode_milliseconds(model, data, settings, device)
+        result["needles"] = needles(model, data, settings)
     return result
+
+
+def recalled(
+    trial: Trial, config: Config, settings: Settings, device: torch.device
+) -> dict[str, Any]:
+    """A model of the row trained on multi-query recall alone; the share of right answers."""
+    task = MultiQueryRecall()
+    with device:
+        model = build_row(trial.row, task.vocab_size, task.length)
+    optimizer, precision = Optimizer(model, config), Precision(config, device)
+    recall = Recall(config.replace(eval_batches=16), model, task, device)
+    steps = int(trial.amount)
+    for step in range(steps):
+        progress = (step + 1) / steps
+        optimizer.set_lr(learning_rate_at(progress, trial.lr, settings.warmup, settings.final_lr))
+        batch = [tuple(part.to(device) for part in one) for one in recall.batch(step)]
+        for loss in recall.losses(step, batch):
+            precision.backward(loss)
+        precision.update(optimizer, model, config.grad_clip)
+        optimizer.zero_grad()
+    n = RECALL_EXAMPLES
+    found = {part: recall.asked(part, n, streamed=False) for part in ("valid", "test")}
+    if not math.isfinite(found["valid"]["nats"]):
+        return {"diverged": f"the loss is {found['valid']['nats']} after {steps} steps"}
+    return {
+        "step": steps,
+        "valid_accuracy": found["valid"]["accuracy"],
+        "test_accuracy": found["test"]["accuracy"],
+    }
 
 
 # --- after training ------------------------------------------------------------------------------
@@ -357,17 +399,20 @@ def tested(
         tokens = split.tokens[: settings.test_tokens]
         sizes = [len(data.tokenizer.token_bytes(i)) for i in range(data.tokenizer.vocab_size)]
         split = TokenSplit(tokens, int(np.array(sizes)[tokens].sum()))
-    windows = evaluate(model, split, data.tokenizer, block_size=settings.context, device=device)
-    n_bytes = windows["sliding"]["bytes"]
-    streaming = None
+    n_bytes = split.n_bytes - len(data.tokenizer.token_bytes(int(split.tokens[0])))
+    nats, _ = score(
+        model,
+        split.tokens,
+        block_size=settings.context,
+        stride=max(1, settings.context // 2),
+        batch_size=max(1, EVALUATED_POSITIONS // settings.context),
+        device=device,
+    )
+    figures = {"sliding": nats}
     if model.longest is None:
-        streaming = stream_nats(model, split.tokens) / math.log(2) / n_bytes
-    return {
-        "sliding": round(windows["sliding"]["bits_per_byte"], 5),
-        "non_overlapping": round(windows["non_overlapping"]["bits_per_byte"], 5),
-        "streaming": None if streaming is None else round(streaming, 5),
-        "bytes": n_bytes,
-    }
+        figures["streaming"] = stream_nats(model, split.tokens)
+    bits = {name: round(nats / math.log(2) / n_bytes, 5) for name, nats in figures.items()}
+    return {"streaming": None, **bits, "bytes": n_bytes}
 
 
 def stream_nats(model: nn.Module, tokens: np.ndarray) -> float:
@@ -404,6 +449,34 @@ def decode_milliseconds(
         marks.append(clock.seconds)
     steps = [b - a for a, b in itertools.pairwise([0.0, *marks])]
     return round(statistics.median(steps) * 1000, 3)
+
+
+def needles(
+    model: nn.Module, data: TokenizedText, settings: Settings
+) -> list[dict[str, float]] | None:
+    """Sentences of the validation split that come again, near and far; None in a short context.
+
+    `near` is a quarter of a context behind, within reach of all; `far` four contexts. For each the
+    share of right tokens the second time (`again`), and without the first (`unseen`).
+    """
+    near, far = settings.context // 4, 4 * settings.context
+    tokens, lead = data.valid.tokens, near
+    if near < SHORTEST or len(tokens) < 2 * far:
+        return None
+    distances = [near] if model.longest is not None else [near, far]
+    # Of all rows the same sentences, though some are not asked from far.
+    found = find_needles(
+        tokens, data.tokenizer.token_bytes, NEEDLES, lead=lead, distances=(near, far)
+    )
+    rows = evaluate(model, tokens, found, lead=lead, distances=distances)
+    return [
+        {
+            "distance": row["distance"],
+            "again": round(row["again"]["accuracy"], 4),
+            "unseen": round(row["unseen"]["accuracy"], 4),
+        }
+        for row in rows
+    ]
 
 
 def check_data(data: TokenizedText) -> None:

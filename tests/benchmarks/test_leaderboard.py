@@ -170,6 +170,15 @@ def test_processes_run_rows_of_the_table(tmp_path, monkeypatch, capsys):
     assert sorted(run["seed"] for run in runs) == [0, 1]
 
 
+def test_rows_are_asked_to_recall(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "RECALL_EXAMPLES", 16)
+    file = tmp_path / "board.json"
+    flags = ("--minutes", 0.001, "--seeds", 0, "--lrs", "1e-3", "--recall_steps", 2)
+    out = command(*flags, "--json", file).out
+    row = json.loads(file.read_text())["rows"][0]
+    assert 0 <= row["recall"] < 0.2 and f"{row['recall']:.1%}" in out
+
+
 def test_two_programs_add_to_one_file(tmp_path):
     file = str(tmp_path / "board.json")
     first, second = (leaderboard.Store(file, {"a": 1}, lambda store: []) for _ in range(2))
@@ -331,6 +340,25 @@ def test_a_text_read_as_one_stream_is_scored_once(tiny):
             assert trials.stream_nats(model, tokens) == pytest.approx(expected, rel=1e-5)
 
 
+def test_needles_are_the_same_for_all_rows_and_far_only_for_those_that_read_as_far(
+    tiny, monkeypatch
+):
+    text = b" ".join(b"It was the %dth day of a long voyage, and cold." % i for i in range(60))
+    split = TokenSplit(np.frombuffer(text, np.uint8), len(text))
+    data = TokenizedText("days", ByteTokenizer(), split, split, split)
+    settings, asked = settings_of(context=256), []
+    real = trials.evaluate
+    monkeypatch.setattr(
+        trials,
+        "evaluate",
+        lambda *a, **k: asked.append(a[2][:4]) or real(a[0], a[1], a[2][:4], **k),
+    )
+    rows = [trials.needles(models.build_row(name, 256, 256), data, settings) for name in TINY]
+    assert [[row["distance"] for row in found] for found in rows] == [[64], [64, 1024]]
+    assert asked[0] == asked[1] and len(asked[0]) == 4
+    assert trials.needles(models.build_row("small_gpt", 256, 16), data, settings_of()) is None
+
+
 # --- the rows ------------------------------------------------------------------------------------
 
 
@@ -364,6 +392,10 @@ def test_rows_of_a_library_compute_what_they_should(name):
     assert torch.allclose(model.token_losses(idx, idx).flatten(), expected, atol=1e-4)
     loss, _ = model.loss(idx, idx)
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-4)
+    at = torch.tensor([[3, 9], [0, 39]])
+    some, _ = model.loss(idx, idx.gather(1, at), None, at)
+    picked = expected.view_as(idx).gather(1, at).mean()
+    assert some.item() == pytest.approx(picked.item(), rel=1e-4)
     changed = torch.cat((idx[:, :30], (idx[:, 30:] + 1) % 64), 1)
     with torch.inference_mode():
         assert torch.allclose(model(changed)[0][:, :30], logits[:, :30], atol=1e-5)
