@@ -1,12 +1,16 @@
 """Shared helpers: tiny configs, perturbed models, and the skip of GPU tests."""
 
+import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
 from wavelet_lm.config import Config
+
+ROOT = Path(__file__).parents[1]
 
 # Models this small only lose by threads, and a test's time says nothing about its subject.
 torch.set_num_threads(1)
@@ -59,3 +63,22 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder with the configs and a run of an untrained model, as the examples expect."""
+    from wavelet_lm.data.tokenizers import ByteTokenizer
+    from wavelet_lm.models.checkpoint import save_checkpoint
+    from wavelet_lm.models.registry import build_model
+
+    run = tmp_path / "logs" / "RUN"
+    config = Config.from_json(ROOT / "configs/quickstart.json", C=16, layers=1)
+    ByteTokenizer().save(run / "tokenizer")
+    save_checkpoint(run / "best.safetensors", build_model(config, 256), {})
+    rows = [{"event": "eval", "step": 0, "val_loss": 5.5, "bits_per_byte": 8.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("config.json", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

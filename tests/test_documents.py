@@ -15,10 +15,8 @@ import pytest
 from wavelet_lm.cli.generate import parse_options
 from wavelet_lm.config import FIELDS, Config, parse_value, read_json_object
 from wavelet_lm.data.modalities import MODALITY_NAMES
-from wavelet_lm.data.tokenizers import ByteTokenizer
 from wavelet_lm.errors import UserError
-from wavelet_lm.models.checkpoint import save_checkpoint
-from wavelet_lm.models.registry import build_model
+from wavelet_lm.inference.engine import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 GENERATED = ("config.md", "commands.md", "reference.md")  # from the code, by the code
@@ -181,25 +179,19 @@ def test_files_exist(page):
     assert not [path for path in paths if not any((place / path).exists() for place in places)]
 
 
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """A folder with the configs and a run of an untrained model, as the examples expect."""
-    run = tmp_path / "logs" / "RUN"
-    config = Config.from_json(ROOT / "configs/quickstart.json", C=16)
-    ByteTokenizer().save(run / "tokenizer")
-    save_checkpoint(run / "best.safetensors", build_model(config, 256), {})
-    rows = [{"event": "eval", "step": 0, "val_loss": 5.5, "bits_per_byte": 8.0}]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_python_examples_run(page, checkout):
+def test_python_examples_run(page, checkout, capsys):
+    """One after the other; what a comment says that a line prints is printed."""
     names: dict = {}
     for text in blocks(page, "python"):
         exec(compile(text, page, "exec"), names)
+        printed = capsys.readouterr().out.splitlines()
+        for promised in re.findall(r"print\(.*\)  # (.+)$", text, re.MULTILINE):
+            assert promised in printed
+
+
+def test_every_option_of_the_engine_is_named():
+    assert set(OPTIONS) <= set(re.findall(r"`(\w+)`", PAGES["docs/python.md"]))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "json")])

@@ -37,6 +37,7 @@ def parse_options(description: str, arguments: list[str] | None = None) -> Gener
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
+    """The parser of `generate`; `description` heads its help."""
     parser = OneLineParser(
         run="run folder, or checkpoint file", description=description, epilog=EPILOG
     )

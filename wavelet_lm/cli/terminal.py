@@ -184,6 +184,7 @@ def write_batch(
 
 
 def stop_if_interrupted(completions: Sequence[Completion], asked: Sequence[Any]) -> None:
+    """Raise KeyboardInterrupt where Ctrl-C cut the texts short, or kept some from being begun."""
     if len(completions) < len(asked) or any(c.reason == "interrupted" for c in completions):
         raise KeyboardInterrupt
 

@@ -37,10 +37,20 @@ class Config(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Quantiza
 
     @classmethod
     def from_json(cls, path: str | Path, **overrides: Any) -> Config:
-        """Read a flat JSON file; keyword overrides win over its values."""
+        """Read a flat JSON file; keyword overrides win over its values.
+
+        Examples:
+            >>> config = wavelet_lm.Config.from_json("configs/quickstart.json", layers=2)
+            >>> config.layers, config.dataset
+            (2, 'python-stdlib')
+            >>> wavelet_lm.Config.from_json("config.json", layers=0)
+            Traceback (most recent call last):
+            wavelet_lm.config.option.ConfigError: config.json: layers is 0; it must be >= 1
+        """
         return cls.from_dict({**read_json_object(path), **overrides}, source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
+        """Every key with its value, JSON-ready: tuples are lists."""
         values = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
@@ -50,6 +60,7 @@ class Config(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Quantiza
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     def replace(self, **changes: Any) -> Config:
+        """A config with these keys changed; raises ConfigError as `from_dict` does."""
         return Config.from_dict({**self.to_dict(), **changes})
 
 

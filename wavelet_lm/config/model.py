@@ -265,6 +265,7 @@ class ModelConfig:
 
     @property
     def n_scales(self) -> int:
+        """S, the bands of the wavelet: L + 1, or 2^L of packets."""
         return 2**self.levels if self.wavelet_packets else self.levels + 1
 
     @property

@@ -47,6 +47,7 @@ class Option:
         return words if self.word is None else f"{self.word} or {words}"
 
     def allows(self, value: Any) -> bool:
+        """Whether a value of the right type is in range."""
         if self.choices is not None:
             # `True in (1,)` holds in Python; a choice must also agree in type.
             return any(value == c and type(value) is type(c) for c in self.choices)
@@ -60,6 +61,7 @@ class Option:
 
 
 def option(default: Any, meaning: str, **limits: Any) -> Any:
+    """A field of a config with its `Option`, whose limits are `limits`."""
     return field(default=default, metadata={"option": Option(meaning, **limits)})
 
 

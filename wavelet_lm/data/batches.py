@@ -39,6 +39,7 @@ class RandomCrops:
         return cut(self.tokens, starts, self.block_size)
 
     def starts_text(self, step: int) -> bool:
+        """Always: crops have nothing to do with one another."""
         return True
 
 
@@ -57,6 +58,7 @@ class SequentialStreams:
         return cut(self.tokens, self.starts + offset, self.block_size)
 
     def starts_text(self, step: int) -> bool:
+        """Where the streams have come to their end and begin again."""
         return step % self.n_windows == 0
 
 
@@ -88,6 +90,7 @@ def batch_size(config: TrainingConfig) -> int:
 
 
 def training_batches(config: Config, tokens: np.ndarray) -> Batches:
+    """The batches of a config's `data_order`; tokens: [N] of any integer dtype."""
     if config.data_order == "sequential":
         return SequentialStreams(tokens, batch_size(config), config.block_size)
     return RandomCrops(tokens, batch_size(config), config.block_size, config.seed)
@@ -96,7 +99,8 @@ def training_batches(config: Config, tokens: np.ndarray) -> Batches:
 def validation_batches(config: Config, tokens: np.ndarray) -> list[tuple[Tensor, Tensor]]:
     """The evenly spaced windows of `eval_batches` batches; fewer where the text is short.
 
-    They come in forward passes of up to `micro_batch_size` windows.
+    They come in forward passes of up to `micro_batch_size` windows: inputs and targets, each
+    [windows, T] int64. Raises UserError for a split of fewer than 2 tokens.
     """
     n_targets = len(tokens) - 1
     if n_targets < 1:
@@ -116,7 +120,10 @@ def steps_per_epoch(config: Config, n_tokens: int) -> int:
 
 
 def cut(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
-    """Windows of `block_size` tokens at `starts`, and the tokens that follow each position."""
+    """Windows of `block_size` tokens at `starts` [B], and the tokens that follow each position.
+
+    Both are [B, block_size] int64, whatever integers `tokens` [N] are.
+    """
     windows = np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int64)
     windows = torch.from_numpy(windows)
     return windows[:, :-1], windows[:, 1:]

@@ -151,6 +151,7 @@ def _parts(document: Document, separator: str) -> Iterator[Document]:
 
 
 def reader(files: Iterable[Path]) -> Documents:
+    """The documents of files, in their order; read anew at each call of what is returned."""
     files = list(files)
 
     def documents() -> Iterator[Document]:
@@ -361,4 +362,5 @@ def digests(files: Iterable[Path], kind: FileKind) -> list[str]:
 
 
 def content_key(description: object) -> str:
+    """32 hexadecimal digits that stand for a JSON-ready description."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]

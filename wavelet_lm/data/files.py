@@ -246,5 +246,6 @@ def _other_kind(files: list[Path], kind: FileKind) -> str:
 
 
 def some(files: list[Path], folder: Path) -> str:
+    """Files in words, for a complaint: the first three, and how many more."""
     names = [file.relative_to(folder).as_posix() for file in files[:3]]
     return ", ".join(names) + (f" and {len(files) - 3} more" if len(files) > 3 else "")

@@ -36,7 +36,14 @@ MAX_SENTENCE_BYTES = 16384  # longer training sentences would be left out
 
 
 class ByteTokenizer(Tokenizer):
-    """The UTF-8 bytes themselves."""
+    """The UTF-8 bytes themselves.
+
+    Examples:
+        >>> ByteTokenizer().encode("né")
+        [110, 195, 169]
+        >>> ByteTokenizer().decode([110, 195, 169])
+        'né'
+    """
 
     name, vocab_size = "bytes", 256
 
@@ -48,7 +55,19 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One token per character, for the characters of a given text in sorted order."""
+    """One token per character, for the characters of a given text in sorted order.
+
+    Examples:
+        >>> tokenizer = CharTokenizer.of(["banana"])
+        >>> tokenizer.characters, tokenizer.vocab_size
+        ('abn', 3)
+        >>> tokenizer.encode("nab")
+        [2, 0, 1]
+        >>> tokenizer.encode("nut")
+        Traceback (most recent call last):
+        wavelet_lm.errors.UserError: character 'u' (U+0075) at position 1 is not among the 3 \
+characters of this char tokenizer; use text of the same alphabet, or another tokenizer
+    """
 
     name = "char"
 

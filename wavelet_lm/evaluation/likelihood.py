@@ -114,6 +114,20 @@ def evaluate(
 
     Raises:
         UserError: for fewer than two tokens, and for losses that are not finite.
+
+    Examples:
+        A model to which all bytes are equally likely needs 8 bits for each of them:
+
+        >>> from wavelet_lm.data.dataset import TokenSplit
+        >>> from wavelet_lm.data.tokenizers import ByteTokenizer
+        >>> class Even(torch.nn.Module):
+        ...     def token_losses(self, idx, targets):
+        ...         return torch.full(targets.shape, math.log(256))
+        >>> tokens = np.frombuffer(b"Anything at all", dtype=np.uint8)
+        >>> split = TokenSplit(tokens, n_bytes=len(tokens))
+        >>> results = evaluate(Even(), split, ByteTokenizer(), block_size=8)
+        >>> round(results["sliding"]["bits_per_byte"], 4), results["sliding"]["tokens"]
+        (8.0, 14)
     """
     if len(split.tokens) < 2:
         raise UserError(f"the split has {len(split.tokens)} tokens; at least 2 are needed")

@@ -258,6 +258,7 @@ def train_one(config: Config, data: TokenizedText, budget: Budget | None, costs:
 
 
 def tokens_per_step(config: Config) -> int:
+    """Positions that an optimizer step learns from."""
     return batch_size(config) * config.block_size
 
 

@@ -204,6 +204,7 @@ def _new_file(out_dir: str) -> Path:
 
 
 def forget_the_last_run() -> None:
+    """Give back memory and compiled code, and measure the peak anew."""
     gc.collect()
     reset_peak()
     if "torch._dynamo" in sys.modules:

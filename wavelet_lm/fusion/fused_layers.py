@@ -98,6 +98,7 @@ class FoldedStackedMixer(nn.Module):
         self.bias, self.output_gain, self.residual = mixer.bias, mixer.output_gain, mixer.residual
 
     def forward(self, bands: Tensor, routing: Tensor | None) -> Tensor:
+        """Bands [S, B, T, Cp], routing [S, S] or None -> bands of the same shape."""
         mixed = self.scales(self.input_gain(self.norm(bands)), routing) + self.bias[:, None, None]
         mixed = self.output_gain(mixed)
         return bands + mixed if self.residual else mixed
@@ -198,6 +199,7 @@ class ScaleWeights(nn.Module):
         self.weights = nn.Parameter(weights[:, None, None, None].detach().clone())
 
     def forward(self, bands: Tensor) -> Tensor:
+        """[S, B, T, Cp] -> the same shape."""
         return bands * self.weights
 
 

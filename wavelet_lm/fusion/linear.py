@@ -26,6 +26,7 @@ class PreparedLinear(nn.Linear):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], dtype kept."""
         return _linear(x, self.weight, self.bias)
 
 
@@ -40,6 +41,7 @@ class BatchedLinear(nn.Module):
         self.weight, self.bias = as_parameter(weight), as_parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[n, ..., T, in] -> [n, ..., T, out], dtype kept."""
         rows = x.flatten(1, -2)
         if self.bias is not None and bias_apart(x):
             y = torch.bmm(rows, self.weight.mT) + self.bias[:, None]
@@ -61,18 +63,19 @@ class OneOfBatch(nn.Module):
         self.batch, self.i = batch, i
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., T, in] -> [..., T, out], dtype kept."""
         return self.batch.one(self.i, x)
 
 
 def as_parameter(x: Tensor | None) -> nn.Parameter | None:
-    """The tensor as a parameter, which it may be already: then a shared one stays shared."""
+    """x of any shape as a parameter, which it may be already: then a shared one stays shared."""
     if x is None or isinstance(x, nn.Parameter):
         return x
     return nn.Parameter(x, requires_grad=False)
 
 
 def bias_apart(x: Tensor) -> bool:
-    """Whether a product leaves its bias to a sum of its own.
+    """Whether a product of x, of any shape, leaves its bias to a sum of its own.
 
     For one text on a GPU the compiler turns a product into a reduction, a kernel of its own that
     also does what stands around it, but not a product with a bias inside.

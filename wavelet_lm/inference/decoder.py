@@ -147,7 +147,7 @@ class Decoder:
         return StaticSession(self, learning(state) if self.adapts else state, max_step)
 
     def read(self, idx: Tensor, state: Any, last_only: bool = False) -> tuple[Tensor, Any]:
-        """The model's logits, in float32 at least, and its new state."""
+        """idx [B, T] int64 -> logits [B, T or 1, V], in float32 at least, and the new state."""
         with reading(self.model):
             logits, state = self.model(idx, state, last_only=last_only)
         return _wide(logits), state
@@ -227,7 +227,7 @@ class Session:
         raise NotImplementedError
 
     def buffers(self) -> list[Tensor] | None:
-        """What `decode` changes in place, None where it makes new tensors."""
+        """What `decode` changes in place, of any shapes; None where it makes new tensors."""
         raise NotImplementedError
 
 

@@ -61,6 +61,14 @@ class Engine:
 
     Raises:
         UserError: the tokenizer is not the model's; an option that the model cannot follow.
+
+    Examples:
+        >>> engine = wavelet_lm.Engine.open("logs/RUN")
+        >>> text = engine.generate("def ", num_tokens=10, seed=1)
+        >>> "".join(engine.stream("def ", num_tokens=10, seed=1)) == text
+        True
+        >>> engine.generate_batch(["class ", "def "], num_tokens=10, seed=[3, 1])[1] == text
+        True
     """
 
     def __init__(
@@ -291,6 +299,16 @@ def generate(
     Raises:
         UserError: options out of range, a tokenizer of another model, a prompt that it cannot
             encode or that is too long for the model, and output that is not finite.
+
+    Examples:
+        >>> model = wavelet_lm.load_model("logs/RUN")
+        >>> tokenizer = wavelet_lm.load_tokenizer("logs/RUN")
+        >>> text = wavelet_lm.generate(model, tokenizer, "def ", num_tokens=10, seed=1)
+        >>> text == wavelet_lm.generate(model, tokenizer, "def ", num_tokens=10, seed=1)
+        True
+        >>> wavelet_lm.generate(model, tokenizer, "def ", top_p=2)
+        Traceback (most recent call last):
+        wavelet_lm.errors.UserError: top_p is 2; it must be between 1e-30 and 1
     """
     engine = Engine.of(twin_of(model), model, tokenizer)
     return engine.generate(

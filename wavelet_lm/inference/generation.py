@@ -50,7 +50,8 @@ class TopPSource(Protocol):
 
     every: int
 
-    def top_p(self, texts: Sequence[Sequence[int]]) -> Tensor: ...
+    def top_p(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """The top-p of each text for its next token, [B] float32; texts: the tokens so far."""
 
 
 def sampled_tokens(
@@ -67,7 +68,7 @@ def sampled_tokens(
     On a GPU the next step is already running when the tokens of one are handed out.
 
     Args:
-        logits, state: what `Decoder.prefill` returned for the texts.
+        logits, state: what `Decoder.prefill` returned for the texts; logits [B, V].
         texts: their tokens, which the repetition penalty counts as seen.
         seeds: one per row; a row draws the same numbers in any batch.
         top_p_source: looked at before tokens 0, `every`, 2 · `every`, …
@@ -133,10 +134,11 @@ class Sampler:
         self.record = torch.zeros(B, 3, dtype=torch.float64, device=device)
 
     def buffers(self) -> list[Tensor]:
-        """What `draw` changes in place."""
+        """What `draw` changes in place, of any shapes."""
         return [self.count, self.seen, self.tokens, self.record]
 
     def set_top_p(self, top_p: Tensor) -> None:
+        """Take other values of top-p, [B], from the next draw on."""
         self.top_p.copy_(top_p)
 
     def draw(self, logits: Tensor) -> None:

@@ -109,6 +109,7 @@ class Row:
 
     @property
     def tokens(self) -> list[int]:
+        """Those drawn so far."""
         return [drawn.token for drawn in self.drawn]
 
     def take(self, drawn: Drawn) -> str:
@@ -151,6 +152,7 @@ class Row:
         return piece
 
     def completion(self, drift: float, counts: Counts | None = None) -> Completion:
+        """The text as it stands, with its measures; `drift` and `counts` are the strategy's."""
         tokens = self.tokens
         log_probs = [drawn.log_prob for drawn in self.drawn]
         entropies = [drawn.entropy for drawn in self.drawn]

@@ -41,7 +41,7 @@ class StaticState:
             ring.load(history)
 
     def buffers(self) -> list[Tensor]:
-        """All tensors that a step writes to."""
+        """All tensors that a step writes to, of any shapes."""
         return [self.clock.position, *(ring.buffer for ring in self._rings())]
 
     def _rings(self) -> list[Ring]:

@@ -144,6 +144,7 @@ class ModelRecord:
 
     @classmethod
     def of(cls, model: LanguageModel) -> ModelRecord:
+        """The record of a model that is there."""
         return cls(model.config, model.vocab_size, fingerprint(model))
 
 
@@ -159,6 +160,7 @@ class Fingerprint:
         self._samples: dict[str, tuple[str, Tensor]] = {}
 
     def add(self, name: str, values: Tensor) -> None:
+        """Take in a weight of any shape, by a sample of its values."""
         flat = values.detach().flatten()
         step = max(1, -(-flat.numel() // N_SAMPLES))
         self._samples[name] = f"{name} {values.dtype} {list(values.shape)}", flat[::step].clone()

@@ -38,16 +38,20 @@ class Layout:
     unread: set[str] = field(default_factory=set)
 
     def one(self, ours: str, *theirs: str, row: tuple[int, int] | None = None) -> None:
+        """A tensor of ours is theirs, or the row `row` of it, by any of its names."""
         self.sources[ours] = Source((theirs,), row)
 
     def affine(self, ours: str, theirs: str) -> None:
+        """A weight and a bias of ours are theirs."""
         for name in AFFINE:
             self.one(f"{ours}.{name}", f"{theirs}.{name}")
 
     def stack(self, ours: str, theirs: Iterable[str]) -> None:
+        """A tensor of ours is several of theirs, stacked."""
         self.sources[ours] = Source(tuple((name,) for name in theirs))
 
     def include(self, other: Layout, prefix: str) -> None:
+        """Take over another layout, every name of both sides behind `prefix`."""
         for ours, source in other.sources.items():
             parts = tuple(tuple(prefix + name for name in part) for part in source.parts)
             self.sources[prefix + ours] = Source(parts, source.row)

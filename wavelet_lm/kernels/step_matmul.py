@@ -41,7 +41,7 @@ def step_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def batched_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same for rows of any kind, in one call."""
+    """The same for rows of any kind, in one call: [n, M, K] and [n, N, K] -> [n, M, N]."""
     if bias is None:
         return torch.bmm(x, weight.mT)
     return torch.baddbmm(bias[:, None], x, weight.mT)

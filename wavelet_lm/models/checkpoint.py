@@ -125,6 +125,7 @@ class Checkpoint:
         return value
 
     def damaged(self, problem: str) -> UserError:
+        """The error of a header that says what cannot be."""
         return UserError(f"{self.path}: its header is damaged ({problem}); use another checkpoint")
 
     def require(self, kinds: Mapping[str, tuple[type, ...]]) -> None:
@@ -144,6 +145,7 @@ class Checkpoint:
         return model_without_weights(self.config, self.vocab_size, str(self.path), len(self.names))
 
     def tensor(self, name: str) -> Tensor:
+        """A stored tensor by its full name, in the shape and dtype of the file."""
         return self._file.get_tensor(name)
 
     def extra(self) -> dict[str, Tensor]:
@@ -219,7 +221,7 @@ def check_finite(model: nn.Module, checkpoint: str | Path) -> None:
 
 
 def check_values(name: str, values: Tensor, checkpoint: str | Path) -> None:
-    """As `check_finite`, for one tensor; a part at a time, since a sum of faults takes memory."""
+    """As `check_finite` for a tensor of any shape; in parts, since summing faults takes memory."""
     n_bad = sum(int((~part.isfinite()).sum()) for part in values.flatten().split(CHECKED_AT_ONCE))
     if n_bad:
         raise UserError(

@@ -99,6 +99,7 @@ class Breakdown:
 
     @property
     def total(self) -> Cost:
+        """The sum of all components."""
         return sum(self.components.values(), Cost())
 
 

@@ -18,7 +18,19 @@ REGISTRATIONS_PER_TENSOR = 8
 
 
 def build_model(config: Config, vocab_size: int) -> LanguageModel:
-    """A model with random weights in training mode; under `torch.device("meta")` none at all."""
+    """A model with random weights in training mode; under `torch.device("meta")` none at all.
+
+    Examples:
+        >>> config = wavelet_lm.Config.from_json("configs/quickstart.json", C=16, layers=1)
+        >>> model = wavelet_lm.build_model(config, vocab_size=256).eval()
+        >>> idx = torch.randint(256, (2, 10))  # [B, T] int64
+        >>> logits, state = model(idx)
+        >>> logits.shape, logits.dtype
+        (torch.Size([2, 10, 256]), torch.float32)
+        >>> following, state = model(torch.randint(256, (2, 1)), state)  # the next token of each
+        >>> following.shape
+        torch.Size([2, 1, 256])
+    """
     model = MultinodalLM if config.multinodal_enabled else MODELS[config.model]
     return model(config, vocab_size)
 

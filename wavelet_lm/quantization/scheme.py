@@ -63,6 +63,7 @@ class Scheme:
         return words + (", calibrated" if self.calibrated else "")
 
     def to_json(self) -> str:
+        """The scheme as a line of a checkpoint's header."""
         return json.dumps({"version": VERSION, **dataclasses.asdict(self)})
 
     @classmethod

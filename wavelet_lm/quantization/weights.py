@@ -138,7 +138,11 @@ def step_sizes(groups: Tensor, bits: int) -> Tensor:
 
 
 def nearest(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """The codes (8 bits) or unsigned values (4 and 2) of the levels nearest to the weights."""
+    """The codes (8 bits) or unsigned values (4 and 2) of the levels nearest to the weights.
+
+    groups [..., G, group_size], scales [..., G] -> [..., G, group_size], whole numbers in the dtype
+    of `groups`.
+    """
     steps = groups / torch.where(scales == 0, 1, scales)[..., None]
     if bits == 8:
         return steps.round().clamp(-127, 127)
@@ -154,6 +158,7 @@ class QuantizedLinear(nn.Module):
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N], dtype kept."""
         y = self.weight.one(0, x)
         return y if self.bias is None else y + self.bias
 
@@ -166,10 +171,12 @@ class QuantizedBatchedLinear(nn.Module):
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """[n, ..., T, K] -> [n, ..., T, N], dtype kept."""
         y = self.weight.matmul(x)
         return y if self.bias is None else y + self.bias.view(len(x), *[1] * (x.ndim - 2), -1)
 
     def one(self, i: int, x: Tensor) -> Tensor:
+        """The i-th product alone: [..., T, K] -> [..., T, N]."""
         y = self.weight.one(i, x)
         return y if self.bias is None else y + self.bias[i]
 
@@ -182,6 +189,7 @@ class QuantizedEmbedding(nn.Module):
         self.weight, self.output_dtype = weight, dtype
 
     def forward(self, idx: Tensor) -> Tensor:
+        """idx [...] int64 -> [..., C] in `output_dtype`."""
         return self.weight.rows(idx, self.output_dtype)
 
 

@@ -34,7 +34,7 @@ class DeviceBatches:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device; to a GPU without waiting for it."""
+    """A copy of a tensor of any shape on the device; to a GPU without waiting for it."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

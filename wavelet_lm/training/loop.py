@@ -116,6 +116,7 @@ class Trainer:
     # --- validation and checkpoints --------------------------------------------------------------
 
     def validate(self) -> Validation:
+        """The task's validation, with the weights as they are."""
         return self.task.validate()
 
     def _validate_if_due(self) -> None:

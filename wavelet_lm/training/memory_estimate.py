@@ -56,6 +56,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def refuse_what_cannot_fit(config: Config, needed: int, device: torch.device) -> None:
+    """Raise UserError where `needed` bytes are more than the device has."""
     available = available_bytes(device)
     if needed > available:
         raise UserError(

@@ -36,11 +36,13 @@ class Optimizer:
         self.names = {p: n for n, p in named.items()}
 
     def set_lr(self, lr: float) -> None:
+        """The learning rate of the next steps."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = lr
 
     def zero_grad(self) -> None:
+        """Forget the gradients."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
@@ -72,7 +74,7 @@ class Optimizer:
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is the matrix of a linear map, which Muon and weight decay are for."""
+    """Whether a parameter is the matrix [out, in] of a linear map, for Muon and weight decay."""
     words = name.replace("_", ".").split(".")
     return parameter.ndim == 2 and not any(word in NOT_A_MATRIX for word in words)
 

@@ -34,9 +34,11 @@ class Precision:
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
     def autocast(self) -> AbstractContextManager:
+        """The context of a forward pass."""
         return devices.autocast(self.device, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss (0-d), scaled where float16 needs it."""
         self.scaler.scale(loss).backward()
 
     def update(self, optimizer: Optimizer, model: nn.Module, grad_clip: float) -> None:

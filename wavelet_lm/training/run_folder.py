@@ -71,6 +71,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
+        """A folder that is there; raises UserError if it is no run folder."""
         run = cls(path)
         if not run.config_file.is_file():
             raise UserError(f"{path}: not a run folder (it has no config.json)")
@@ -78,6 +79,7 @@ class RunFolder:
 
     @property
     def name(self) -> str:
+        """The last part of the path, with links followed."""
         return self.path.resolve().name
 
     def log(self, message: str) -> None:
@@ -92,6 +94,7 @@ class RunFolder:
         append_line(self.path / "log.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S}  {message}")
 
     def write_metrics(self, **values: Any) -> None:
+        """Append a line of JSON to metrics.jsonl."""
         append_line(self.metrics_file, json.dumps(values))
 
     def metrics(self) -> list[dict[str, Any]]:

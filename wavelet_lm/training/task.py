@@ -49,7 +49,7 @@ class Task:
         self.autocast = partial(devices.autocast, device, devices.amp_dtype(config, device))
 
     def batch(self, step: int) -> list[MicroBatch]:
-        """The `grad_accum` micro-batches of a step (from 0), on the CPU."""
+        """The `grad_accum` micro-batches of a step (from 0), on the CPU, in the task's shapes."""
         raise NotImplementedError
 
     def losses(self, step: int, batch: list[MicroBatch]) -> Iterator[Tensor]:

@@ -17,6 +17,22 @@ class HaarWavelet(Wavelet):
         c_{k+1} = (c_k + shift c_k) / √2        d_k = (c_k − shift c_k) / √2
 
     and back: c_k = (c_{k+1} + d_k) / √2. No parameters.
+
+    Examples:
+        >>> x = torch.randn(2, 10, 4)  # [B, T, C]
+        >>> wavelet = HaarWavelet(levels=3)
+        >>> bands, state = wavelet.decompose(x)
+        >>> len(bands), bands[0].shape, wavelet.reach
+        (4, torch.Size([2, 10, 4]), 7)
+        >>> torch.allclose(wavelet.reconstruct(bands), x, atol=1e-6)
+        True
+
+        In two chunks, the second of which begins with the state after the first:
+
+        >>> first, state = wavelet.decompose(x[:, :6])
+        >>> second, state = wavelet.decompose(x[:, 6:], state)
+        >>> torch.allclose(torch.cat((first[0], second[0]), 1), bands[0])
+        True
     """
 
     def __init__(self, levels: int):

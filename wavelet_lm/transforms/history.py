@@ -80,6 +80,7 @@ class Carry(Protocol):
 
 
 def carried(state: Tensor | Ring) -> Carry:
+    """The past behind a recurrence's state, [B, C] or [B, 1, C] or a ring of it."""
     return state if isinstance(state, Ring) else LastOutput(state)
 
 
@@ -100,6 +101,7 @@ class Window:
 
     @property
     def state(self) -> Tensor:
+        """The last `max_lag` positions, [B, max_lag, C]."""
         T = self._x.shape[1]
         if self._whole is None and T >= self._max_lag:  # nothing need be put together
             return self._x[:, T - self._max_lag :]
@@ -161,7 +163,7 @@ class Count:
         return self.position[:, None] + torch.arange(1, T + 1, device=self.position.device)
 
     def after(self, T: int) -> Tensor | Clock:
-        """The state T positions on."""
+        """The state T positions on, [B] int64 where it is a tensor."""
         return self.position + T
 
     def largest(self) -> int | None:
@@ -217,6 +219,7 @@ class Clock(Count):
             self._known.clear()
 
     def set(self, position: Tensor) -> None:
+        """Start at other positions, [B] int64."""
         self.position.copy_(position)
         self._known.clear()
 
@@ -263,6 +266,7 @@ class Ring:
 
     @property
     def size(self) -> int:
+        """R, its slots."""
         return self.buffer.shape[1]
 
     def load(self, history: Tensor) -> None:

@@ -39,6 +39,15 @@ class LiftingWavelet(Wavelet):
         crawl: lags of the learned mixture that delays a level; 0 = a plain shift by 2^k.
         untied: own update nets for the reconstruction.
         net: further arguments of `lifting_net`.
+
+    Examples:
+        >>> x = torch.randn(2, 10, 4)  # [B, T, C]
+        >>> wavelet = LiftingWavelet(levels=3, channels=4)
+        >>> bands, state = wavelet.decompose(x)
+        >>> [tuple(band.shape) for band in bands]  # coarse to fine
+        [(2, 10, 4), (2, 10, 4), (2, 10, 4), (2, 10, 4)]
+        >>> torch.allclose(wavelet.reconstruct(bands), x, atol=1e-4)  # whatever the nets are
+        True
     """
 
     def __init__(
@@ -108,7 +117,7 @@ class MultiBasisWavelet(nn.Module):
     def decompose(
         self, x: Tensor, state: tuple[Histories, ...] | None = None
     ) -> tuple[list[Tensor], tuple[Histories, ...]]:
-        """As `Wavelet.decompose`; the state is one per basis."""
+        """As `Wavelet.decompose`, [B, T, C] -> bands of this shape; the state is one per basis."""
         states = [None] * len(self.bases) if state is None else state
         results = [basis.decompose(x, s) for basis, s in zip(self.bases, states, strict=True)]
         weights = self.weights.softmax(0).to(x.dtype)

@@ -22,6 +22,7 @@ class RunningMeanState(NamedTuple):
 
     @property
     def mean(self) -> Tensor:
+        """The mean of the text so far, [B, C]."""
         return self.total / self.count[:, None]
 
 
@@ -37,6 +38,15 @@ def running_mean(
     Returns:
         The means [B, T, C] in x's dtype, and the state after the last position. Sums are
         accumulated in float32 (float64 for float64 input).
+
+    Examples:
+        >>> x = torch.tensor([1.0, 3.0, 5.0, 7.0]).view(1, 4, 1)  # [B, T, C]
+        >>> means, state = running_mean(x)
+        >>> means.flatten().tolist()
+        [1.0, 2.0, 3.0, 4.0]
+        >>> means, state = running_mean(torch.full((1, 1, 1), 9.0), state)  # the next chunk
+        >>> means.item(), state.count.item()
+        (5.0, 5)
     """
     B, T, C = x.shape
     x_wide = wide(x)
@@ -86,6 +96,7 @@ class ExponentialMeanState(NamedTuple):
 
     @property
     def mean(self) -> Tensor:
+        """The mean of the text so far, [B, C]."""
         return self.total / self.weight
 
 
@@ -138,7 +149,7 @@ def linear_recurrence(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in the dtype that sums are taken in: float32 at least."""
+    """x of any shape in the dtype that sums are taken in: float32 at least."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -24,6 +24,7 @@ class Wavelet(nn.Module):
 
     @property
     def levels(self) -> int:
+        """L; there are L + 1 bands."""
         return len(self.delays)
 
     @property
@@ -38,7 +39,7 @@ class Wavelet(nn.Module):
         raise NotImplementedError
 
     def merge(self, k: int, approximation: Tensor, detail: Tensor) -> Tensor:
-        """The inverse of `split`, pointwise in time."""
+        """The inverse of `split`, pointwise in time: two of [B, T, …, C] -> the same shape."""
         raise NotImplementedError
 
     def decompose(

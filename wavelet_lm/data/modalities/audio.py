@@ -58,6 +58,8 @@ class Audio(Modality):
 
 
 class MuLawAudio(Audio):
+    """Levels as ITU-T G.711 spaces them (μ = 255), fine about zero and coarse far from it."""
+
     name = "mulaw"
 
     def levels(self, samples: np.ndarray) -> np.ndarray:
@@ -71,6 +73,8 @@ class MuLawAudio(Audio):
 
 
 class LinearAudio(Audio):
+    """Levels at equal steps: 256 of them over [−1, 1)."""
+
     name = "pcm8"
 
     def levels(self, samples: np.ndarray) -> np.ndarray:

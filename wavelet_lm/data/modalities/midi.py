@@ -53,6 +53,8 @@ class Note(NamedTuple):
 
 
 class Midi(Modality):
+    """Notes of MIDI files, as the tokens that the module describes."""
+
     name, kind, suffixes, output = "midi", "music", (".mid", ".midi"), ".mid"
     vocab_size, start, column = VELOCITY + VELOCITIES, SHIFT, "midi_filename"
 

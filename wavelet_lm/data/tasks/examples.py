@@ -43,7 +43,8 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch: ...
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The examples of these indices, padded to the longest of them."""
 
 
 class Splits(Protocol):
@@ -95,6 +96,7 @@ class TokenExamples:
         return self.tokens[self.starts[i] : self.starts[i] + self.lengths[i]]
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """inputs: [B, T] int64, `PADDING` behind the end of a sequence."""
         lengths = self.lengths[indices]
         inputs = np.full((len(lengths), lengths.max()), PADDING, dtype=np.int64)
         for row, i in zip(inputs, indices, strict=True):

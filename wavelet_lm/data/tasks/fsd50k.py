@@ -82,6 +82,7 @@ class ClipExamples:
 
     @property
     def labels(self) -> np.ndarray:
+        """[N, n_classes] float32 of 0 and 1: those of each piece's clip."""
         return self.clip_labels[self.clip_of]
 
     def __len__(self) -> int:

@@ -141,12 +141,15 @@ def adjusted(
 
 
 def widened(logits: Tensor) -> Tensor:
-    """Logits in float32, or in float64 where they are."""
+    """Logits of any shape in float32, or in float64 where they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make tokens of `seen` less likely (more likely for a penalty below 1)."""
+    """Make tokens of `seen` less likely (more likely for a penalty below 1).
+
+    logits [B, V], seen [B, V] bool -> [B, V]; what is finite stays finite.
+    """
     if penalty == 1:
         return logits
     limit = torch.finfo(logits.dtype).max

@@ -18,7 +18,10 @@ MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def splitmix64(seeds: Tensor, counters: Tensor) -> Tensor:
-    """The output number `counters` (0 is the first) of the generator seeded with `seeds`, int64."""
+    """The output number `counters` (0 is the first) of the generator seeded with `seeds`.
+
+    Both are int64 of shapes that broadcast, and so is the result.
+    """
     z = seeds + (counters + 1) * GOLDEN_GAMMA
     z = (z ^ _shift(z, 30)) * MIX_1
     z = (z ^ _shift(z, 27)) * MIX_2

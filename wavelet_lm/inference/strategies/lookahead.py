@@ -150,7 +150,7 @@ class Search:
         self.record = torch.zeros(B, 3, dtype=torch.float64, device=device)
 
     def buffers(self) -> list[Tensor]:
-        """What `extend` changes in place."""
+        """What `extend` changes in place, of any shapes."""
         return [self._scores, self._seen, self.tokens]
 
     def begin(self, logits: Tensor) -> None:

@@ -196,7 +196,7 @@ class Proposals:
         self._top_p = torch.ones(1, device=device) if moving_top_p else None
 
     def buffers(self) -> list[Tensor]:
-        """What `add` changes in place."""
+        """What `add` changes in place, of any shapes."""
         return [
             *(self.newest, self.tokens, self.probabilities, self.finite),
             *(self._seen, self._place),
@@ -260,7 +260,7 @@ class Verdict:
         self._next_look = torch.zeros_like(self.count)
 
     def buffers(self) -> list[Tensor]:
-        """What `give` changes in place."""
+        """What `give` changes in place, of any shapes."""
         return [self.newest, self.seen, self.count, self.record]
 
     def look(self, top_p: Tensor, every: int) -> None:

@@ -70,7 +70,7 @@ class GPT(LanguageModel):
         return self.head(x)
 
     def passes(self, idx: Tensor, state: State | None) -> tuple[list[Tensor], State]:
-        """There is one pass."""
+        """There is one pass: idx [B, T] int64 -> [hidden states [B, T, C]], state."""
         x, state = self.encode(idx, state)
         return [self.head_dropout(self.dense(x))], state
 

@@ -46,7 +46,7 @@ class MultinodalLM(LanguageModel):
     def loss(
         self, idx: Tensor, targets: Tensor, state: Any = None, at: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        """As every model's; the gradient is scaled by 1/√cells, the value is not."""
+        """As every model's, of [B, T]; the gradient is scaled by 1/√cells, the value is not."""
         loss, state = super().loss(idx, targets, state, at)
         value = loss.detach()
         return value + (loss - value) / math.sqrt(len(self.cells)), state

@@ -15,6 +15,7 @@ class ScaleNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_scales, config.padded_channels))
 
     def forward(self, bands: Tensor) -> Tensor:
+        """[S, B, T, Cp] -> the same shape."""
         normal = nn.functional.layer_norm(bands, bands.shape[-1:])
         return torch.addcmul(self.bias[:, None, None], normal, self.weight[:, None, None])
 
@@ -50,4 +51,5 @@ class Gain(nn.Module):
         self.gain = nn.Parameter(torch.tensor(value))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x of any shape, [...] -> the same shape."""
         return self.gain * x

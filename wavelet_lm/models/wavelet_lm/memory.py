@@ -86,7 +86,7 @@ class ProductKeyMemory(nn.Module):
         return self.keys_a(a), self.keys_b(b)
 
     def plan(self, scores_a: Tensor, scores_b: Tensor) -> tuple[Tensor, Tensor]:
-        """`read_plan` from the scores of the sub-keys."""
+        """`read_plan` from the scores of the sub-keys, each [..., heads, √num_keys]."""
         best_a, index_a = scores_a.topk(self.n_best)
         best_b, index_b = scores_b.topk(self.n_best)
         candidates = best_a[..., self.ranks_a] + best_b[..., self.ranks_b]

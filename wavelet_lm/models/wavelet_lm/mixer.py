@@ -125,7 +125,10 @@ def scale_mixers(config: ModelConfig, depth: int) -> nn.ModuleList:
 def mix_scales(
     mixers: nn.ModuleList, bands: Tensor, routing: Tensor | None, rotate: nn.Module
 ) -> Tensor:
-    """Every scale through its mixer, gated by X̂_r = Σ_s R_rs X_s (R = `routing`, or X̂ = X)."""
+    """Every scale through its mixer, gated by X̂_r = Σ_s R_rs X_s (R = `routing`, or X̂ = X).
+
+    Bands [S, B, T, Cp], routing [S, S] -> [S, B, T, Cp].
+    """
     gates = bands if routing is None else torch.tensordot(routing, bands, dims=1)
     return torch.stack(
         [mixer(x, g, rotate) for mixer, x, g in zip(mixers, bands, gates, strict=True)]
@@ -189,6 +192,7 @@ class ExponentialMatrix(nn.Module):
         self.noise = nn.Parameter(torch.randn(width, width), requires_grad=False)
 
     def forward(self) -> Tensor:
+        """W, [width, width]."""
         eye = torch.eye(len(self.log_scale), dtype=self.noise.dtype, device=self.noise.device)
         return eye + self.log_scale.exp()[:, None] * self.noise
 

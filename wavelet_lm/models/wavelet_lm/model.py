@@ -70,7 +70,10 @@ class WaveletLM(LanguageModel):
         return self.head(x)
 
     def passes(self, idx: Tensor, state: State | Carry | None) -> tuple[list[Tensor], State]:
-        """One pass through the stack of blocks for each of `loop_iterations`."""
+        """One pass through the stack of blocks for each of `loop_iterations`.
+
+        idx [B, T] int64 -> what each pass ends with, [B, T, C], and the state.
+        """
         carry, state = (state, None) if isinstance(state, Carry) else (None, state)
         x = self.start(idx, carry)
         passes = []
