@@ -28,6 +28,7 @@ class ModelRun(RunFolder):
         self.note(message)
 
     def is_finished(self) -> bool:
+        """Whether its last step was taken."""
         return any(row["event"] == "end" for row in self.metrics())
 
 

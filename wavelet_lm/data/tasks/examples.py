@@ -73,6 +73,7 @@ class TokenExamples:
 
     @cached_property
     def key(self) -> str:
+        """What identifies the examples: a hash of tokens and labels."""
         digest = hashlib.sha256()
         for values in (self.tokens, self.lengths, self.labels):
             digest.update(np.ascontiguousarray(values))

@@ -77,6 +77,7 @@ class ClipExamples:
 
     @cached_property
     def key(self) -> str:
+        """What identifies the clips: a hash of names, labels and lengths."""
         rows = [(clip.file.name, clip.labels, clip.seconds) for clip in self.clips]
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
