@@ -22,7 +22,7 @@ PACKAGE = [file for file in SOURCES if file.startswith("wavelet_lm/")]
 
 # The libraries of others that a package may import, besides PyTorch and numpy.
 LIBRARIES = {
-    "cli": {"matplotlib", "tqdm"},
+    "cli": {"matplotlib", "shtab", "tqdm"},
     "experiments": {"matplotlib"},
     "training": {"bitsandbytes", "filelock", "tqdm"},
     "evaluation": set(),

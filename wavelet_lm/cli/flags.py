@@ -8,7 +8,8 @@ import dataclasses
 import difflib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        if _only_parser.get():
+            raise _Complete(self)
         args = self._settled(sys.argv[1:] if args is None else args)
         known, unknown = self.parse_known_args(args, namespace)
         flags = [text.split("=")[0] for text in unknown if text.startswith("--")]
@@ -173,6 +176,26 @@ def _reads_as_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+# Whether a command is to build its parser and go no further, for `parser_of`.
+_only_parser: ContextVar[bool] = ContextVar("only_parser", default=False)
+
+
+class _Complete(Exception):
+    """Carries a parser out of the command that has built it."""
+
+
+def parser_of(main: Callable[[], None]) -> OneLineParser:
+    """The parser of a command: its `main` is run up to where it would read what was typed."""
+    token = _only_parser.set(True)
+    try:
+        main()
+    except _Complete as complete:
+        return complete.args[0]
+    finally:
+        _only_parser.reset(token)
+    raise TypeError(f"{main.__module__} reads no command line")
 
 
 class _Version(argparse.Action):

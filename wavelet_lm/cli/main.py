@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "make a run folder of a published checkpoint",
     "count": "what a config costs, by component",
     "listops": "generate ListOps",
+    "completion": "print what makes bash, zsh or fish complete all this",
 }
 
 
