@@ -43,10 +43,11 @@ def _say_values(action: argparse.Action, files: dict[str, str]) -> None:
     """Note what may follow an option: the choices of a key, or a file."""
     if action.metavar in FILES or action.dest in ("first", "checkpoint"):
         action.complete = files
-    if action.dest in FIELDS and action.option_strings == [f"--{action.dest}"]:
-        limits = FIELDS[action.dest].metadata["option"]
+    if action.dest in FIELDS and action.default is argparse.SUPPRESS and action.const != "false":
+        spec = FIELDS[action.dest]
+        limits = spec.metadata["option"]
         action.help = limits.meaning.replace("%", "%%")  # also where --help leaves it out
-        boolean = FIELDS[action.dest].type.startswith("bool")
+        boolean = spec.type.startswith("bool")
         choices = limits.choices or ((True, False) if boolean else ())
         action.choices = [show(choice) for choice in choices] or None
         if boolean:
