@@ -12,7 +12,7 @@ SENTENCES = [
     "“Is the second one a question (perhaps)?”",
     "Été comme hiver, on lit des phrases!",
     "Too short.",
-    "A blank line ends the fourth as well",
+    "A heading of a fitting length",
     "And this one, which goes on and on and on until nobody remembers its beginning, is long.",
 ]
 TEXT = "".join(s + ("\n\n" if s[-1].isalpha() else " ") for s in SENTENCES) * 30
@@ -27,7 +27,7 @@ def test_whole_sentences_of_a_fitting_length(tokenizer):
     tokens = tokens_of(tokenizer)
     needles = find_needles(tokens, tokenizer.token_bytes, 40, lead=50, distances=[60, 500])
     found = [tokenizer.decode(tokens[n.start : n.end]) for n in needles]
-    assert set(found) == {*SENTENCES[:3], SENTENCES[4]}
+    assert set(found) == set(SENTENCES[:3])
     assert len(set(needles)) == len(needles) > 20
     assert all(SHORTEST <= n.end - n.start <= 60 for n in needles)
     assert all(50 <= n.start and n.start + 500 <= len(tokens) for n in needles)

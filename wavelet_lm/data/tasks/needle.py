@@ -14,9 +14,10 @@ from wavelet_lm.errors import UserError
 # The first tokens of a sentence that comes again say which one it is, and are not scored.
 CUE = 8
 SHORTEST = 2 * CUE
-# Tokens in which the next sentence of a fitting length is looked for.
+# Tokens in which the next sentence of a fitting length is looked for, and how often.
 SEARCHED = 4000
-# A full stop with the quotes and brackets that close after it, or a blank line.
+STRETCHES = 50
+# A full stop with the quotes and brackets that close after it, or nothing before a blank line.
 END = re.compile(rb"[.!?](?:[\"')\]]|\xe2\x80[\x99\x9d])*(?=\s)|(?=\n\s*\n)")
 
 
@@ -64,19 +65,30 @@ def find_needles(
             f"the text has {len(tokens):,} tokens, and a distance of {max(distances):,} needs"
             f" {lead + max(distances) + 1:,}; give a longer text or smaller --distances"
         )
-    found: list[Needle] = []
-    for place in np.linspace(lead, last, n, endpoint=False, dtype=np.int64):
-        start = max(int(place), found[-1].end if found else 0)
-        stretch = tokens[start : min(start + SEARCHED, len(tokens))]
-        needle = _first_sentence(stretch, token_bytes, longest)
-        if needle is not None and start + needle.start <= last:
-            found.append(Needle(start + needle.start, start + needle.end))
+    places = np.linspace(lead, last, n + 1, dtype=np.int64).tolist()
+    searched = (_sentence_between(tokens, token_bytes, longest, *part) for part in pairwise(places))
+    found = [needle for needle in searched if needle is not None]
     if not found:
         raise UserError(
             f"the text has no sentence of {SHORTEST} to {longest:,} tokens with {lead:,} tokens"
             f" before it and {max(distances):,} after; give a longer text or other --distances"
         )
     return found
+
+
+def _sentence_between(
+    tokens: np.ndarray, token_bytes: Callable[[int], bytes], longest: int, start: int, stop: int
+) -> Needle | None:
+    """The first sentence of SHORTEST to `longest` tokens that begins between two positions."""
+    step = max(SEARCHED, 4 * longest)
+    for first in range(start, min(stop, start + STRETCHES * step), step):
+        # What begins in one stretch may end in the next.
+        stretch = tokens[first : min(first + step + longest, len(tokens))]
+        needle = _first_sentence(stretch, token_bytes, longest)
+        if needle is not None:
+            begin, end = needle.start + first, needle.end + first
+            return Needle(begin, end) if begin < stop else None
+    return None
 
 
 def _first_sentence(
@@ -86,11 +98,11 @@ def _first_sentence(
     pieces = [token_bytes(int(token)) for token in tokens]
     ends = np.cumsum([len(piece) for piece in pieces])
     text = b"".join(pieces)
-    stops = [match.end() for match in END.finditer(text)]
-    for stop, next_stop in pairwise(stops):
-        first = stop + len(text[stop:next_stop]) - len(text[stop:next_stop].lstrip())
-        if first == next_stop:
+    for before, match in pairwise(END.finditer(text)):
+        stop, next_stop = before.end(), match.end()
+        if not match[0]:  # what a blank line ends is a heading or a verse
             continue
+        first = stop + len(text[stop:next_stop]) - len(text[stop:next_stop].lstrip())
         # A token may hold the space before its word, and belongs to what its last byte is in.
         start = int(np.searchsorted(ends, first, side="right"))
         end = int(np.searchsorted(ends, next_stop, side="left")) + 1
