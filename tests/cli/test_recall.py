@@ -190,7 +190,8 @@ def test_a_run_that_cannot_be_asked(command, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["mqar --pairs 4 --keys 8 --values 8 --length 24"])
-def test_attention_learns_to_recall(task, command):
-    (row,) = command(f"--task {task} --model gpt --C 64 --steps 1500 --examples 200")[1]["rows"]
-    assert row["accuracy"] > 0.9
+def test_attention_begins_to_recall(command):
+    """Values of the sequence are told from others soon, which one it is much later."""
+    options = "--model gpt --C 64 --heads 4 --device cpu --steps 150 --examples 200"
+    (row,) = command(f"{SHORT} {options}")[1]["rows"]
+    assert row["accuracy"] > 0.25
