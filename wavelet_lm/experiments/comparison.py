@@ -31,11 +31,7 @@ from wavelet_lm.threads import use_threads
 from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.language import LanguageModelling, total_steps
 from wavelet_lm.training.loop import Trainer
-from wavelet_lm.training.memory_estimate import (
-    estimate_bytes,
-    refuse_large_model_on_cpu,
-    refuse_what_cannot_fit,
-)
+from wavelet_lm.training.memory_estimate import refuse_what_cannot_train
 from wavelet_lm.training.report import Diverged
 from wavelet_lm.training.run_folder import RunFolder
 from wavelet_lm.training.task import Task
@@ -155,9 +151,7 @@ def check(configs: Mapping[str, Config], vocab_size: int) -> dict[str, Row]:
     for name, config in configs.items():
         try:
             device, counted = resolve_device(config.device), breakdown(config, vocab_size)
-            needed = estimate_bytes(config, counted.n_params, vocab_size)
-            refuse_large_model_on_cpu(config, counted.n_params, device)
-            refuse_what_cannot_fit(config, needed, device)
+            refuse_what_cannot_train(config, counted.n_params, vocab_size, device)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         costs[name] = {

@@ -55,9 +55,12 @@ def available_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def refuse_what_cannot_fit(config: Config, needed: int, device: torch.device) -> None:
-    """Raise UserError where `needed` bytes are more than the device has."""
-    available = available_bytes(device)
+def refuse_what_cannot_train(
+    config: Config, n_params: int, vocab_size: int, device: torch.device
+) -> None:
+    """Raise UserError where this device is too slow for a model of that size, or too small."""
+    refuse_large_model_on_cpu(config, n_params, device)
+    needed, available = estimate_bytes(config, n_params, vocab_size), available_bytes(device)
     if needed > available:
         raise UserError(
             f"this config needs about {needed / GiB:.1f} GiB and {device} has"

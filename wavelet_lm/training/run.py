@@ -24,9 +24,8 @@ from wavelet_lm.training.conclusion import conclude
 from wavelet_lm.training.language import LanguageModelling, total_steps
 from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.memory_estimate import (
-    estimate_bytes,
     refuse_large_model_on_cpu,
-    refuse_what_cannot_fit,
+    refuse_what_cannot_train,
 )
 from wavelet_lm.training.run_folder import RunFolder, check_folder
 from wavelet_lm.training.runs_table import check_table
@@ -155,8 +154,7 @@ def _initial_tokenizer(config: Config) -> Tokenizer | None:
 def _build(config: Config, data: TokenizedText, device: torch.device) -> nn.Module:
     vocab_size = data.tokenizer.vocab_size
     size = n_params(model_without_weights(config, vocab_size))
-    refuse_large_model_on_cpu(config, size, device)
-    refuse_what_cannot_fit(config, estimate_bytes(config, size, vocab_size), device)
+    refuse_what_cannot_train(config, size, vocab_size, device)
     with device:
         return build_model(config, vocab_size)
 
