@@ -291,20 +291,42 @@ def matrix_rate(device: torch.device) -> float:
 def flops_per_token(model: nn.Module, context: int) -> int:
     """FLOPs of the matrix products of one training token, as they are computed.
 
-    A step is counted product by product, with attention as the two that it consists of.
+    A step is counted product by product, with attention as the two that it consists of, and with
+    the project's kernels.
     """
     device = next(model.parameters()).device
     idx = torch.zeros(1, context, dtype=torch.int64, device=device)
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
+        FlopCounterMode(display=False, custom_mapping=_formulas()) as counter,
     ):
         loss, _ = model.loss(idx, idx)
         loss.backward()
     for parameter in model.parameters():
         parameter.grad = None
     return counter.get_total_flops() // context
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """FLOPs of the operations that PyTorch's counter does not know, from their inputs' shapes."""
+
+    def product(_: Any, a: Any, b: Any, *args: Any, **options: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    def delta_rule(q: Any, k: Any, v: Any, *args: Any, **options: Any) -> int:
+        """Of one token and head: what the state knows of k, what is written, what q reads."""
+        B, T, H, dk = q
+        return 3 * 2 * B * T * H * dk * v[-1]
+
+    def delta_rule_backward(*args: Any, **options: Any) -> int:
+        return 2 * delta_rule(*args)
+
+    formulas: dict[Any, Callable[..., int]] = {torch.ops.aten.addmm_: product}
+    for formula in (delta_rule, delta_rule_backward):
+        if hasattr(torch.ops.wavelet_lm, formula.__name__):
+            formulas[getattr(torch.ops.wavelet_lm, formula.__name__)] = formula
+    return formulas
 
 
 def run_trial(trial: Trial, settings: Settings, data: TokenizedText) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from wavelet_lm import UserError
-from wavelet_lm.config import FIELDS
+from wavelet_lm.config import FIELDS, Config
 from wavelet_lm.data.dataset import TokenizedText, TokenSplit
 from wavelet_lm.data.tokenizers import ByteTokenizer
+from wavelet_lm.models.cost import breakdown
 
 CPU = torch.device("cpu")
 GPT = {"model": "gpt", "C": 16, "layers": 1, "heads": 2, "head_hidden": 0}
@@ -326,6 +327,14 @@ def test_flops_are_those_of_the_products():
             return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()), None
 
     assert trials.flops_per_token(Head(), T) == 3 * 2 * C * V
+
+
+@pytest.mark.parametrize("name", ["gpt", "wavelet_gpt:haar", "linear"])
+def test_flops_are_those_of_the_breakdown(name):
+    """Which counts by the names of the weights. Transforms without weights count only here."""
+    values = {**models.COMMON, **models.ROWS[name].keys, "block_size": 24}
+    expected = breakdown(Config.from_dict(values), 64).total.flops
+    assert trials.flops_per_token(models.build_row(name, 64, 24), 24) == expected
 
 
 def test_a_text_read_as_one_stream_is_scored_once(tiny):
