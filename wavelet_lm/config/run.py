@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wavelet_lm.config.option import option
+from wavelet_lm.user_cache import DEFAULT_CACHE
 
 BITS = (2, 4, 8, 16)
 
@@ -41,7 +42,7 @@ class DataConfig:
     )
     block_size: int = option(256, "positions of a training window", minimum=1)
     cache_dir: str = option(
-        "~/.cache/wavelet_lm",
+        DEFAULT_CACHE,
         "folder of the encoded texts, which are rebuilt when missing; the default is in"
         " XDG_CACHE_HOME where that is set",
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from wavelet_lm.data.tokenizers import (
     train_sentencepiece,
 )
 from wavelet_lm.errors import UserError
+from wavelet_lm.user_cache import user_cache
 
 CACHE_VERSION = 2  # raise it when the same text would become other tokens
 SENTENCEPIECE_SAMPLE_CHARS = 100_000_000
@@ -202,12 +202,9 @@ def _prepare_file_split(
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where encoded texts are kept: `cache_dir`, or by default below an absolute XDG_CACHE_HOME."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    """Where encoded texts are kept: `cache_dir`, or by default the user's cache."""
     is_default = config.cache_dir == type(config).__dataclass_fields__["cache_dir"].default
-    if is_default and base.is_absolute():
-        return base / "wavelet_lm"
-    return Path(config.cache_dir).expanduser()
+    return user_cache() if is_default else Path(config.cache_dir).expanduser()
 
 
 def _encoded(
