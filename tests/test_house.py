@@ -32,7 +32,7 @@ LIBRARIES = {
     "interop": set(),
     "models": {"safetensors"},
     "transforms": {"pywt"},
-    "kernels": {"triton"},
+    "kernels": {"fla", "triton"},
     "data": {
         "datasets",
         "filelock",
