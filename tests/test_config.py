@@ -289,6 +289,7 @@ OTHER_VALUES = {
     "mixer_depth": [1, 3],
     "mlp_expansion": [1, 3],
     "mlp_layers": [3, 4],
+    "delta_bands": [0, 2, 3],
     "multinodal_cross_cell_gate_interval": [1, 2],
     **{f"{memory}_num_keys": [9, 64] for memory in ("pkm", "fwpkm")},
     **{f"{memory}_heads": [1, 2, 3] for memory in ("pkm", "fwpkm")},
@@ -300,6 +301,7 @@ SURROUNDINGS = [
     {"wavelet_packets": True, "per_scale_mixer_widths": None, "lifting_data_dependent": 3},
     {"wavelet_crawl": False},
     {"C": 12, "shared_lifting_weights": False},
+    {"C": 12, "delta_memory": True, "delta_key_dim": 5, "mixer_transform": "fwht"},
     {"layers": 3, "untied_reconstruction": True, "lifting_hidden_mult": 2},
     {"multi_basis_lifting": True, "shared_lifting_weights": False, "wavelet_crawl": False},
     {"mixer_depth": 3, "mixer_depth_stabilizers": True, "cross_scale_gating": False},
@@ -316,7 +318,7 @@ SURROUNDINGS = [
 ]
 V = 13
 # Numbers that formulas call by their keys.
-NUMBERS = ("layers", "low_rank", "mlp_layers", "lifting_data_dependent")
+NUMBERS = ("layers", "low_rank", "mlp_layers", "lifting_data_dependent", "delta_bands")
 
 
 def symbols(c: Config, key: str) -> dict:
@@ -357,6 +359,9 @@ def symbols(c: Config, key: str) -> dict:
         "Σww": sum(x * x for x in w),
         "k": getattr(c, f"{memory}_num_keys", 0),
         "heads": getattr(c, f"{memory}_heads", 0),
+        "Hd": c.delta_heads,
+        "dk": c.delta_key_dim,
+        "dv": c.delta_value_dim,
         "interval": c.multinodal_cross_cell_gate_interval,
         "sqrt": math.isqrt,
     }
@@ -382,6 +387,8 @@ def cost_in(c: Config, key: str) -> int:
     unread = {
         "lifting_hidden_mult": c.lifting_linear_only,
         "multi_basis_inits": not c.multi_basis_lifting,
+        **dict.fromkeys(("delta_heads", "delta_key_dim", "delta_value_dim"), not c.delta_memory),
+        "delta_bands": not c.delta_memory,
         "multinodal_cross_cell_gate_interval": not c.multinodal_cross_cell_gating,
     }
     if not COSTS[key] or unread.get(key) or getattr(c, key) in (False, "haar"):

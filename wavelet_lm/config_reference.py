@@ -30,6 +30,7 @@ config. In the formulas
   2·Cp·w, with `mixer_exp_parametrization` also w;
 - E is `mlp_expansion`; k and heads are the memory's `_num_keys` and `_heads`. A block with an MLP
   or a memory also has 2·C for their norm, and an MLP C + 1 for its last bias and its gain;
+- Hd, dk and dv are `delta_heads`, `delta_key_dim` and `delta_value_dim`;
 - with `multinodal_enabled`, C is `multinodal_cell_dim` and the formulas are for one of the models.
 """
 

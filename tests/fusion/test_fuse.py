@@ -77,6 +77,7 @@ def test_bytes_read_per_token_are_at_most_all_of_them_as_often_as_they_run(confi
         {},
         {"mixer_transform": "identity", "wavelet_decomp_norm": True, "wavelet_recon_norm": True},
         {"tie_embedding_to_lm_head": True, "skip_proj_out": True, "lifting_linear_only": True},
+        {"delta_memory": True, "delta_bands": 2},
     ],
 )
 def test_logits_in_bfloat16_agree_within_rounding(switches):

@@ -308,6 +308,7 @@ def test_a_whole_step_is_one_graph_for_the_compiler():
     [
         {},
         {"wavelet_crawl_k": 9, "decompose_bypass_ema": True},
+        {"delta_memory": True, "lifting_linear_only": True, "mixer_transform": "identity"},
         {"wavelet_packets": True, "levels": 2, "per_scale_mixer_widths": None, "mixer_depth": 2},
     ],
 )

@@ -63,6 +63,7 @@ def load(path, model):
         LEARNING,
         {"decompose_bypass": False},
         {"decompose_bypass_ema": True},
+        {"delta_memory": True},
         {"multi_basis_lifting": True, "shared_lifting_weights": False},
         {"looped_blocks": True, "looped_blocks_count": 2},
         {"multinodal_enabled": True},

@@ -137,6 +137,24 @@ class ModelConfig:
     decompose_bypass_ema: bool = option(
         False, "learned exponential mean in place of the running mean", cost="N·(C² + C)"
     )
+    delta_memory: bool = option(
+        False,
+        "memory that recalls details: a matrix per head, written and read by the gated delta rule",
+        cost="N·(Hd·(2·dk·(C + delta_bands·Cp) + 3·dv·C + 2·C + 2) + dv)",
+    )
+    delta_heads: int = option(
+        4, "its heads", minimum=1, cost="N·Hd·(2·dk·(C + delta_bands·Cp) + 3·dv·C + 2·C + 2)"
+    )
+    delta_key_dim: int = option(
+        32, "length of its keys", minimum=1, cost="N·Hd·2·dk·(C + delta_bands·Cp)"
+    )
+    delta_value_dim: int = option(32, "length of its values", minimum=1, cost="N·dv·(3·Hd·C + 1)")
+    delta_bands: int = option(
+        1,
+        "finest details that its queries and keys are made of, beside the block's input",
+        minimum=0,
+        cost="N·Hd·2·dk·delta_bands·Cp",
+    )
     phase_gating: bool = option(
         False, "the approximation gates the other scales", cost="N·(Cp² + (S − 1)·Cp)"
     )

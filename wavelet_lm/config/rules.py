@@ -77,6 +77,12 @@ def _wavelet(c: Config) -> None:
         c.decompose_bypass_ema and not c.decompose_bypass,
         "decompose_bypass_ema is a form of decompose_bypass, which is off; set it to true",
     )
+    n_details = c.n_scales - 1
+    _refuse(
+        c.delta_memory and c.delta_bands > n_details,
+        f"delta_bands is {c.delta_bands} and the wavelet has {n_details} details; give"
+        f" {n_details} or less",
+    )
     _refuse(
         c.skip_proj_out and c.padded_channels != c.C,
         f"skip_proj_out needs C to be a power of two with mixer_transform fwht, and C is {c.C};"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.errors import UserError
+from wavelet_lm.fusion.fused_delta_memory import FusedDeltaMemory
 from wavelet_lm.fusion.fused_layers import (
     MIXER_BANDS,
     FoldedFeedForward,
@@ -186,6 +187,9 @@ class FusedBlock(Block):
         self.embedding_gain = block.embedding_gain
         self.decomposed_norm, self.bypass = block.decomposed_norm, block.bypass
         self.phase_gate = block.phase_gate
+        self.delta_memory = None
+        if block.delta_memory is not None:
+            self.delta_memory = FusedDeltaMemory(block.delta_memory)
         by_scale = [precision(mixer_band(s)) for s in range(len(block.scale_weights))]
         self.mixer = FoldedMixer(block, updates is not None, by_scale)
         self.reconstruction, self.projection = None, None

@@ -52,7 +52,11 @@ def delta_rule(
     state: Tensor,
     every: int | None = None,
 ) -> Result:
-    """The rule in the form that suits device and length; `every` None: the last state alone."""
+    """The rule in the form that suits device and length.
+
+    Returns y [B, T, H, dv] and the states after every `every`-th position and after the last,
+    [B, N, H, dk, dv]; `every` None: after the last alone. Shapes and dtypes as the module says.
+    """
     T = q.shape[1]
     inputs = (q, k, v, log_decay, beta, state)
     if q.is_cpu:
@@ -75,7 +79,7 @@ def recurrent(
     state: Tensor,
     every: int | None = None,
 ) -> Result:
-    """Position by position; `every` None: the last state alone."""
+    """Position by position: y [B, T, H, dv] and states [B, N, H, dk, dv] as `delta_rule`."""
     T = q.shape[1]
     decay = log_decay.exp()
     outputs, states = [], []
@@ -93,7 +97,7 @@ def recurrent(
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
 ) -> Result:
-    """Chunk by chunk, a whole chunk at once; the states are those after every chunk.
+    """Chunk by chunk: y [B, T, H, dv], and the state after every chunk, [B, N, H, dk, dv].
 
     With γ_i the decay from the chunk's start to position i, the u of a chunk solve (I + L) U =
     diag(β) (V − diag(γ) K S) with L_ij = β_i (γ_i / γ_j) (k_i · k_j) for j < i. U is linear in the

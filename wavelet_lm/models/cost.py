@@ -22,6 +22,7 @@ from wavelet_lm.transforms.moving_averages import LearnedFilters
 
 # The first pattern that a parameter's name matches says what it is a part of.
 COMPONENTS = {
+    "delta memory": r"\.delta_memory\.",
     "norms": r"norm",
     "embedding": r"^embedding\.",
     "wavelet nets": r"^wavelets\.",
@@ -40,6 +41,7 @@ ORDER = (
     "mixers",
     "routing and bypass",
     "projection",
+    "delta memory",
     "MLP",
     "PKM",
     "FwPKM",

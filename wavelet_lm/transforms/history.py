@@ -70,13 +70,19 @@ def remember(x: Tensor, state: Tensor | Ring | None, max_lag: int) -> Signal:
 
 
 class Carry(Protocol):
-    """The last output of a recurrence; `state` is a tensor [B, C] or [B, 1, C], or a ring of it."""
+    """The last output of a recurrence; `state` is a tensor [B, C] or [B, 1, C], or a ring of it.
+
+    Attributes:
+        keeps_every: whether `after` needs the output of every position, or the last alone will do.
+    """
+
+    keeps_every: bool
 
     def before(self) -> Tensor:
         """It, in the shape that the state was given."""
 
     def after(self, y: Tensor) -> Tensor | Ring:
-        """The state when the recurrence has given y [B, T, C]."""
+        """The state when the recurrence has given y [B, T, C], or [B, 1, C] of the last one."""
 
 
 def carried(state: Tensor | Ring) -> Carry:
@@ -141,6 +147,8 @@ class Window:
 
 class LastOutput:
     """A `Carry` of a tensor."""
+
+    keeps_every = False
 
     def __init__(self, state: Tensor):
         self._state = state
@@ -254,6 +262,8 @@ class Ring:
     positions that are written at once. The same room lets that many be taken back: what was
     written after them is overwritten later, and never read. It is the `Carry` of a recurrence too.
     """
+
+    keeps_every = True
 
     def __init__(self, history: Tensor, clock: Clock, max_step: int):
         """history: [B, max_lag, C], the positions before the clock's, or [B, C], the last one."""

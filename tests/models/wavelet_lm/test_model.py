@@ -39,6 +39,8 @@ VARIANTS = {
         "per_scale_mixer_widths": (1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25),
     },
     "phase gating": {"phase_gating": True, "C": 20},
+    "delta memory": {"delta_memory": True, "delta_bands": 2, "C": 20},
+    "delta memory of the input": {"delta_memory": True, "delta_bands": 0, "delta_value_dim": 3},
     "data-dependent lifting": {"lifting_data_dependent": 3},
     "largest coefficients": {"hadamard_top_k": 5},
     "largest channels, deep": {

@@ -1,7 +1,7 @@
 """One block of a WaveletLM.
 
 decompose → (norm) → + running mean → (gate) → mix every scale → (norm) → reconstruct → project →
-add, then MLP and memories → add.
+add, beside it what the delta memory recalls → add, then MLP and product-key memories → add.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.config import ModelConfig
+from wavelet_lm.models.wavelet_lm.delta_memory import DeltaMemory
 from wavelet_lm.models.wavelet_lm.layers import Gain, PhaseGate, ScaleNorm
 from wavelet_lm.models.wavelet_lm.memory import FastWeightMemory, FastWeights, ProductKeyMemory
 from wavelet_lm.models.wavelet_lm.mixer import SpectralMixer
@@ -29,12 +30,14 @@ class BlockState(NamedTuple):
     """What a block remembers of a text.
 
     wavelet: the histories of its delays; mean: of the running mean, None without bypass; memory:
-    what the FwPKM has learned, None where it does not adapt.
+    what the FwPKM has learned, None where it does not adapt; delta: the delta memory's matrices
+    [B, heads · dk · dv], None without it.
     """
 
     wavelet: tuple[Tensor, ...]
     mean: RunningMeanState | WindowedMeanState | ExponentialMeanState | None
     memory: FastWeights | None
+    delta: Tensor | None
 
 
 class Block(nn.Module):
@@ -55,6 +58,7 @@ class Block(nn.Module):
         self.scale_weights = nn.Parameter(torch.ones(config.n_scales))
         self.projection = nn.Identity() if config.skip_proj_out else nn.Linear(Cp, C)
         self.projection_dropout = nn.Dropout(config.dropout_projection)
+        self.delta_memory = DeltaMemory(config) if config.delta_memory else None
         self.spectral_gain = Gain() if config.learned_residual else nn.Identity()
         self.feedforward_gain = Gain() if config.learned_residual else nn.Identity()
         branches = feedforward_branches(config)
@@ -86,23 +90,28 @@ class Block(nn.Module):
         Returns:
             The new residual stream, this block's running mean (None without bypass), the state.
         """
-        wavelet_state, mean_state, memory = (None, None, None) if state is None else state
+        wavelet_state, mean_state, memory, delta = (None,) * 4 if state is None else state
         mean = None
         if self.bypass is not None:
             mean, mean_state = self.bypass.average(x, mean_state)
         if self.embedding_gain is not None:
             x = self.with_embedding(x, embedding)
 
-        bands, wavelet_state = wavelet.decompose(self.pad(self.norm1(x)), wavelet_state)
+        h = self.norm1(x)
+        bands, wavelet_state = wavelet.decompose(self.pad(h), wavelet_state)
+        x = self.spectral_gain(x)
+        if self.delta_memory is not None:
+            recalled, delta = self.delta_memory(h, bands, delta)
+            x = x + recalled
         bands = self.decomposed_norm(torch.stack(bands))
         if mean is not None:
             bands = self.bypass(bands, mean, mean_prev)
-        x = self.spectral_gain(x) + self.mixed_signal(bands, wavelet)
+        x = x + self.mixed_signal(bands, wavelet)
         y = self.feedforward_gain(x)
         if self.feedforward is not None:
             update, memory = self.feedforward(x, memory)
             y = y + update
-        return y, mean, BlockState(wavelet_state, mean_state, memory)
+        return y, mean, BlockState(wavelet_state, mean_state, memory, delta)
 
     def with_embedding(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x + γ ⊙ e, [B, T, C]."""

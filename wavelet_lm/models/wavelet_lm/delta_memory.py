@@ -1,0 +1,98 @@
+"""A memory that recalls: a matrix per head, written and read by the gated delta rule.
+
+The running mean and the bands summarise what came; this memory looks a detail up in it. What it
+reads is the wavelet's: a fine detail already holds the present beside its past, so that a key can
+be what came before and a value what came then.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, logsigmoid, normalize, rms_norm, silu
+
+from wavelet_lm.config import ModelConfig
+from wavelet_lm.kernels.delta_rule import delta_rule
+from wavelet_lm.transforms.history import Ring, carried
+from wavelet_lm.transforms.means import wide
+
+# Heads start with horizons from some positions (σ(1) ≈ 0.73 a position) to some hundred (σ(5)).
+FIRST_DECAY, LAST_DECAY = 1.0, 5.0
+EPSILON = 1e-5
+
+
+class DeltaMemory(nn.Module):
+    """out = W_o (rms_norm(y) ⊙ silu(W_g h)), where y is what the memory answers.
+
+        q, k = silu(W f) per head, each of length 1;  v = W_v h
+        β = σ(…h…),  α = σ(…h…)                                    gate and decay, one a head
+        u = β (v − α Sᵀ k);  S ← α S + k uᵀ;  y = Sᵀ q             the gated delta rule
+
+    h [B, T, C] is the block's normalised input, f = [h, d_0, …] the same beside the finest
+    `delta_bands` details. The rule is that of Yang, Kautz and Hatamizadeh (2024), "Gated Delta
+    Networks"; it runs in float32 at least.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C = config.C
+        self.heads, self.key_dim = config.delta_heads, config.delta_key_dim
+        self.value_dim, self.n_bands = config.delta_value_dim, config.delta_bands
+        n_keys, n_values = self.heads * self.key_dim, self.heads * self.value_dim
+        n_features = C + self.n_bands * config.padded_channels
+        self.query = nn.Linear(n_features, n_keys, bias=False)
+        self.key = nn.Linear(n_features, n_keys, bias=False)
+        self.value = nn.Linear(C, n_values, bias=False)
+        self.gate = nn.Linear(C, n_values, bias=False)
+        self.rates = nn.Linear(C, 2 * self.heads)  # of β, then of α
+        self.norm_weight = nn.Parameter(torch.ones(self.value_dim))
+        self.out = nn.Linear(n_values, C, bias=False)
+        self.dropout = nn.Dropout(config.dropout_projection)
+        with torch.no_grad():
+            self.rates.bias[: self.heads] = 0
+            self.rates.bias[self.heads :] = torch.linspace(FIRST_DECAY, LAST_DECAY, self.heads)
+
+    def forward(
+        self, h: Tensor, bands: list[Tensor], state: Tensor | Ring | None = None
+    ) -> tuple[Tensor, Tensor | Ring]:
+        """Recall for a text or its next chunk, and remember it.
+
+        Args:
+            h: [B, T, C].
+            bands: of the decomposition, coarse to fine, each [B, T, Cp].
+            state: what an earlier call returned; None starts a text.
+
+        Returns:
+            [B, T, C] in h's dtype, and the state [B, heads · dk · dv], at least float32.
+        """
+        features = torch.cat((h, *reversed(bands[len(bands) - self.n_bands :])), -1)
+        q, k = self.queries_and_keys(features).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        v, gate, rates = self.values_and_gates(h)
+        beta, decay = wide(rates).split(self.heads, -1)
+        v = wide(v).unflatten(-1, (self.heads, -1))
+        if state is None:
+            state = v.new_zeros(len(h), self.heads * self.key_dim * self.value_dim)
+        scan = carried(state)
+        y, states = delta_rule(
+            normalize(silu(wide(q)), dim=-1),
+            normalize(silu(wide(k)), dim=-1),
+            v,
+            logsigmoid(decay),
+            beta.sigmoid(),
+            scan.before().to(v.dtype).view(len(h), self.heads, self.key_dim, self.value_dim),
+            every=1 if scan.keeps_every else None,
+        )
+        normal = rms_norm(y, y.shape[-1:], eps=EPSILON).to(gate.dtype) * self.norm_weight
+        y = normal.flatten(2) * silu(gate)
+        return self.dropout(self.out(y)), scan.after(states.flatten(2))
+
+    def queries_and_keys(self, features: Tensor) -> Tensor:
+        """[B, T, C + n Cp] -> [B, T, 2 · heads · dk], in one product."""
+        return linear(features, torch.cat((self.query.weight, self.key.weight)))
+
+    def values_and_gates(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, C] -> v and its gate [B, T, heads · dv] and the rates [B, T, 2 · heads]."""
+        weights = torch.cat((self.value.weight, self.gate.weight, self.rates.weight))
+        n = self.heads * self.value_dim
+        v, gate, rates = linear(h, weights).split((n, n, 2 * self.heads), -1)
+        return v, gate, rates + self.rates.bias
