@@ -69,6 +69,12 @@ def folders(tmp_path):
     return a, b
 
 
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    """A run that was never stopped, to be looked at only."""
+    return whole_run(tmp_path_factory.mktemp("plain"))
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -117,39 +123,37 @@ def test_every_part_of_the_saved_state_matters(folders, monkeypatch):
     runs.assert_same_run(whole, killed)
 
 
-def test_what_a_kill_leaves_behind_does_not_disturb(folders, monkeypatch):
-    whole = whole_run(folders[0])
-    killed = killed_run(folders[1], monkeypatch)
+def test_what_a_kill_leaves_behind_does_not_disturb(tmp_path, plain_run, monkeypatch):
+    killed = killed_run(tmp_path, monkeypatch)
     for name in (".last.safetensors.4711.tmp", ".tmpAbCdEf", ".best.safetensors.4711.tmp"):
         (killed / name).write_bytes(b"half a checkpoint")
     with (killed / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"event": "train", "step": 28, "lo')
     resume(killed)
-    runs.assert_same_run(whole, killed)
+    runs.assert_same_run(plain_run, killed)
     assert not [file.name for file in killed.iterdir() if file.name.startswith(".")]
     for line in (killed / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         json.loads(line)
 
 
 @pytest.mark.parametrize("step", [10, 13, 20, 40])
-def test_a_stop_where_an_evaluation_is_due_and_then_a_kill(folders, monkeypatch, step):
+def test_a_stop_where_an_evaluation_is_due_and_then_a_kill(tmp_path, plain_run, monkeypatch, step):
     """Saved before the evaluation of its step, resumed, evaluated, killed, resumed again."""
-    whole = whole_run(folders[0])
-    config = runs.run_config(folders[1])
+    config = runs.run_config(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"at step {step} of 40"):
         before_step(patch, step - 1, lambda trainer: signal.raise_signal(signal.SIGINT))
         train(config)
-    run = runs.only_run(folders[1])
+    run = runs.only_run(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         # The checkpoint that follows the evaluation, or the sample that follows the last one.
         unreached = "loop.Trainer.save" if step < 40 else "conclusion._write_sample"
         patch.setattr(f"wavelet_lm.training.{unreached}", kill)
         resume(run)
     resume(run)
-    runs.assert_same_run(whole, run)
+    runs.assert_same_run(plain_run, run)
     events = [row["event"] for row in RunFolder(run).metrics()]
     assert events.count("test") == events.count("end") == 1
-    table = (folders[1] / "runs.md").read_text(encoding="utf-8")
+    table = (tmp_path / "runs.md").read_text(encoding="utf-8")
     assert table.count(run.name) == 1
 
 
@@ -175,11 +179,11 @@ def test_real_processes_kill_terminate_and_interrupt(folders, monkeypatch):
     """kill -9, SIGTERM, SIGHUP, Ctrl-C, each resumed; against one run that reached the step."""
     overrides = {"max_steps": 1_000_000, "warmup_fraction": 0.00001, "skip_warmup_saves": False}
     process = runs.command("--config", runs.config_file(folders[1], **overrides))
-    wait_for_step(process, 30)
+    wait_for_step(process, 20)  # whose evaluation comes after the checkpoint of step 10
     process.kill()
     process.communicate()
     run = runs.only_run(folders[1])
-    stops = ((signal.SIGTERM, 143, 60), (signal.SIGHUP, 129, 90), (signal.SIGINT, 130, 120))
+    stops = ((signal.SIGTERM, 143, 30), (signal.SIGHUP, 129, 40), (signal.SIGINT, 130, 50))
     for signum, status, step in stops:
         process = runs.command("--resume", run)
         wait_for_step(process, step)

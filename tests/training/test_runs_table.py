@@ -58,7 +58,7 @@ def test_runs_that_end_together_lose_no_row(tmp_path):
         "import sys\n"
         "from wavelet_lm.training.runs_table import append_run\n"
         "sys.stdin.readline()\n"
-        "for i in range(20): append_run(sys.argv[1], {'name': f'{sys.argv[2]}-{i}'})\n"
+        "for i in range(8): append_run(sys.argv[1], {'name': f'{sys.argv[2]}-{i}'})\n"
     )
     processes = [
         subprocess.Popen(
@@ -73,7 +73,7 @@ def test_runs_that_end_together_lose_no_row(tmp_path):
     for process in processes:
         process.stdin.close()
     names = [row["name"] for row in rows(path)]
-    assert sorted(names) == sorted(f"{k}-{i}" for k in range(3) for i in range(20))
+    assert sorted(names) == sorted(f"{k}-{i}" for k in range(3) for i in range(8))
 
 
 def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
