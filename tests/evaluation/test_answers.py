@@ -71,6 +71,7 @@ NETWORKS = [
     {},
     {"wavelet_mode": "haar", "wavelet_crawl": False, "loop_iterations": 2},
     {"decompose_bypass_ema": True, "phase_gating": True},
+    {"delta_memory": True, "delta_heads": 2, "delta_key_dim": 4, "delta_value_dim": 3},
     {"multinodal_enabled": True, "multinodal_num_cells": 2, "multinodal_cell_dim": 8},
 ]
 
