@@ -6,7 +6,8 @@ import torch
 from tests.conftest import tiny_config
 from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint
 from wavelet_lm.models.registry import build_model
-from wavelet_lm.training.optimizers import Optimizer, is_matrix
+from wavelet_lm.roles import maps
+from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
 
 VOCAB = 30
@@ -81,12 +82,13 @@ def test_forgetting_the_state_changes_the_next_step(name):
 
 def test_what_is_a_matrix():
     model = build_model(tiny_config(wavelet_decomp_norm=True), VOCAB)
-    kinds = {name: is_matrix(name, p) for name, p in model.named_parameters()}
-    maps = ("W", "G", "U", "V", "A", "B", "query.weight", "projection.weight", "mix.weight")
+    found_maps = maps(model)
+    kinds = {name: p in found_maps for name, p in model.named_parameters()}
+    ends = ("W", "G", "U", "V", "A", "B", "query.weight", "projection.weight", "mix.weight")
     nets = ("wavelets.", "blocks.0.feedforward.branches.mlp.", "blocks.1.feedforward.branches.mlp.")
     for name, found in kinds.items():
         in_net = name.startswith(nets) and name.endswith(".weight")
-        assert found == (name.endswith(tuple("." + m for m in maps[:6]) + maps[6:]) or in_net), name
+        assert found == (name.endswith(tuple("." + m for m in ends[:6]) + ends[6:]) or in_net), name
     assert sum(kinds.values()) > 20
 
 
@@ -97,11 +99,11 @@ def test_muon_takes_the_matrices_and_adamw_the_rest_each_once(tied):
     assert isinstance(muon, torch.optim.Muon)
     assert isinstance(adamw, torch.optim.AdamW)
     groups = [{p for g in part.param_groups for p in g["params"]} for part in (muon, adamw)]
-    trained = {p for p in model.parameters() if p.requires_grad}
+    trained, matrices = {p for p in model.parameters() if p.requires_grad}, maps(model)
     assert groups[0] | groups[1] == trained
     assert not groups[0] & groups[1]
     assert {n for n, p in model.named_parameters() if p in groups[0]} == {
-        n for n, p in model.named_parameters() if is_matrix(n, p) and p.requires_grad
+        n for n, p in model.named_parameters() if p in matrices and p.requires_grad
     }
     assert all(group["weight_decay"] == 0 for group in adamw.param_groups)
 
@@ -117,8 +119,9 @@ def test_weight_decay_shrinks_what_it_should(name):
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     for part in optimizer.parts:
         part.step()
+    matrices = maps(model)
     for key, p in model.named_parameters():
-        decays = p.requires_grad and (name == "Adagrad" or is_matrix(key, p))
+        decays = p.requires_grad and (name == "Adagrad" or p in matrices)
         assert bool((p < 1).all()) == decays, key
 
 
@@ -161,6 +164,8 @@ def test_an_overflow_in_one_half_of_muon_leaves_all_weights_finite(clip):
     precision.update(optimizer, model, clip)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     after = weights(model)
-    assert all(torch.equal(before[n], after[n]) for n in before if is_matrix(n, before[n]))
+    matrices = maps(model)
+    same = [torch.equal(before[n], after[n]) for n, p in model.named_parameters() if p in matrices]
+    assert all(same)
     assert precision.scaler.get_scale() == 512
     assert not precision.collapsed

@@ -32,6 +32,8 @@ from wavelet_lm.models.wavelet_lm.block import Block, FeedForward
 from wavelet_lm.models.wavelet_lm.layers import Gain
 from wavelet_lm.models.wavelet_lm.memory import ProductKeyMemory
 from wavelet_lm.models.wavelet_lm.mixer import GatedMixer, NarrowMixer, StackedMixer
+from wavelet_lm.models.wavelet_lm.mlp import MLP
+from wavelet_lm.roles import declared
 from wavelet_lm.transforms.lifting import LiftingWavelet
 
 MIXER_BANDS = ("mixer_coarse", "mixer_mid", "mixer_fine")
@@ -211,6 +213,8 @@ class UpdateNets(nn.Module):
         transform: H where the details come in the Hadamard domain, else an identity.
     """
 
+    component = "wavelet nets"
+
     def __init__(self, wavelet: LiftingWavelet, transform: nn.Module):
         super().__init__()
         nets = list(reversed(wavelet.update if wavelet.own_update is None else wavelet.own_update))
@@ -299,7 +303,7 @@ class FoldedFeedForward(nn.Module):
             first, *middle, last = branches["mlp"].linears
             rows.append((first.weight, first.bias))
             last = PreparedLinear.of(gains["mlp"](last.weight), gains["mlp"](last.bias))
-            self.mlp = nn.ModuleList([*middle, last])
+            self.mlp = declared(nn.ModuleList([*middle, last]), MLP.component)
         self.memories = nn.ModuleList()
         for name in ("pkm", "fwpkm"):
             if name in branches:
@@ -315,6 +319,8 @@ class FoldedFeedForward(nn.Module):
             bias = torch.cat([bias for _, bias in group])
             self.first.append(PreparedLinear.of(weight * norm.weight, bias + weight @ norm.bias))
             self.sizes.append([len(weight) for weight, _ in group])
+        if self.mlp is not None:
+            declared(self.first[0], MLP.component)
 
     def forward(self, x: Tensor, memory: None) -> tuple[Tensor, None]:
         """[B, T, C] -> [B, T, C]; as `FeedForward` without fast weights."""

@@ -118,6 +118,10 @@ class LanguageModel(nn.Module):
         """The networks that it consists of, itself where it is one."""
         return [self]
 
+    def first_block(self) -> list[nn.Module]:
+        """The modules that one block is made of."""
+        return [part for network in self.networks() for part in network.first_block()]
+
 
 def picked(x: Tensor, at: Tensor) -> Tensor:
     """The vectors of x [B, T, H] at the positions `at` [B, Q]: [B, Q, H]."""

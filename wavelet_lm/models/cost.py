@@ -1,10 +1,9 @@
 """What a config costs, by component: parameters, FLOPs, weights read, state, reach.
 
-Nothing is computed: the model is built on the meta device, and every weight is taken by its name
-to what one token does with it.
+Nothing is computed: the model is built on the meta device, and its modules say what one token does
+with every weight (`wavelet_lm/roles.py`).
 """
 
-import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,51 +12,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from wavelet_lm.config import Config
+from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.gpt.model import GPT
 from wavelet_lm.models.registry import model_without_weights, n_params
-from wavelet_lm.models.wavelet_lm.memory import ProductKeyMemory
 from wavelet_lm.models.wavelet_lm.mixer import SpectralMixer
 from wavelet_lm.models.wavelet_lm.model import WaveletLM
-from wavelet_lm.transforms.moving_averages import LearnedFilters
+from wavelet_lm.roles import Use, uses
 
-# The first pattern that a parameter's name matches says what it is a part of.
-COMPONENTS = {
-    "delta memory": r"\.delta_memory\.",
-    "norms": r"norm",
-    "embedding": r"^embedding\.",
-    "wavelet nets": r"^wavelets\.",
-    "routing and bypass": r"\.routing$|\.bypass\.|\.phase_gate\.|^gates\.",
-    "mixers": r"\.mixer\.",
-    "projection": r"\.projection\.",
-    "gains": r"gain|scale_weights",
-    "MLP": r"\.branches\.mlp\.",
-    "PKM": r"\.branches\.pkm\.",
-    "FwPKM": r"\.branches\.fwpkm\.",
-    "head": r"^head\.",
-}
-ORDER = (
-    "embedding",
-    "wavelet nets",
-    "mixers",
-    "routing and bypass",
-    "projection",
-    "delta memory",
-    "MLP",
-    "PKM",
-    "FwPKM",
-    "norms",
-    "gains",
-    "head",
-)
-GPT_COMPONENTS = {
-    "embedding": r"^embedding\.",
-    "positions": r"^position_embedding\.",
-    "attention": r"\.attention\.",
-    "MLP": r"\.mlp\.",
-    "moving averages": r"\.average\.",
-    "norms": r"norm",
-    "head": r"^head\.|^dense\.",
-}
 BACKWARD = 3  # a product's backward takes two of its size, one for each factor
 
 
@@ -110,29 +71,59 @@ def breakdown(config: Config, vocab_size: int) -> Breakdown:
     model = model_without_weights(config, vocab_size).eval()
     with torch.device("meta"):
         _, state = model(torch.zeros(1, 1, dtype=torch.int64))
+    cells = model.networks()
     if isinstance(model, GPT):
-        return _gpt_breakdown(model, state)
-    cells = list(model.cells) if config.multinodal_enabled else [model]
-    components = {name: Cost() for name in ORDER}
-    for cell in cells:
-        _count_cell(cell, components)
-    if config.multinodal_enabled:
-        runs = config.loop_iterations
-        for gate in model.gates:  # every cell is gated by the same matrix, side by side
-            size = gate.proj.weight.numel()
-            flops = BACKWARD * 2 * size * runs * len(cells)
-            components["routing and bypass"] += Cost(0, size, flops, size, size * runs)
-    applications = len(cells[0].order) * config.loop_iterations
-    reach = cells[0].wavelets[0].reach
+        reach = block_reach = config.block_size - 1
+    else:
+        block_reach = cells[0].wavelets[0].reach
+        reach = block_reach * len(cells[0].order) * config.loop_iterations
     return Breakdown(
         n_params=n_params(model),
-        components={name: cost for name, cost in components.items() if cost != Cost()},
-        hadamard_flops=sum(map(_hadamard_flops, cells)),
+        components=_components(model),
+        hadamard_flops=sum(_hadamard_flops(c) for c in cells if isinstance(c, WaveletLM)),
         **_state_size(state),
-        block_reach=reach,
-        reach=reach * applications,
-        sees_everything=config.decompose_bypass,
+        block_reach=block_reach,
+        reach=reach,
+        sees_everything=isinstance(cells[0], WaveletLM) and config.decompose_bypass,
     )
+
+
+def _components(model: LanguageModel) -> dict[str, Cost]:
+    """The cost of every component, in the order in which the modules name them.
+
+    A tied matrix is counted in the first place, its work in every one; the token's row of it is one
+    of its own. Products without weights are those of a whole window of block_size.
+    """
+    of_a_block = {p for part in model.first_block() for p in part.parameters()}
+    # A GPT's embedding counts its row beside the head's matrix.
+    places = [] if isinstance(model, GPT) else list(uses(model))
+    whole = {use.parameter for use in places if use.role.vectors}
+    components: dict[str, Cost] = {}
+    seen: set[nn.Parameter] = set()
+    for use in uses(model):
+        if use.component is None:
+            raise TypeError(f"{use.name}: no module that holds it names a component")
+        cost = _cost(use)
+        if use.role.rows is not None and use.parameter in whole:
+            cost.distinct = 0
+        if use.parameter is not None and use.parameter not in seen:
+            seen.add(use.parameter)
+            cost.n_params = use.parameter.numel()
+            cost.per_block = cost.n_params * (use.parameter in of_a_block)
+        components[use.component] = components.get(use.component, Cost()) + cost
+    return {name: cost for name, cost in components.items() if cost != Cost()}
+
+
+def _cost(use: Use) -> Cost:
+    """Of one place of a parameter, without its size."""
+    reads, products = use.runs
+    if use.parameter is None:
+        return Cost(flops=int(BACKWARD * 2 * use.role.vectors * products))
+    size = read = use.parameter.numel()
+    if use.role.rows is not None:
+        read = use.role.rows * use.parameter.shape[-1]
+    flops = BACKWARD * 2 * size * use.role.vectors * products
+    return Cost(flops=int(flops), distinct=read * (reads > 0), read=int(read * reads))
 
 
 def _state_size(state: Any) -> dict[str, int]:
@@ -141,105 +132,6 @@ def _state_size(state: Any) -> dict[str, int]:
         "state_elements": sum(t.numel() for t in leaves),
         "state_bytes": sum(t.numel() * t.element_size() for t in leaves),
     }
-
-
-def _gpt_breakdown(model: GPT, state: Any) -> Breakdown:
-    """A GPT's figures; those of attention's own products are for a whole window of block_size.
-
-    Half of these products are masked; they count as they are computed in training.
-    """
-    config = model.config
-    components = {name: Cost() for name in GPT_COMPONENTS}
-    for name, p in model.named_parameters():  # a tied head goes by the embedding's name
-        size = p.numel()
-        cost = Cost(size * name.startswith("blocks.0."), size, 0, size, size)
-        if re.search(r"^(position_)?embedding\.", name):
-            cost.distinct = cost.read = config.C  # one row
-        elif p.ndim == 2:
-            cost.flops = BACKWARD * 2 * size
-        component = next(c for c, pattern in GPT_COMPONENTS.items() if re.search(pattern, name))
-        components[component] += cost
-    if config.tie_embedding_to_lm_head:
-        size = model.head.weight.numel()
-        components["head"] += Cost(flops=BACKWARD * 2 * size, distinct=size, read=size)
-    # Scores and their product with the values, for every layer and position of the window.
-    products = 2 * config.layers * config.block_size * config.C
-    components["attention"].flops += BACKWARD * 2 * products
-    for module in model.modules():
-        if isinstance(module, LearnedFilters):
-            components["moving averages"].flops += BACKWARD * 2 * module.n_taps
-    return Breakdown(
-        n_params=n_params(model),
-        components={name: cost for name, cost in components.items() if cost != Cost()},
-        hadamard_flops=0,
-        **_state_size(state),
-        block_reach=config.block_size - 1,
-        reach=config.block_size - 1,
-        sees_everything=False,
-    )
-
-
-def _count_cell(model: WaveletLM, components: dict[str, Cost]) -> None:
-    """Add every parameter of one WaveletLM to its component."""
-    memories = {n: m for n, m in model.named_modules() if isinstance(m, ProductKeyMemory)}
-    tied = model.config.tie_embedding_to_lm_head
-    for name, p in model.named_parameters():  # a tied head goes by the embedding's name
-        uses = _uses(model, name)
-        cost = Cost(n_params=p.numel(), distinct=p.numel() * (uses > 0), read=p.numel() * uses)
-        cost.flops = BACKWARD * 2 * p.numel() * _products(model, name, p, uses)
-        if name == "embedding.weight":
-            cost.distinct = cost.read = model.config.C  # the row of the token
-        elif name.endswith(".values.weight"):
-            memory = memories[name.removesuffix(".values.weight")]
-            cost.distinct = memory.heads * memory.top_k * model.config.C
-            cost.read = cost.distinct * uses
-        of_a_block = name.startswith("blocks.0.") or (
-            name.startswith("wavelets.0.") and not model.config.shared_lifting_weights
-        )
-        cost.per_block = p.numel() * of_a_block
-        component = next(c for c, pattern in COMPONENTS.items() if re.search(pattern, name))
-        components[component] += cost
-    if tied:  # its matrix is counted above, its work here; the token's row is one of its own
-        size = model.head.weight.numel()
-        passes = model.config.loop_iterations
-        components["embedding"].distinct -= model.config.C
-        components["head"] += Cost(flops=BACKWARD * 2 * size * passes, distinct=size, read=size)
-
-
-def _uses(model: WaveletLM, name: str) -> int:
-    """How often one token of a text meets a parameter: blocks and wavelets may be shared."""
-    passes = model.config.loop_iterations
-    part, *rest = name.split(".")
-    if part == "head":
-        return 1  # in training it judges every pass, in generation only the last
-    if part not in ("blocks", "wavelets"):
-        return passes
-    number, numbers = int(rest[0]), list(model.order)
-    if part == "blocks":
-        uses = passes * numbers.count(number)
-        unmixed = name == "blocks.0.bypass.cross_layer_mix.weight"
-        return uses - unmixed  # the first block has no mean before it
-    uses = passes * sum(n % len(model.wavelets) == number for n in numbers)
-    # The reconstruction reads the update nets again, or nets of its own.
-    return uses * (2 if ".update." in name and not model.config.untied_reconstruction else 1)
-
-
-def _products(model: WaveletLM, name: str, p: nn.Parameter, uses: int) -> int:
-    """How many vectors each token multiplies by a matrix; 0 where it is no factor of a product."""
-    if p.ndim < 2 or re.search(
-        r"norm|embedding\.|\.values\.|\.gains$|\.bias$|wavelets\.\d+\.weights", name
-    ):
-        return 0
-    if name == "head.weight":
-        return model.config.loop_iterations
-    if name.endswith(".routing"):  # S × S, for every channel, once per stacked mixer
-        return uses * model.config.mixer_depth * model.config.padded_channels
-    if name.endswith(".A") and model.config.cross_scale_gating:
-        return 2 * uses  # it narrows the signal and, apart, what the gates read
-    net = re.search(r"^wavelets\..*(?:predict|update)\.(\d+)\.", name)
-    if net and model.config.wavelet_packets:  # level k splits 2^k bands by the same nets
-        return uses << int(net[1])
-    return uses
 
 
 def _hadamard_flops(model: WaveletLM) -> int:

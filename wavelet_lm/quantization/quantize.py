@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from wavelet_lm.fusion.fuse import prepare
+from wavelet_lm.fusion.fuse import COMPONENTS, prepare
 from wavelet_lm.fusion.linear import (
     BatchedLinear,
     OneOfBatch,
@@ -31,7 +30,10 @@ from wavelet_lm.quantization.weights import (
     QuantizedWeight,
     quantize_weight,
 )
+from wavelet_lm.roles import component_of
 
+# Components of the modules (`wavelet_lm/roles.py`) that a scheme has other names for.
+OF_ROLES = {"wavelet nets": "lifting", "MLP": "mlp"}
 MATRICES = (PreparedLinear, BatchedLinear)
 TABLES = (nn.Embedding, SubKeys, ValueTable)
 # Windows of a calibration text that are read at once.
@@ -137,31 +139,29 @@ class _Quantizer:
 
 
 def component(twin: LanguageModel, name: str) -> str:
-    """Which of `COMPONENTS` a matrix or table of a prepared model belongs to, by its name."""
-    group = re.match(r".*\.groups\.\d+(?=\.)", name)
-    if group:
-        return twin.get_submodule(group[0]).component
-    if re.search(r"(^|\.)(wavelets|updates)\.", name):
-        return "lifting"
-    first = re.match(r"(.*\.feedforward)\.first\.0$", name)
-    if first and twin.get_submodule(first[1]).mlp is not None:
-        return "mlp"
-    if re.search(r"\.mlp\.", name):
-        return "mlp"
+    """Which of `COMPONENTS` a matrix or table of a prepared model belongs to.
+
+    What shares a weight with a table (a tied head) goes with the table.
+    """
     weight = twin.get_submodule(name).weight
     tables = (m for m in twin.modules() if isinstance(m, nn.Embedding))
-    return "embedding" if any(table.weight is weight for table in tables) else "rest"
+    if any(table.weight is weight for table in tables):
+        return "embedding"
+    declared = component_of(twin, name) or "rest"
+    declared = OF_ROLES.get(declared, declared)
+    return declared if declared in COMPONENTS else "rest"
 
 
 def _stages(twin: LanguageModel, names: list[str]) -> list[tuple[str, list[str]]]:
     """The matrices in the order in which a text passes them: lifting, block by block, the head."""
+    blocks = {part for network in twin.networks() for part in network.blocks}
+    of_blocks = [name for name, part in twin.named_modules() if part in blocks]
     stages: dict[str, list[str]] = {}
     for name in names:
-        block = re.match(r"(.*\.)?blocks\.\d+", name)
+        stage = next((block for block in of_blocks if name.startswith(f"{block}.")), "head")
         if component(twin, name) == "lifting":
-            stages.setdefault("lifting", []).append(name)
-        else:
-            stages.setdefault(block[0] if block else "head", []).append(name)
+            stage = "lifting"
+        stages.setdefault(stage, []).append(name)
     return list(stages.items())
 
 

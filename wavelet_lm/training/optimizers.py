@@ -5,11 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wavelet_lm import roles
 from wavelet_lm.config import TrainingConfig
 from wavelet_lm.errors import UserError
-
-# Two-dimensional parameters that are no linear map: lookup tables, and vectors kept per scale.
-NOT_A_MATRIX = ("embedding", "head", "values", "gains", "routing", "norm", "weights", "bias")
 
 STATE_BYTES = {"Adagrad": 4, "AdamW": 8, "Muon": 8, "Adagrad8bit": 1, "AdamW8bit": 2}
 
@@ -19,7 +17,8 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: TrainingConfig):
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        matrices = {n: p for n, p in named.items() if is_matrix(n, p)}
+        maps = roles.maps(model)
+        matrices = {n: p for n, p in named.items() if p in maps}
         others = {n: p for n, p in named.items() if n not in matrices}
         self.parts: list[torch.optim.Optimizer]
         match config.optimizer:
@@ -71,12 +70,6 @@ class Optimizer:
             part.load_state_dict(
                 {"state": state, "param_groups": part.state_dict()["param_groups"]}
             )
-
-
-def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is the matrix [out, in] of a linear map, for Muon and weight decay."""
-    words = name.replace("_", ".").split(".")
-    return parameter.ndim == 2 and not any(word in NOT_A_MATRIX for word in words)
 
 
 def _groups(config: TrainingConfig, decayed: dict, others: dict) -> list[dict[str, Any]]:

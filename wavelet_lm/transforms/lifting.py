@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from wavelet_lm.roles import Runs
 from wavelet_lm.transforms.delays import Crawl, Shift
 from wavelet_lm.transforms.history import Ring
 from wavelet_lm.transforms.wavelet import Histories, Wavelet
@@ -71,6 +72,14 @@ class LiftingWavelet(Wavelet):
         self.predict, self.update = nets(1.0), nets(0.5)
         self.own_update = nets(0.5) if untied else None
 
+    def runs(self) -> dict[nn.Module, Runs]:
+        """The reconstruction runs the update nets again, or nets of its own."""
+        return {self.update: Runs(2, 2)} if self.own_update is None else {}
+
+    def at_level(self, k: int) -> list[nn.Module]:
+        nets = (self.predict, self.update, self.own_update)
+        return [level[k] for level in nets if level is not None]
+
     @property
     def is_static(self) -> bool:
         """Whether its nets are plain matrices and activations."""
@@ -101,6 +110,8 @@ class MultiBasisWavelet(nn.Module):
         bases: lifting wavelets of one depth, or the packets of them.
         n_scales: S, the bands that each of them has.
     """
+
+    component = "wavelet nets"
 
     def __init__(self, bases: Sequence[nn.Module], n_scales: int):
         super().__init__()

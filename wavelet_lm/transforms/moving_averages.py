@@ -43,6 +43,8 @@ class MovingAverages(nn.Module):
         UserError: kind is unknown, PyWavelets is missing, or no channel is left to average.
     """
 
+    component = "moving averages"
+
     def __init__(
         self,
         kind: str,
@@ -211,13 +213,13 @@ class LearnedFilters(Filters):
     """Kernels that are learned and start as means over 2^level positions.
 
     weights: one vector, level by level and tap by tap: of each channel, or of the whole level.
-    n_taps: products that one position takes.
+    n_products: that one position takes.
     """
 
     def __init__(self, levels: list[int], shared: bool):
         super().__init__(_grouped(levels, [2**level for level in range(1, levels[-1] + 1)]))
         self.shared = shared
-        self.n_taps = sum(taps * (b - a) for a, b, taps in self.groups)
+        self.n_products = sum(taps * (b - a) for a, b, taps in self.groups)
         sizes = [taps if shared else taps * (b - a) for a, b, taps in self.groups]
         values = [torch.full((n,), 1 / g[2]) for n, g in zip(sizes, self.groups, strict=True)]
         self.weights = nn.Parameter(torch.cat(values))

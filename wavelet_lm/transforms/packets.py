@@ -11,6 +11,7 @@ All nodes of a level are split by the same step, with the lag of that level.
 import torch
 from torch import Tensor, nn
 
+from wavelet_lm.roles import Runs
 from wavelet_lm.transforms.wavelet import Histories, Wavelet
 
 
@@ -26,6 +27,11 @@ class WaveletPackets(nn.Module):
     def __init__(self, wavelet: Wavelet):
         super().__init__()
         self.wavelet = wavelet
+
+    def runs(self) -> dict[nn.Module, Runs]:
+        """Level k splits 2^k bands by the same nets, whose weights are read once."""
+        levels = range(self.wavelet.levels)
+        return {part: Runs(1, 2**k) for k in levels for part in self.wavelet.at_level(k)}
 
     @property
     def reach(self) -> int:

@@ -20,6 +20,7 @@ Histories = tuple[Tensor | Ring, ...]
 class Wavelet(nn.Module):
     """`decompose` into levels + 1 bands and `reconstruct` from them; a subclass gives the steps."""
 
+    component = "wavelet nets"
     delays: nn.ModuleList
 
     @property
@@ -31,6 +32,10 @@ class Wavelet(nn.Module):
     def reach(self) -> int:
         """How many positions back the coarsest band sees."""
         return sum(delay.max_lag for delay in self.delays)
+
+    def at_level(self, k: int) -> list[nn.Module]:
+        """The nets that `split` and `merge` run at level k."""
+        return []
 
     def split(
         self, k: int, x: Tensor, history: Tensor | Ring | None = None

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from wavelet_lm.roles import FACTOR, declared
+
 PATCH = 400  # samples of a vector: 25 ms at 16 kHz
 
 
@@ -22,7 +24,8 @@ class AudioFrontEnd(nn.Module):
         super().__init__()
         self.patch = patch
         self.filters = nn.Conv1d(1, n_filters, length)
-        self.project = nn.Linear(n_filters, C)
+        project = nn.Linear(n_filters, C)
+        self.project = declared(project, "embedding", weight=FACTOR)
 
     def forward(self, waveform: Tensor) -> Tensor:
         """[B, N] samples in [−1, 1] -> [B, N // patch, C]."""

@@ -14,10 +14,14 @@ class Attention(nn.Module):
     before the text; or a `Ring` of them. How many of them there are is told by the caller.
     """
 
+    component = "attention"
+
     def __init__(self, config: ModelConfig, context: int):
         super().__init__()
         C = config.C
         self.heads, self.max_lag = config.heads, context - 1
+        # Scores and their product with the values, half of them masked.
+        self.n_products = 2 * context * C
         self.qkv = nn.Linear(C, 3 * C)
         self.projection = nn.Linear(C, C)
         self.dropout = nn.Dropout(config.dropout_projection)

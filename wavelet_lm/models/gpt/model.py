@@ -11,6 +11,7 @@ from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.gpt.attention import Attention
+from wavelet_lm.roles import FACTOR, declared
 from wavelet_lm.transforms.history import Clock, Ring, counted
 from wavelet_lm.transforms.moving_averages import MovingAverages
 
@@ -44,8 +45,8 @@ class GPT(LanguageModel):
     def __init__(self, config: Config, vocab_size: int):
         super().__init__(config, vocab_size)
         C, self.longest = config.C, config.block_size
-        self.embedding = nn.Embedding(vocab_size, C)
-        self.position_embedding = nn.Embedding(config.block_size, C)
+        self.embedding = declared(nn.Embedding(vocab_size, C), "embedding")
+        self.position_embedding = declared(nn.Embedding(config.block_size, C), "positions")
         self.embedding_dropout = nn.Dropout(config.dropout_embedding)
         self.blocks = nn.ModuleList(
             GPTBlock(config, is_last=i == config.layers - 1) for i in range(config.layers)
@@ -53,15 +54,20 @@ class GPT(LanguageModel):
         self.final_norm = nn.LayerNorm(C)
         self.dense: nn.Module = nn.Identity()
         if config.head_hidden:
-            self.dense = nn.Sequential(nn.Linear(C, config.head_hidden), nn.GELU())
+            dense = nn.Sequential(nn.Linear(C, config.head_hidden), nn.GELU())
+            self.dense = declared(dense, "head")
         self.head_dropout = nn.Dropout(config.dropout_lm_head)
-        self.head = nn.Linear(config.head_hidden or C, vocab_size, bias=False)
+        head = nn.Linear(config.head_hidden or C, vocab_size, bias=False)
+        self.head = declared(head, "head", weight=FACTOR)
         self.apply(_initialise)
         for block in self.blocks:
             for last in (block.attention.projection, block.mlp.contract):
                 nn.init.normal_(last.weight, std=INIT_STD / math.sqrt(2 * config.layers))
         if config.tie_embedding_to_lm_head:
             self.head.weight = self.embedding.weight
+
+    def first_block(self) -> list[nn.Module]:
+        return [self.blocks[0]]
 
     def output_weight(self) -> Tensor:
         return self.head.weight
@@ -143,6 +149,8 @@ class GPTBlock(nn.Module):
 
 class GPTMLP(nn.Module):
     """Linear(C → C·expansion), GELU, Linear(→ C), dropout."""
+
+    component = "MLP"
 
     def __init__(self, config: Config):
         super().__init__()

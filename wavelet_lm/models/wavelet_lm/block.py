@@ -15,6 +15,7 @@ from wavelet_lm.models.wavelet_lm.layers import Gain, PhaseGate, ScaleNorm
 from wavelet_lm.models.wavelet_lm.memory import FastWeightMemory, FastWeights, ProductKeyMemory
 from wavelet_lm.models.wavelet_lm.mixer import SpectralMixer
 from wavelet_lm.models.wavelet_lm.mlp import MLP
+from wavelet_lm.roles import declared
 from wavelet_lm.transforms.means import (
     ExponentialMean,
     ExponentialMeanState,
@@ -43,6 +44,8 @@ class BlockState(NamedTuple):
 class Block(nn.Module):
     """(x, e, μ_prev) → (x, μ), where μ is the running mean of the block's input."""
 
+    component = "gains"  # its own parameters, and the learned factors of its parts
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, Cp = config.C, config.padded_channels
@@ -56,7 +59,9 @@ class Block(nn.Module):
         self.mixed_norm = ScaleNorm(config) if config.wavelet_recon_norm else nn.Identity()
         self.mixer_dropout = nn.Dropout(config.dropout_mixer)
         self.scale_weights = nn.Parameter(torch.ones(config.n_scales))
-        self.projection = nn.Identity() if config.skip_proj_out else nn.Linear(Cp, C)
+        self.projection = (
+            nn.Identity() if config.skip_proj_out else declared(nn.Linear(Cp, C), "projection")
+        )
         self.projection_dropout = nn.Dropout(config.dropout_projection)
         self.delta_memory = DeltaMemory(config) if config.delta_memory else None
         self.spectral_gain = Gain() if config.learned_residual else nn.Identity()
@@ -131,6 +136,8 @@ class MeanBypass(nn.Module):
     η (`gains`) starts at zero, M (`cross_layer_mix`) at ½ I. μ is what `average` gives: the mean
     of all positions so far, or a learned exponential one.
     """
+
+    component = "routing and bypass"
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -33,6 +33,8 @@ class DeltaMemory(nn.Module):
     Networks"; it runs in float32 at least.
     """
 
+    component = "delta memory"
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         C = config.C

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from wavelet_lm.config import Config, cell_config
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.wavelet_lm.model import Carry, State, WaveletLM
+from wavelet_lm.roles import Runs
 
 
 class MultinodalLM(LanguageModel):
@@ -33,6 +34,11 @@ class MultinodalLM(LanguageModel):
             CellGate(config.multinodal_cell_dim)
             for _ in range(n_gates if config.multinodal_cross_cell_gating else 0)
         )
+
+    def runs(self) -> dict[nn.Module, Runs]:
+        """Every cell is gated by the same matrix, side by side."""
+        passes = self.config.loop_iterations
+        return {self.gates: Runs(passes, passes * len(self.cells))}
 
     def output_weight(self) -> Tensor:
         weight = torch.cat([cell.head.weight for cell in self.cells], dim=1)
@@ -126,6 +132,8 @@ class FeatureBag(nn.Module):
 
 class CellGate(nn.Module):
     """x_i ⊙ (1 + tanh(G · mean of the other cells' x)), G zero at first: no gate."""
+
+    component = "routing and bypass"
 
     def __init__(self, C: int):
         super().__init__()

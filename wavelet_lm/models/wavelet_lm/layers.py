@@ -9,6 +9,8 @@ from wavelet_lm.config import ModelConfig
 class ScaleNorm(nn.Module):
     """A LayerNorm of its own for each scale, over bands [S, B, T, Cp]."""
 
+    component = "norms"
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.n_scales, config.padded_channels))
@@ -26,6 +28,8 @@ class PhaseGate(nn.Module):
     W [Cp, Cp] starts at zero, and the gates therefore at 1; it is one matrix for all bands, which
     differ by γ (`gains` [S − 1, Cp], ones): one product a position, however many bands there are.
     """
+
+    component = "routing and bypass"
 
     def __init__(self, config: ModelConfig):
         super().__init__()

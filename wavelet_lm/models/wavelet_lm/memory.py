@@ -6,12 +6,14 @@ N = n² keys are found among the best of 2n sub-keys, and only their value rows 
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
+
+from wavelet_lm.roles import FACTOR, Role
 
 KEY_NOISE = 0.02
 
@@ -39,6 +41,8 @@ class ProductKeyMemory(nn.Module):
         heads: independent queries, whose results are summed.
     """
 
+    component = "PKM"
+
     def __init__(self, C: int, num_keys: int, top_k: int, heads: int):
         super().__init__()
         self.heads, self.num_keys = heads, num_keys
@@ -50,7 +54,7 @@ class ProductKeyMemory(nn.Module):
         self.query = nn.Linear(C, C, bias=False)
         self.keys_a = SubKeys(heads, self.n_subkeys, half)
         self.keys_b = SubKeys(heads, self.n_subkeys, half)
-        self.values = ValueTable(self.n_rows, C)
+        self.values = ValueTable(self.n_rows, C, self.heads * self.top_k)
         # With both halves sorted, the pair at ranks (i, j) is beaten or matched by all pairs at
         # ranks (≤ i, ≤ j): only pairs with (i + 1)(j + 1) ≤ top_k can be among the best top_k.
         pairs = [
@@ -102,6 +106,8 @@ class ProductKeyMemory(nn.Module):
 class SubKeys(nn.Module):
     """The n sub-keys of one half of the channels, per head: `weight` [heads, n, half]."""
 
+    roles: ClassVar = {"weight": FACTOR}
+
     def __init__(self, heads: int, n: int, half: int):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(heads, n, half) * KEY_NOISE)
@@ -112,10 +118,11 @@ class SubKeys(nn.Module):
 
 
 class ValueTable(nn.Module):
-    """What a memory can answer: `weight` [n_rows, C]."""
+    """What a memory can answer: `weight` [n_rows, C], of which a position reads `n_read` rows."""
 
-    def __init__(self, n_rows: int, C: int):
+    def __init__(self, n_rows: int, C: int, n_read: int):
         super().__init__()
+        self.roles = {"weight": Role(rows=n_read)}
         self.weight = nn.Parameter(torch.randn(n_rows, C) * KEY_NOISE)
 
     def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
@@ -143,6 +150,8 @@ class FastWeightMemory(ProductKeyMemory):
 
     What is read teaches nothing: a new state rests, and `learning` and `resting` change that.
     """
+
+    component = "FwPKM"
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """The gated spectral mixer: one learned channel mixing per scale, in the Hadamard domain."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch.nn.functional import linear
 
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.models.wavelet_lm.layers import Gain, ScaleNorm
+from wavelet_lm.roles import MAP, Role
 from wavelet_lm.transforms.hadamard import HadamardTransform
 
 IDENTITY_NOISE = 1e-3
@@ -33,6 +35,8 @@ class SpectralMixer(nn.Module):
     `hadamard_top_k` leaves only the largest coefficients of X, for signals and gates alike.
     """
 
+    component = "mixers"
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.rotate = (
@@ -43,6 +47,8 @@ class SpectralMixer(nn.Module):
         self.routing = (
             nn.Parameter(torch.eye(config.n_scales)) if config.cross_scale_gating else None
         )
+        vectors = config.mixer_depth * config.padded_channels  # S × S, for every channel
+        self.roles = {"routing": Role(vectors=vectors, component="routing and bypass")}
         self.stacked = nn.ModuleList(
             StackedMixer(config, depth) for depth in range(config.mixer_depth - 1)
         )
@@ -142,6 +148,8 @@ class GatedMixer(nn.Module):
     norm with `stab_spectral_norm`), G at N(0, 0.02), U and V (of rank `low_rank`) at N(0, 0.01).
     """
 
+    roles: ClassVar = {"W": MAP, "G": MAP, "U": MAP, "V": MAP}
+
     def __init__(self, width: int, config: ModelConfig, depth: int = 0):
         super().__init__()
         noise = IDENTITY_NOISE
@@ -186,6 +194,8 @@ class ExponentialMatrix(nn.Module):
     θ starts at log(noise). N is a frozen parameter: part of the weights, never trained.
     """
 
+    roles: ClassVar = {"noise": MAP}
+
     def __init__(self, width: int, noise: float):
         super().__init__()
         self.log_scale = nn.Parameter(torch.full((width,), math.log(noise)))
@@ -207,6 +217,9 @@ class NarrowMixer(nn.Module):
         self.mixer = GatedMixer(width, config, depth)
         self.B = nn.Parameter(torch.randn(Cp, width) / math.sqrt(width))
         self.width = self.n_input_rows = width
+        # A narrows the signal and, apart, what the gates read.
+        narrowed = 2 if config.cross_scale_gating else 1
+        self.roles = {"A": Role(is_map=True, vectors=narrowed), "B": MAP}
 
     def forward(self, x: Tensor, gate: Tensor, rotate: nn.Module) -> Tensor:
         """x and gate input [B, T, Cp] -> [B, T, Cp]."""

@@ -17,6 +17,8 @@ class MLP(nn.Module):
     its bias at 0, so that a new block is nearly the identity.
     """
 
+    component = "MLP"
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden = config.C * config.mlp_expansion

@@ -1,6 +1,8 @@
 """The WaveletLM: embedding, a stack of wavelet blocks, a linear head."""
 
 import math
+from collections import Counter
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from wavelet_lm.config import Config
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.wavelet_lm.block import Block, BlockState
 from wavelet_lm.models.wavelet_lm.wavelets import build_wavelet
+from wavelet_lm.roles import FACTOR, Runs, declared
 
 State = tuple[BlockState, ...]
 
@@ -40,7 +43,7 @@ class WaveletLM(LanguageModel):
         """bag: acts on the token embeddings [B, T, C]."""
         super().__init__(config, vocab_size)
         C = config.C
-        self.embedding = nn.Embedding(vocab_size, C)
+        self.embedding = declared(nn.Embedding(vocab_size, C), "embedding")
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(C))
         self.embedding_scale = math.sqrt(C) if config.stabilized("embed_scaling") else 1.0
         self.bag = nn.Identity() if bag is None else bag
@@ -55,13 +58,35 @@ class WaveletLM(LanguageModel):
         self.order = [0] * config.looped_blocks_count if config.looped_blocks else range(n_blocks)
         self.final_norm = nn.LayerNorm(C)
         self.head_dropout = nn.Dropout(config.dropout_lm_head)
-        self.head = nn.Linear(C, vocab_size, bias=False)
+        head = nn.Linear(C, vocab_size, bias=False)
+        self.head = declared(head, "head", weight=FACTOR)
         if config.tie_embedding_to_lm_head:
             self.head.weight = self.embedding.weight
         first_runs_once = list(self.order).count(0) * config.loop_iterations == 1
         if config.decompose_bypass and first_runs_once and not uses_carry(config):
             # Nothing comes before the first block, so its mix of the previous mean is never read.
             self.blocks[0].bypass.cross_layer_mix.requires_grad_(False)
+
+    def runs(self) -> dict[nn.Module, Runs]:
+        """Blocks and wavelets may be shared; the first block may have no mean before it.
+
+        In training the head judges every pass, in generation only the last.
+        """
+        passes = self.config.loop_iterations
+        order = passes * list(self.order)
+        blocks = Counter(order)
+        wavelets = Counter(n % len(self.wavelets) for n in order)
+        runs = {self.blocks[n]: Runs(times, times) for n, times in blocks.items()}
+        runs |= {self.wavelets[n]: Runs(times, times) for n, times in wavelets.items()}
+        runs |= {self.final_norm: Runs(passes, passes), self.head: Runs(1, passes)}
+        if self.blocks[0].bypass is not None:
+            mixed = Fraction(blocks[0] - 1, blocks[0])
+            runs[self.blocks[0].bypass.cross_layer_mix] = Runs(mixed, mixed)
+        return runs
+
+    def first_block(self) -> list[nn.Module]:
+        shared = self.config.shared_lifting_weights
+        return [self.blocks[0]] if shared else [self.blocks[0], self.wavelets[0]]
 
     def output_weight(self) -> Tensor:
         return self.head.weight

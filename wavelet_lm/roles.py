@@ -1,0 +1,138 @@
+"""What a parameter is for: every module declares its own, once, and whoever counts or trains asks.
+
+A module may have these attributes; what it does not declare it has from the module that holds it.
+
+    component   the name of what its parameters are a part of, in tables of figures
+    roles       of its own parameters by name, where they are no vectors
+    runs()      how often its parts run, for one run of the module itself
+    n_products  products of one position beside those with its weights
+
+A linear layer of PyTorch is a `MAP`, an embedding a table of which one row is read, a LayerNorm's
+component "norms".
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple, TypeVar
+
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one parameter does.
+
+    is_map: the matrix of a linear map within the network, which Muon and weight decay are for;
+    vectors: how many vectors of one position it multiplies, 0 where it is no factor of a product;
+    rows: of a table, how many one position reads; component: where it is not its module's.
+    """
+
+    is_map: bool = False
+    vectors: int = 0
+    rows: int | None = None
+    component: str | None = None
+
+
+VECTOR = Role()
+MAP = Role(is_map=True, vectors=1)
+# A factor of a product that is no map within the network: a head, keys, filters.
+FACTOR = Role(vectors=1)
+TABLE = Role(rows=1)
+
+COMPONENTS = {nn.LayerNorm: "norms"}
+ROLES: dict[type[nn.Module], dict[str, Role]] = {
+    nn.Linear: {"weight": MAP},
+    nn.Embedding: {"weight": TABLE},
+    nn.Conv1d: {"weight": FACTOR},
+}
+
+
+class Runs(NamedTuple):
+    """How often a part runs for one position.
+
+    reads: in generation, where each run reads its weights; products: in training, where one run
+    over the bands of a packet's level is a product for each of them.
+    """
+
+    reads: int | Fraction
+    products: int | Fraction
+
+    def __mul__(self, other: "Runs") -> "Runs":  # type: ignore[override]
+        return Runs(self.reads * other.reads, self.products * other.products)
+
+
+ONCE = Runs(1, 1)
+
+
+class Use(NamedTuple):
+    """One place of a parameter, or of products without weights (`parameter` is then None)."""
+
+    name: str
+    module: nn.Module
+    parameter: nn.Parameter | None
+    role: Role
+    component: str | None
+    runs: Runs
+
+
+def declared(module: Module, component: str, **roles: Role) -> Module:
+    """The module with a component of its own, and other roles of its parameters."""
+    module.component = component
+    if roles:
+        module.roles = roles
+    return module
+
+
+def uses(module: nn.Module) -> Iterator[Use]:
+    """Every place of every parameter, in the order of the modules; of a tied one each of them."""
+    yield from _uses(module, "", None, ONCE, {})
+
+
+def component_of(module: nn.Module, name: str) -> str | None:
+    """The component of the part of that name."""
+    component = getattr(module, "component", None)
+    for key in filter(None, name.split(".")):
+        module = module.get_submodule(key)
+        component = _component(module, component)
+    return component
+
+
+def maps(module: nn.Module) -> set[nn.Parameter]:
+    """The matrices of linear maps, which Muon and weight decay are for, without tied tables."""
+    found, others = set(), set()
+    for use in uses(module):
+        if use.parameter is not None:
+            (found if use.role.is_map else others).add(use.parameter)
+    return found - others
+
+
+def _component(module: nn.Module, inherited: str | None) -> str | None:
+    of_type = next((c for kind, c in COMPONENTS.items() if isinstance(module, kind)), inherited)
+    return getattr(module, "component", of_type)
+
+
+def _uses(
+    module: nn.Module, name: str, inherited: str | None, runs: Runs, declared_runs: dict
+) -> Iterator[Use]:
+    component = _component(module, inherited)
+    of_type = next((r for kind, r in ROLES.items() if isinstance(module, kind)), {})
+    roles = getattr(module, "roles", of_type)
+    dot = f"{name}." if name else ""
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            role = roles.get(key, VECTOR)
+            own = role.component or component
+            yield Use(dot + key, module, parameter, role, own, runs)
+    if n_products := getattr(module, "n_products", 0):
+        yield Use(name, module, None, Role(vectors=n_products), component, runs)
+    of_parts = dict(declared_runs)
+    if hasattr(module, "runs"):
+        for part, times in module.runs().items():
+            of_parts[part] = of_parts.get(part, ONCE) * times
+    for key, part in module._modules.items():
+        if part is not None:
+            times = runs * of_parts.get(part, ONCE)
+            yield from _uses(part, dot + key, component, times, of_parts)
