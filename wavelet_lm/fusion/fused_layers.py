@@ -32,7 +32,6 @@ from wavelet_lm.models.wavelet_lm.block import Block, FeedForward
 from wavelet_lm.models.wavelet_lm.layers import Gain
 from wavelet_lm.models.wavelet_lm.memory import ProductKeyMemory
 from wavelet_lm.models.wavelet_lm.mixer import GatedMixer, NarrowMixer, StackedMixer
-from wavelet_lm.models.wavelet_lm.mlp import MLP
 from wavelet_lm.roles import declared
 from wavelet_lm.transforms.lifting import LiftingWavelet
 
@@ -127,10 +126,9 @@ class MixerGroups(nn.Module):
             [s for s, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)
         ]
         self.groups = nn.ModuleList(
-            MixerGroup([mixers[s] for s in group], weights[group], rotate) for group in self.scales
+            declared(MixerGroup([mixers[s] for s in g], weights[g], rotate), mixer_band(g[0]))
+            for g in self.scales
         )
-        for group, scales in zip(self.groups, self.scales, strict=True):
-            group.component = mixer_band(scales[0])
         order = [s for group in self.scales for s in group]
         self.order = None if order == sorted(order) else [order.index(s) for s in range(len(order))]
 
@@ -303,7 +301,7 @@ class FoldedFeedForward(nn.Module):
             first, *middle, last = branches["mlp"].linears
             rows.append((first.weight, first.bias))
             last = PreparedLinear.of(gains["mlp"](last.weight), gains["mlp"](last.bias))
-            self.mlp = declared(nn.ModuleList([*middle, last]), MLP.component)
+            self.mlp = declared(nn.ModuleList([*middle, last]), branches["mlp"].component)
         self.memories = nn.ModuleList()
         for name in ("pkm", "fwpkm"):
             if name in branches:
@@ -320,7 +318,7 @@ class FoldedFeedForward(nn.Module):
             self.first.append(PreparedLinear.of(weight * norm.weight, bias + weight @ norm.bias))
             self.sizes.append([len(weight) for weight, _ in group])
         if self.mlp is not None:
-            declared(self.first[0], MLP.component)
+            declared(self.first[0], self.mlp.component)
 
     def forward(self, x: Tensor, memory: None) -> tuple[Tensor, None]:
         """[B, T, C] -> [B, T, C]; as `FeedForward` without fast weights."""
