@@ -14,7 +14,7 @@ from wavelet_lm.cli.evaluate import main as evaluation_main
 from wavelet_lm.cli.quantize import quantize_run
 from wavelet_lm.data.tokenizers import ByteTokenizer
 from wavelet_lm.evaluation.likelihood import evaluate_run
-from wavelet_lm.models.checkpoint import load_model, save_checkpoint
+from wavelet_lm.models.checkpoint import load_own_model, save_checkpoint
 from wavelet_lm.quantization.options import QuantizationOptions
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ def test_other_data_with_the_tokenizer_of_the_run(tmp_path):
 
 def test_a_quantized_model_stands_below_with_what_it_costs(tmp_path, monkeypatch, capsys):
     run, file = make_run(tmp_path), tmp_path / "results.json"
-    model = build_model(load_model(run).config, 256)
+    model = build_model(load_own_model(run).config, 256)
     save_checkpoint(run / "best.safetensors", model, {})  # with a head that tells bytes apart
     flags = ("--ptq8", "--ptq_bits", "2", "--ptq_embedding_bits", "8", "--device", "cpu")
     monkeypatch.setattr(sys, "argv", ["evaluation", str(run), "--json", str(file), *flags])

@@ -12,7 +12,7 @@ from tests.training.test_resume import Killed, before_step
 from wavelet_lm.cli import fsd50k, lra
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.experiments.comparison_folder import FILE, ComparisonFolder
-from wavelet_lm.models.checkpoint import load_model
+from wavelet_lm.models.checkpoint import load_own_model
 
 MODELS = "gpt,wavelet_gpt:haar"
 OPTIONS = {
@@ -215,7 +215,7 @@ def other_examples(load):
 
 def test_a_classifier_is_refused_where_texts_are_written(whole):
     with pytest.raises(UserError, match="the weights of a classifier") as error:
-        load_model(whole.comparison / "gpt")
+        load_own_model(whole.comparison / "gpt")
     assert "\n" not in str(error.value)
 
 

@@ -14,7 +14,12 @@ from safetensors.torch import save_file
 
 from tests.conftest import perturb, tiny_config
 from wavelet_lm.errors import UserError
-from wavelet_lm.models.checkpoint import Checkpoint, find_checkpoint, load_model, save_checkpoint
+from wavelet_lm.models.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    load_own_model,
+    save_checkpoint,
+)
 from wavelet_lm.models.registry import build_model, n_params
 
 VOCAB = 20
@@ -44,7 +49,7 @@ def assert_same_weights(a, b):
 def test_round_trip(tmp_path, overrides):
     model = make(**overrides)
     save_checkpoint(tmp_path / "x.safetensors", model, {"step": 7})
-    loaded = load_model(tmp_path / "x.safetensors")
+    loaded = load_own_model(tmp_path / "x.safetensors")
     assert_same_weights(model, loaded)
     assert n_params(loaded) == n_params(model)
     assert not loaded.training
@@ -60,10 +65,13 @@ def test_round_trip(tmp_path, overrides):
 
 def test_a_loaded_model_does_not_write_through_to_its_file(tmp_path):
     save_checkpoint(tmp_path / "x.safetensors", make(), {}, {"state": torch.ones(3)})
-    loaded, extra = load_model(tmp_path / "x.safetensors"), Checkpoint(tmp_path / "x.safetensors")
+    loaded, extra = (
+        load_own_model(tmp_path / "x.safetensors"),
+        Checkpoint(tmp_path / "x.safetensors"),
+    )
     perturb(loaded)
     extra.extra()["state"].zero_()
-    assert_same_weights(load_model(tmp_path / "x.safetensors"), make())
+    assert_same_weights(load_own_model(tmp_path / "x.safetensors"), make())
     assert extra.extra()["state"].tolist() == [1, 1, 1]
 
 
@@ -79,16 +87,16 @@ def test_metadata_and_extra_tensors_come_back_and_do_not_disturb_loading(tmp_pat
     for name, tensor in extra.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
-    assert_same_weights(load_model(path), model)
+    assert_same_weights(load_own_model(path), model)
 
 
 def test_a_folder_means_its_best_else_its_last(tmp_path):
     with pytest.raises(UserError, match=r"no best\.safetensors or last\.safetensors"):
-        load_model(tmp_path)
+        load_own_model(tmp_path)
     save_checkpoint(tmp_path / "last.safetensors", make(seed=1), {})
-    assert_same_weights(load_model(tmp_path), make(seed=1))
+    assert_same_weights(load_own_model(tmp_path), make(seed=1))
     save_checkpoint(tmp_path / "best.safetensors", make(seed=2), {})
-    assert_same_weights(load_model(tmp_path), make(seed=2))
+    assert_same_weights(load_own_model(tmp_path), make(seed=2))
     assert find_checkpoint(tmp_path / "last.safetensors") == tmp_path / "last.safetensors"
 
 
@@ -106,7 +114,7 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path):
 
 def refusal(path):
     with pytest.raises(UserError) as caught:
-        load_model(path)
+        load_own_model(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
     return str(caught.value)
@@ -238,7 +246,7 @@ def test_weights_of_another_precision_are_read(file, dtype):
 
     rewrite(file, change)
     expected = make().head.weight.to(dtype).float()
-    assert torch.equal(load_model(file).head.weight, expected)
+    assert torch.equal(load_own_model(file).head.weight, expected)
 
 
 def test_a_format_that_does_not_fit_the_weights_is_refused(file):
@@ -260,7 +268,7 @@ def test_whatever_is_changed_in_a_header_ends_in_one_line(file):
         changed[at : at + length] = generator.choice((noise, b"", 2 * changed[at : at + length]))
         file.write_bytes(len(changed).to_bytes(8, "little") + bytes(changed) + rest)
         try:
-            load_model(file)
+            load_own_model(file)
         except UserError as error:
             refused += 1
             assert "\n" not in str(error), error
@@ -284,7 +292,7 @@ def test_a_write_that_fails_midway_keeps_the_old_checkpoint(tmp_path, kept):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == [path]
     assert Checkpoint(path).metadata == {"step": 1}
-    assert_same_weights(load_model(path), make(seed=1))
+    assert_same_weights(load_own_model(path), make(seed=1))
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
@@ -302,7 +310,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"x\.safetensors: the disk is full; free some space"):
         save_checkpoint(path, make(seed=2), {})
     assert list(tmp_path.iterdir()) == [path]
-    assert_same_weights(load_model(path), make(seed=1))
+    assert_same_weights(load_own_model(path), make(seed=1))
 
 
 def test_a_folder_that_is_not_there(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import perturb, tiny_config
 from wavelet_lm.config import Config, ConfigError
-from wavelet_lm.models.checkpoint import load_model, save_checkpoint
+from wavelet_lm.models.checkpoint import load_own_model, save_checkpoint
 from wavelet_lm.models.registry import build_model
 from wavelet_lm.models.wavelet_lm.model import Carry
 
@@ -185,7 +185,7 @@ def test_what_is_saved_is_what_is_loaded(config):
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save_checkpoint(path, model, {})
-        loaded = load_model(path)
+        loaded = load_own_model(path)
     assert loaded.config == config
     assert torch.equal(loaded(tokens())[0], model(tokens())[0])
 

@@ -10,7 +10,7 @@ from tests.training import runs
 from tests.training.test_resume import before_step, found, killed_run, whole_run
 from wavelet_lm.config import Config, ConfigError
 from wavelet_lm.errors import Interrupted, UserError
-from wavelet_lm.models.checkpoint import Checkpoint, load_model, save_checkpoint
+from wavelet_lm.models.checkpoint import Checkpoint, load_own_model, save_checkpoint
 from wavelet_lm.training import changes
 from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.run import resume
@@ -147,7 +147,7 @@ def test_other_validation_windows_measure_the_best_anew(tmp_path, monkeypatch):
     assert loss != best["val_loss"]
     assert "validation reads other windows than before" in (run / "log.txt").read_text("utf-8")
     assert Checkpoint(run / "best.safetensors").metadata["val_loss"] <= loss
-    assert load_model(run).config.eval_batches == 5
+    assert load_own_model(run).config.eval_batches == 5
 
 
 def test_best_of_an_abandoned_future_is_the_one_to_beat(tmp_path, monkeypatch):
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_before_the_whole_batch_resumes(tmp_path, monkeypatch):
     metadata = {k: v for k, v in last.metadata.items() if k not in ("eval_windows", "data")}
     extra = last.extra()
     extra["carry"] = extra["carry"][:2]
-    model = load_model(run / "last.safetensors")
+    model = load_own_model(run / "last.safetensors")
     save_checkpoint(run / "last.safetensors", model, metadata, extra)
     resume(run)
     log = (run / "log.txt").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from tests.training import runs
 from tests.training.test_resume import before_step, found
 from wavelet_lm.data.batches import validation_batches
 from wavelet_lm.errors import UserError
-from wavelet_lm.models.checkpoint import Checkpoint, load_model
+from wavelet_lm.models.checkpoint import Checkpoint, load_own_model
 from wavelet_lm.training.language import LanguageModelling
 from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.optimizers import Optimizer
@@ -188,7 +188,7 @@ def test_the_validation_loss_is_that_of_the_model_without_dropout(tmp_path):
     best = min(rows[1:], key=lambda row: row["val_loss"])
     checkpoint = Checkpoint(run / "best.safetensors")
     assert checkpoint.metadata == {"step": best["step"], "val_loss": best["val_loss"]}
-    model = load_model(run)
+    model = load_own_model(run)
     data = torch.tensor(list((tmp_path / "words.txt").read_bytes()))
     data = data[int(0.9 * len(data)) : int(0.95 * len(data))]
     letters = sorted(set(runs.some_text()))

@@ -39,7 +39,7 @@ def load_model(
     opened = checkpoint.Checkpoint(checkpoint.find_checkpoint(path))
     if opened.quantization is not None:
         return load_quantized(opened, device)
-    return checkpoint.load_model(path, device)
+    return checkpoint.load_own_model(path, device)
 
 
 def open_model(

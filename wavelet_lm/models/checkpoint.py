@@ -250,8 +250,10 @@ def stored_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> 
     return stored
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The model of a run folder or a checkpoint file, in eval mode on `device`.
+def load_own_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The model of a run folder or a checkpoint file of this project, in eval mode on `device`.
+
+    `inference.loading.load_model` takes published and quantized checkpoints as well.
 
     Raises:
         UserError: there is none, it is truncated, or it does not fit its config.

@@ -12,7 +12,7 @@ from wavelet_lm.inference.generation import encode_prompt
 from wavelet_lm.inference.rows import Request
 from wavelet_lm.inference.sampling.logits import SamplingOptions
 from wavelet_lm.inference.text.record import RECORD, record
-from wavelet_lm.models.checkpoint import load_model
+from wavelet_lm.models.checkpoint import load_own_model
 from wavelet_lm.tables import table
 from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.runs_table import append_run, row_line
@@ -67,7 +67,7 @@ def _write_sample(trainer: Trainer) -> None:
     tokenizer = trainer.task.data.tokenizer
     is_text = not isinstance(tokenizer, Modality)
     prompt = config.generation_prompt if is_text else ""
-    model = load_model(run.best, trainer.task.device)
+    model = load_own_model(run.best, trainer.task.device)
     request = Request(config.seed, min(config.num_new_tokens, SAMPLE_TOKENS))
     try:
         writer = Writer(Decoder(model, context="auto"), model, tokenizer, Strategy(options))

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import perturb, tiny_config
 from wavelet_lm import Config, ConfigError, UserError, build_model
 from wavelet_lm.cli.count import main as count
-from wavelet_lm.models.checkpoint import load_model, save_checkpoint
+from wavelet_lm.models.checkpoint import load_own_model, save_checkpoint
 from wavelet_lm.models.cost import Cost, breakdown, table
 from wavelet_lm.models.registry import n_params
 
@@ -175,7 +175,7 @@ def test_it_learns(kind):
 def test_a_checkpoint_gives_the_same_model(tmp_path):
     model = perturb(build_model(gpt_config("learnable"), V)).eval()
     save_checkpoint(tmp_path / "model.safetensors", model, {})
-    again = load_model(tmp_path / "model.safetensors")
+    again = load_own_model(tmp_path / "model.safetensors")
     assert torch.equal(model(tokens(1, 20))[0], again(tokens(1, 20))[0])
 
 
