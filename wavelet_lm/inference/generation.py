@@ -146,8 +146,7 @@ class Sampler:
         numbers = uniforms(self.seeds, NUMBERS_PER_TOKEN * self.count)
         tokens = draw(logits, self.seen, self.options, numbers, self.top_p)
         finite = logits.isfinite().all(-1)
-        figures = (torch.where(finite, tokens, -1), log_probs_of(logits, tokens), entropy(logits))
-        self.record.copy_(torch.stack([figure.double() for figure in figures], dim=-1))
+        self.record.copy_(step_record(torch.where(finite, tokens, -1), tokens, logits))
         self.tokens.copy_(tokens[:, None])
         self.seen.scatter_(1, self.tokens, True)
         self.count.add_(1)
@@ -171,6 +170,17 @@ class Readout:
         if self._event is not None:
             self._event.synchronize()
         return [Drawn(int(token), p, h) for token, p, h in self._host.tolist()]
+
+
+def step_record(codes: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
+    """What `Drawn` holds of every row, [B, 3] float64.
+
+    Args:
+        codes: [B] int64, what stands for the token: itself, or a negative number in its place.
+        tokens: [B] int64, the tokens; logits: [B, V], the model's own, that they were drawn from.
+    """
+    figures = (codes, log_probs_of(logits, tokens), entropy(logits))
+    return torch.stack([figure.double() for figure in figures], dim=-1)
 
 
 def seen_tokens(texts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:

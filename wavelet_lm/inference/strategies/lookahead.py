@@ -23,6 +23,7 @@ from wavelet_lm.inference.generation import (
     Readout,
     TopPSource,
     seen_tokens,
+    step_record,
 )
 from wavelet_lm.inference.sampling.logits import (
     SamplingOptions,
@@ -30,8 +31,6 @@ from wavelet_lm.inference.sampling.logits import (
     adjusted,
     apply_temperature,
     draw_from,
-    entropy,
-    log_probs_of,
     penalize,
     widened,
 )
@@ -193,8 +192,7 @@ class Search:
             p = p.new_zeros(logits.shape).scatter(1, self._candidates, p)
             tokens = draw_from(p, uniforms(self._seeds, NUMBERS_PER_TOKEN * self._count))
         finite = logits.isfinite().all(-1) & ~self._scores.isnan().any(-1)
-        figures = (torch.where(finite, tokens, -1), log_probs_of(logits, tokens), entropy(logits))
-        self.record.copy_(torch.stack([figure.double() for figure in figures], dim=-1))
+        self.record.copy_(step_record(torch.where(finite, tokens, -1), tokens, logits))
         self.chosen.copy_(tokens[:, None])
         self._text_seen.scatter_(1, self.chosen, True)
         self._count.add_(1)

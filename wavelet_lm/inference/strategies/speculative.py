@@ -26,13 +26,12 @@ from wavelet_lm.inference.generation import (
     Readout,
     TopPSource,
     seen_tokens,
+    step_record,
 )
 from wavelet_lm.inference.sampling.logits import (
     SamplingOptions,
     draw,
     draw_from,
-    entropy,
-    log_probs_of,
     probabilities,
 )
 from wavelet_lm.inference.sampling.random import uniforms
@@ -330,8 +329,7 @@ class Verdict:
         codes = torch.where(draft_finite, tokens, DRAFT_FAILED)
         codes = torch.where(logits.isfinite().all(-1), codes, TARGET_FAILED)
         codes = torch.where(self._places <= n_kept, codes, UNUSED)
-        figures = (codes, log_probs_of(logits, tokens), entropy(logits))
-        self.record.copy_(torch.stack([figure.double() for figure in figures], dim=-1))
+        self.record.copy_(step_record(codes, tokens, logits))
         self.newest.copy_(newest[:, None])
         self.seen.scatter_(1, tokens[None], True)
         self.count.add_(n_kept + 1)
