@@ -16,7 +16,6 @@ from tests.inference.writers import (
     tokens,
 )
 from wavelet_lm import UserError
-from wavelet_lm.inference import completion
 from wavelet_lm.inference.completion import CoherenceOptions, Strategy
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import sampled_tokens
@@ -351,7 +350,7 @@ def test_output_that_is_not_finite_is_no_fault_of_the_compiler():
     writer.decoder = Decoder(writer.model)
     writer.decoder.compile, writer.decoder.accelerate = True, lambda step, owners: step
     reading = writer.read([tokens("bad")])
-    with pytest.raises(completion.UserError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         writer.write(reading._replace(logits=reading.logits * math.nan), [Request(1, N)])
 
 

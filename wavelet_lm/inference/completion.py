@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from wavelet_lm.errors import UserError
+from wavelet_lm.compiler import compiled_or_plain
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import Drawn, check_vocabulary, sampled_tokens
 from wavelet_lm.inference.interrupts import ctrl_c_as_flag
@@ -324,26 +324,30 @@ class Writer:
         counts: Counts | None,
     ) -> Iterator[list[Drawn]]:
         """Like `_drawn`; a compiler that fails does so before anything is yielded."""
-        first: list[list[Drawn]] = []
-        steps = self._drawn(reading, requests, coherence, counts)
-        if self.decoder.compile:
+
+        def begun(n: int) -> tuple[list[list[Drawn]], Iterator[list[Drawn]]]:
+            """The first n steps, and those that follow."""
+            steps = self._drawn(reading, requests, coherence, counts)
+            return list(islice(steps, n)), steps
+
+        def plain() -> tuple[list[list[Drawn]], Iterator[list[Drawn]]]:
+            for decoder in filter(None, (self.decoder, self.draft)):
+                decoder.compile = False
+            return begun(0)
+
+        if not self.decoder.compile:
+            first, steps = begun(0)
+        else:
             if not self._announced:
                 self._log("compiling a step; the first one takes a minute or more")
                 self._announced = True
-            try:
-                first = list(islice(steps, 2))  # the second token is the first one of a step
-            except (UserError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
-                if not self._auto_compile:
-                    raise UserError(
-                        f"compile is true and torch.compile failed ({reason}); use --compile false"
-                    ) from error
-                self._log(f"going on without torch.compile, which failed: {reason}")
-                for decoder in filter(None, (self.decoder, self.draft)):
-                    decoder.compile = False
-                steps = self._drawn(reading, requests, coherence, counts)
+            first, steps = compiled_or_plain(
+                lambda: begun(2),  # the second token is the first one of a step
+                plain,
+                required=not self._auto_compile,
+                way_out="--compile false",
+                log=self._log,
+            )
         yield from first
         yield from steps
 

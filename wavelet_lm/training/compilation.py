@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from wavelet_lm.compiler import compiled_or_plain
 from wavelet_lm.config import TrainingConfig
-from wavelet_lm.errors import UserError
 
 
 def compiled(
@@ -23,33 +23,32 @@ def compiled(
         return model.loss
     log("compiling the training step; the first one takes a minute or more")
     function: Callable[..., Any] | None = None
-    works = False
 
     def loss(*args: Any, **kwargs: Any) -> Any:
-        nonlocal function, works
-        if works:
+        if function is not None:
             return function(*args, **kwargs)
         on_cuda = device.type == "cuda"
         cpu_state = torch.get_rng_state()
         cuda_state = torch.cuda.get_rng_state(device) if on_cuda else None
-        try:
-            function = torch.compile(model.loss)
-            result = function(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            if config.compile is True:
-                raise UserError(
-                    f"compile is true and torch.compile failed ({reason}); use --compile auto"
-                ) from error
-            log(f"going on without torch.compile, which failed: {reason}")
+
+        def first(loss: Callable[..., Any]) -> Any:
+            nonlocal function
+            result = loss(*args, **kwargs)
+            function = loss
+            return result
+
+        def plain() -> Any:
             torch.set_rng_state(cpu_state)
             if on_cuda:
                 torch.cuda.set_rng_state(cuda_state, device)
-            function = model.loss
-            result = function(*args, **kwargs)
-        works = True
-        return result
+            return first(model.loss)
+
+        return compiled_or_plain(
+            lambda: first(torch.compile(model.loss)),
+            plain,
+            required=config.compile is True,
+            way_out="--compile auto",
+            log=log,
+        )
 
     return loss
