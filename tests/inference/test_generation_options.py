@@ -9,10 +9,13 @@ import torch
 from tests.conftest import tiny_config
 from wavelet_lm import UserError
 from wavelet_lm.cli.generation_flags import build_parser, parse_options
+from wavelet_lm.config import FIELDS
 from wavelet_lm.inference.checks import MAX_SEED
-from wavelet_lm.inference.completion import CoherenceOptions, Strategy
+from wavelet_lm.inference.completion import Strategy
+from wavelet_lm.inference.declarations import FLAGS
 from wavelet_lm.inference.generation_options import GenerationOptions
 from wavelet_lm.inference.rows import Request
+from wavelet_lm.inference.sampling.coherence import CoherenceOptions
 from wavelet_lm.inference.sampling.logits import SamplingOptions
 from wavelet_lm.inference.text.prompts import Prompt
 from wavelet_lm.quantization.options import QuantizationOptions
@@ -20,6 +23,8 @@ from wavelet_lm.quantization.options import QuantizationOptions
 CONFIG = tiny_config(
     temperature=0.6, top_k=9, top_p=0.7, repetition_penalty=1.05, num_new_tokens=33
 )
+CONFIG_KEYS = ("temperature", "top_k", "top_p", "repetition_penalty", "threads")
+ENDS = ("minimum", "maximum", "above", "choices")
 CPU = torch.device("cpu")
 
 
@@ -173,9 +178,18 @@ def test_a_part_needs_its_whole(flag, needed):
         ("--lookahead_k 0", "lookahead_k is 0"),
         ("--lookahead_k 2 --lookahead_depth -1", "lookahead_depth is -1"),
         ("--draft d --draft_tokens 0", "draft_tokens is 0"),
-        ("--wavelet_coherence --coherence_levels 31", "levels of wavelet_coherence is 31"),
-        ("--wavelet_coherence --coherence_weight nan", "weight of wavelet_coherence is nan"),
-        ("--wavelet_coherence --coherence_weight 1e39", "weight of wavelet_coherence is 1e+39"),
+        (
+            "--wavelet_coherence --coherence_levels 31",
+            "coherence_levels is 31; it must be between",
+        ),
+        (
+            "--wavelet_coherence --coherence_weight nan",
+            "coherence_weight is nan; it must be a",
+        ),
+        (
+            "--wavelet_coherence --coherence_weight 1e39",
+            "coherence_weight is 1e+39; it must be",
+        ),
         ("--top_p 1e-46", "top_p is 1e-46; it must be between 1e-30 and 1"),
         ("--repetition_penalty 1e-46", "repetition_penalty is 1e-46; it must be between 1e-30 and"),
         ("--entropy_adaptive --entropy_temp_min 0", "entropy_temp_min is 0.0"),
@@ -229,6 +243,20 @@ def test_help_names_every_flag_with_its_meaning():
     shown = {action.dest for action in actions if action.help and action.help != "==SUPPRESS=="}
     assert shown == fields
     assert parser.format_help()
+
+
+def test_a_flag_has_the_range_of_what_it_sets():
+    sampling = {spec.name: spec for spec in dataclasses.fields(SamplingOptions)}
+    for name, flag in FLAGS.items():
+        assert flag.group
+        assert flag.part_of is None or flag.part_of in FLAGS
+        if name in sampling:
+            limits = sampling[name].metadata["option"]
+            assert all(getattr(flag, end) == getattr(limits, end) for end in ENDS)
+    for name in CONFIG_KEYS:
+        limits = FIELDS[name].metadata["option"]
+        assert FLAGS[name].meaning == limits.meaning
+        assert all(getattr(FLAGS[name], end) == getattr(limits, end) for end in ENDS)
 
 
 def test_auto_compiles_long_texts_on_a_gpu(monkeypatch):

@@ -65,6 +65,11 @@ def option(default: Any, meaning: str, **limits: Any) -> Any:
     return field(default=default, metadata={"option": Option(meaning, **limits)})
 
 
+def option_of(owner: type, name: str, default: Any) -> Any:
+    """A field for the option that the dataclass `owner` declares, with a default of its own."""
+    return field(default=default, metadata=owner.__dataclass_fields__[name].metadata)
+
+
 # --- values ---------------------------------------------------------------------------------------
 
 

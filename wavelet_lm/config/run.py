@@ -8,6 +8,9 @@ from wavelet_lm.config.option import option
 from wavelet_lm.user_cache import DEFAULT_CACHE
 
 BITS = (2, 4, 8, 16)
+# What a factor of logits may be, with room to spare in float32, in which they are computed with.
+# The largest puts all but the first of them out of reach anyway.
+SMALLEST, LARGEST = 1e-30, 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,16 +122,21 @@ class GenerationConfig:
 
     generation_prompt: str = option("The history of", "text to continue")
     num_new_tokens: int = option(512, "tokens to generate", minimum=1)
-    temperature: float = option(1.0, "softmax temperature, 0 = greedy", minimum=0, maximum=1e30)
+    temperature: float = option(
+        1.0, "softmax temperature, 0 = the likeliest token", minimum=0, maximum=LARGEST
+    )
     top_k: int = option(0, "sample among the k likeliest tokens, 0 = all", minimum=0)
     top_p: float = option(
-        0.95, "sample among the fewest tokens that hold this probability", minimum=1e-30, maximum=1
+        0.95,
+        "sample among the fewest tokens that hold this probability",
+        minimum=SMALLEST,
+        maximum=1,
     )
     repetition_penalty: float = option(
         1.1,
-        "divides the positive logits of tokens seen before, multiplies the others",
-        minimum=1e-30,
-        maximum=1e30,
+        "divides the positive logits of tokens seen before, multiplies the others; 1 = none",
+        minimum=SMALLEST,
+        maximum=LARGEST,
     )
 
 

@@ -22,7 +22,7 @@ from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import Drawn, check_vocabulary, sampled_tokens
 from wavelet_lm.inference.interrupts import ctrl_c_as_flag
 from wavelet_lm.inference.rows import Completion, Request, Row
-from wavelet_lm.inference.sampling.coherence import WaveletCoherence
+from wavelet_lm.inference.sampling.coherence import CoherenceOptions, WaveletCoherence
 from wavelet_lm.inference.sampling.logits import SamplingOptions
 from wavelet_lm.inference.state_file import ModelRecord, load_state, save_state
 from wavelet_lm.inference.strategies.lookahead import lookahead_tokens
@@ -40,15 +40,6 @@ Show = Callable[[int, str], object]
 
 # The row of a batch and the text that it has grown by; the completions at its end.
 Pieces: TypeAlias = "Generator[tuple[int, str], None, list[Completion]]"
-
-
-@dataclass(frozen=True)
-class CoherenceOptions:
-    """How far top_p falls as a text leaves its prompt's topic (`coherence.py`)."""
-
-    weight: float = 0.5
-    window: int = 64
-    levels: int = 3
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError
 from wavelet_lm.inference.build_engine import open_checkpoint
 from wavelet_lm.inference.checks import check_seed, check_whole
-from wavelet_lm.inference.completion import Reading, Writer
+from wavelet_lm.inference.completion import Reading, Strategy, Writer
+from wavelet_lm.inference.declarations import DTYPES, FLAGS
 from wavelet_lm.inference.generation import check_vocabulary, encode_prompt
-from wavelet_lm.inference.generation_options import BATCH_SIZE, DTYPES, GenerationOptions
+from wavelet_lm.inference.generation_options import GenerationOptions
 from wavelet_lm.inference.rows import Completion, Request
 from wavelet_lm.inference.twins import Twin, twin_of
 from wavelet_lm.json_files import brief
@@ -35,12 +36,7 @@ if TYPE_CHECKING:
     from wavelet_lm.data.tokenizers import Tokenizer
 
 # Options of `generate.py` that say how a text is continued.
-OPTIONS = (
-    *("ignore_eot", "temperature", "top_k", "top_p", "repetition_penalty", "strategies"),
-    *("entropy_adaptive", "entropy_temp_min", "entropy_temp_max", "lookahead_k"),
-    *("lookahead_depth", "best_of_n", "wavelet_coherence", "coherence_weight"),
-    *("coherence_window", "coherence_levels", "draft_tokens", "clean_spacing"),
-)
+OPTIONS = tuple(name for name, flag in FLAGS.items() if flag.per_text)
 
 
 class Engine:
@@ -198,7 +194,7 @@ class Engine:
         *,
         seed: int | Sequence[int] = 1,
         stop: str | Sequence[str] = (),
-        batch_size: int = BATCH_SIZE,
+        batch_size: int = Strategy.batch_size,
         **options: Any,
     ) -> list[str]:
         """As `generate`, for many prompts, `batch_size` at once; each is what it would be alone.
@@ -217,7 +213,7 @@ class Engine:
         *,
         seed: int | Sequence[int] = 1,
         stop: str | Sequence[str] = (),
-        batch_size: int = BATCH_SIZE,
+        batch_size: int = Strategy.batch_size,
         **options: Any,
     ) -> list[Completion]:
         """As `generate_batch`, with all that is known of each text (`Completion`)."""
@@ -233,7 +229,7 @@ class Engine:
             found += _last(writer.pieces(reading, group))
         return found
 
-    def _writer(self, options: dict[str, Any], batch_size: int = BATCH_SIZE) -> Writer:
+    def _writer(self, options: dict[str, Any], batch_size: int = Strategy.batch_size) -> Writer:
         unknown = [name for name in options if name not in OPTIONS]
         if unknown:
             near = difflib.get_close_matches(unknown[0], OPTIONS, 1)

@@ -1,100 +1,42 @@
-"""The options of `generate.py`: what can be typed, what it means, and what contradicts what."""
+"""The options of `generate.py`: what contradicts what, and what they come to with a run."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
-from wavelet_lm.inference.checks import MAX_SEED, check_seed, check_stop, check_whole
-from wavelet_lm.inference.completion import CoherenceOptions, Strategy
+from wavelet_lm.inference.checks import MAX_SEED, check_fields, check_stop, check_whole
+from wavelet_lm.inference.completion import Strategy
 from wavelet_lm.inference.context import parse_context
+from wavelet_lm.inference.declarations import (
+    COMPILED_FROM,
+    DTYPES,
+    FLAGS,
+    STRATEGIES,
+    DeclaredOptions,
+)
 from wavelet_lm.inference.rows import Request
-from wavelet_lm.inference.sampling.coherence import WaveletCoherence
+from wavelet_lm.inference.sampling.coherence import CoherenceOptions
 from wavelet_lm.inference.sampling.logits import SamplingOptions
 from wavelet_lm.inference.text.prompts import Prompt, read_piped, read_prompts
 from wavelet_lm.inference.text.spacing import is_spaced_apart
-from wavelet_lm.quantization.options import QuantizationOptions
 from wavelet_lm.text_files import read_text
 
-# What --strategies stands for; every flag that is given as well wins over it. Spacing is cleaned
-# only for a run that was trained on text which has it (`is_spaced_apart`).
-STRATEGIES = {
-    "entropy_adaptive": True,
-    "entropy_temp_max": 0.9,
-    "top_p": 0.85,
-    "repetition_penalty": 1.2,
-    "metrics": True,
-}
-LOOKAHEAD_DEPTH, DRAFT_TOKENS, BATCH_SIZE = 4, 4, 16
-SAMPLING_KEYS = ("temperature", "top_k", "top_p", "repetition_penalty")
-ADAPTIVE_KEYS = ("entropy_adaptive", "entropy_temp_min", "entropy_temp_max")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# On a GPU, `auto` compiles from this many tokens on: it takes about as long as they do.
-COMPILED_FROM = 1024
+SAMPLING_KEYS = tuple(SamplingOptions.__dataclass_fields__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """What was typed. None: not given, and the default (or the run's config) decides.
-
-    The attributes are the flags of `parse_options`, where their meaning stands.
+class GenerationOptions(DeclaredOptions):
+    """The options that were typed, checked.
 
     Raises:
         UserError: a value out of range, or flags that contradict each other.
     """
-
-    checkpoint: str
-    prompt: str | None = None
-    prompt_file: str | None = None
-    prompts: str | None = None
-    interactive: bool = False
-    save_state: str | None = None
-    load_state: str | None = None
-
-    num_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eot: bool = False
-    seed: int = 1
-    n: int = 1
-    batch_size: int = BATCH_SIZE
-
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-
-    strategies: bool = False
-    entropy_adaptive: bool | None = None
-    entropy_temp_min: float | None = None
-    entropy_temp_max: float | None = None
-    lookahead_k: int | None = None
-    lookahead_depth: int | None = None
-    best_of_n: int = 1
-    wavelet_coherence: bool = False
-    coherence_weight: float | None = None
-    coherence_window: int | None = None
-    coherence_levels: int | None = None
-    fwpkm_inference_updates: bool | None = None
-
-    draft: str | None = None
-    draft_tokens: int | None = None
-    context: str = "auto"
-    device: str = "auto"
-    threads: int | str = "auto"
-    dtype: str = "auto"
-    compile: str = "auto"
-    quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
-
-    out: str | None = None
-    no_record: bool = False
-    json: bool = False
-    metrics: bool | None = None
-    clean_spacing: bool | None = None
 
     def __post_init__(self) -> None:
         if self.strategies:
@@ -107,31 +49,21 @@ class GenerationOptions:
     def _strategy_defaults(self) -> dict[str, Any]:
         """What `--strategies` sets: a temperature that is given takes the adaptive one's place."""
         fixed = self.temperature is not None or self.entropy_adaptive is False
-        return {k: v for k, v in STRATEGIES.items() if not (fixed and k in ADAPTIVE_KEYS)}
+        return {
+            key: value
+            for key, value in STRATEGIES.items()
+            if not (fixed and "entropy_adaptive" in (key, FLAGS[key].part_of))
+        }
 
     def _check_ranges(self) -> None:
-        check_seed(self.seed)
-        parse_context(self.context)
         only_reads = self.save_state is not None and not self.interactive
-        for name, lowest in (
-            ("num_tokens", 0 if only_reads else 1),
-            ("n", 1),
-            ("batch_size", 1),
-            ("best_of_n", 1),
-            ("lookahead_k", 1),
-            ("lookahead_depth", 0),
-            ("draft_tokens", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None:
-                check_whole(name, value, lowest)
-        for name, choices in (("dtype", ("auto", *DTYPES)), ("compile", ("auto", "true", "false"))):
-            if getattr(self, name) not in choices:
-                allowed = ", ".join(choices[:-1]) + f" or {choices[-1]}"
-                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
+        if self.num_tokens is not None and not only_reads:
+            check_whole("num_tokens", self.num_tokens, 1)
+        check_fields(self)
+        parse_context(self.context)
         check_stop(self.stop)
         self._check_seeds(self.seed)
-        self._sampling({})  # checks its own values
+        self._sampling({})  # checks its values together
 
     def _check_seeds(self, seed: int) -> None:
         """Refuse a first seed of a prompt whose last one no generator takes."""
@@ -143,16 +75,9 @@ class GenerationOptions:
         sources = [flag for flag in ("prompt", "prompt_file", "prompts") if flag in given]
         if len(sources) > 1:
             raise UserError(f"--{sources[0]} and --{sources[1]} both give the prompt; use one")
-        for flag, needed in (
-            ("entropy_temp_min", "entropy_adaptive"),
-            ("entropy_temp_max", "entropy_adaptive"),
-            ("lookahead_depth", "lookahead_k"),
-            ("coherence_weight", "wavelet_coherence"),
-            ("coherence_window", "wavelet_coherence"),
-            ("coherence_levels", "wavelet_coherence"),
-            ("draft_tokens", "draft"),
-        ):
-            if flag in given and needed not in given:
+        for flag, declared in FLAGS.items():
+            needed = declared.part_of
+            if needed is not None and flag in given and needed not in given:
                 raise UserError(f"--{flag} is a part of --{needed}; give that too")
         for flag, other, why in (
             ("temperature", "entropy_adaptive", "both set the temperature"),
@@ -187,8 +112,7 @@ class GenerationOptions:
     # --- what they come to, with the config of the run -------------------------------------------
 
     def _sampling(self, defaults: dict[str, Any]) -> SamplingOptions:
-        keys = (*SAMPLING_KEYS, *ADAPTIVE_KEYS)
-        given = {k: v for k in keys if (v := getattr(self, k)) is not None}
+        given = {k: v for k in SAMPLING_KEYS if (v := getattr(self, k)) is not None}
         return SamplingOptions(**{**defaults, **given})
 
     def strategy(self, config: Config) -> Strategy:
@@ -198,7 +122,7 @@ class GenerationOptions:
             UserError: the options contradict each other or the model.
         """
         values = config.to_dict()
-        sampling = self._sampling({key: values[key] for key in SAMPLING_KEYS})
+        sampling = self._sampling({k: values[k] for k in SAMPLING_KEYS if k in values})
         if sampling.greedy and self.best_of_n > 1:
             raise UserError(
                 "--best_of_n and temperature 0 contradict each other: all samples are one; give a"
@@ -226,26 +150,27 @@ class GenerationOptions:
                 )
         coherence = {
             name: value
-            for name in ("weight", "window", "levels")
+            for name in CoherenceOptions.__dataclass_fields__
             if (value := getattr(self, f"coherence_{name}")) is not None
         }
         clean = self.clean_spacing
         if clean is None:
             clean = self.strategies and is_spaced_apart(config.dataset)
-        depth = LOOKAHEAD_DEPTH if self.lookahead_depth is None else self.lookahead_depth
-        if self.wavelet_coherence:
-            WaveletCoherence(torch.zeros(1, 1), [[0]], 1.0, **coherence)  # checks its values
         return Strategy(
             sampling=sampling,
             lookahead_k=self.lookahead_k or 0,
-            lookahead_depth=depth if self.lookahead_k else 0,
+            lookahead_depth=self._or_otherwise("lookahead_depth") if self.lookahead_k else 0,
             best_of_n=self.best_of_n,
             batch_size=self.batch_size,
             coherence=CoherenceOptions(**coherence) if self.wavelet_coherence else None,
-            draft_tokens=self.draft_tokens or DRAFT_TOKENS,
+            draft_tokens=self._or_otherwise("draft_tokens"),
             clean_spacing=clean,
             ignore_eot=self.ignore_eot,
         )
+
+    def _or_otherwise(self, name: str) -> Any:
+        value = getattr(self, name)
+        return FLAGS[name].otherwise if value is None else value
 
     def adapts(self, config: Config) -> bool:
         """Whether fast weights learn while text is generated."""

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from wavelet_lm import UserError
+from wavelet_lm.config.run import LARGEST, SMALLEST
 from wavelet_lm.inference.sampling.logits import (
-    LARGEST,
-    SMALLEST,
     SamplingOptions,
     adaptive_temperature,
     adjusted,

@@ -9,22 +9,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from wavelet_lm.errors import UserError
-from wavelet_lm.inference.checks import check_number, check_whole
+from wavelet_lm.config.option import option
+from wavelet_lm.config.run import LARGEST
+from wavelet_lm.inference.checks import check_fields
 
 if TYPE_CHECKING:
     from wavelet_lm.inference.decoder import TokenVectors
-from wavelet_lm.inference.sampling.logits import LARGEST
 
 # However far a text has drifted, top_p stays at least this, or what it was if that is less.
 LOWEST_TOP_P = 0.3
 
 Texts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class CoherenceOptions:
+    """How far top_p falls as a text leaves its prompt's topic."""
+
+    weight: float = option(0.5, "what a drift of 1 takes off top_p", minimum=0, maximum=LARGEST)
+    window: int = option(64, "last tokens that are compared with the prompt", minimum=1)
+    levels: int = option(
+        3, "of the Haar approximation of the token embeddings", minimum=0, maximum=30
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self, "the {} of wavelet_coherence")
 
 
 class WaveletCoherence:
@@ -52,20 +67,11 @@ class WaveletCoherence:
         embedding: Tensor | TokenVectors,
         prompts: Texts,
         top_p: float,
-        weight: float = 0.5,
-        window: int = 64,
-        levels: int = 3,
+        weight: float = CoherenceOptions.weight,
+        window: int = CoherenceOptions.window,
+        levels: int = CoherenceOptions.levels,
     ):
-        for name, value in (("window", window), ("levels", levels)):
-            check_whole(f"the {name} of wavelet_coherence", value, 0)
-        check_number("the weight of wavelet_coherence", weight)
-        for name, value, allowed, words in (
-            ("weight", weight, 0 <= weight <= LARGEST, f"between 0 and {LARGEST:g}"),
-            ("window", window, window >= 1, "1 or more"),
-            ("levels", levels, 0 <= levels <= 30, "between 0 and 30"),
-        ):
-            if not allowed:
-                raise UserError(f"the {name} of wavelet_coherence is {value}; it must be {words}")
+        CoherenceOptions(weight, window, levels)  # checks its values
         self.embedding = embedding
         self.full_top_p, self.weight, self.window, self.levels = top_p, weight, window, levels
         self.topics = fingerprints(self.embedding, prompts, levels)

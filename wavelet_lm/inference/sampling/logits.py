@@ -8,70 +8,48 @@ Every option has a range in which no step leaves float32: from finite logits com
 that is finite and sums to 1, whatever the options.
 """
 
-import dataclasses
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from wavelet_lm.config import GenerationConfig
+from wavelet_lm.config.option import option, option_of
+from wavelet_lm.config.run import LARGEST
 from wavelet_lm.errors import UserError
-from wavelet_lm.inference.checks import check_number, check_whole
-
-# What an option may be, with room to spare in float32, in which it is computed with. As a factor of
-# logits the largest puts all but the first of them out of reach anyway.
-SMALLEST, LARGEST = 1e-30, 1e30
+from wavelet_lm.inference.checks import check_fields
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """How a token is drawn; the defaults draw from the model's distribution as it is.
 
-    Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw among the k likeliest tokens; 0 = all.
-        top_p: draw among the fewest tokens that together hold this probability.
-        repetition_penalty: divides the positive logits of tokens seen before and multiplies their
-            negative ones (Keskar et al. 2019, as `transformers` does it); 1 = none.
-        entropy_adaptive: choose the temperature anew for every token, in place of `temperature`:
-            the less certain the model is, the lower (see `adaptive_temperature`).
-        entropy_temp_min, entropy_temp_max: the range that it is chosen from.
+    What a run's config has as well is declared there, and all of them are checked by their ranges.
+    The repetition penalty is that of Keskar et al. 2019, as `transformers` has it.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    entropy_adaptive: bool = False
-    entropy_temp_min: float = 0.3
-    entropy_temp_max: float = 1.5
+    temperature: float = option_of(GenerationConfig, "temperature", 1.0)
+    top_k: int = option_of(GenerationConfig, "top_k", 0)
+    top_p: float = option_of(GenerationConfig, "top_p", 1.0)
+    repetition_penalty: float = option_of(GenerationConfig, "repetition_penalty", 1.0)
+    entropy_adaptive: bool = option(
+        False,
+        "a temperature for every token, in place of --temperature: max − (H / ln V)(max − min), H"
+        " the entropy",
+    )
+    entropy_temp_min: float = option(0.3, "its min", above=0, maximum=LARGEST)
+    entropy_temp_max: float = option(1.5, "its max", above=0, maximum=LARGEST)
 
     def __post_init__(self) -> None:
-        check_whole("top_k", self.top_k, 0)
-        for field in dataclasses.fields(self):
-            if field.name not in ("top_k", "entropy_adaptive"):
-                check_number(field.name, getattr(self, field.name))
-        for name, allowed, words in (
-            ("temperature", 0 <= self.temperature <= LARGEST, f"between 0 and {LARGEST:g}"),
-            ("top_p", SMALLEST <= self.top_p <= 1, f"between {SMALLEST:g} and 1"),
-            (
-                "repetition_penalty",
-                SMALLEST <= self.repetition_penalty <= LARGEST,
-                f"between {SMALLEST:g} and {LARGEST:g}",
-            ),
-            (
-                "entropy_temp_min",
-                0 < self.entropy_temp_min <= LARGEST,
-                f"above 0 and at most {LARGEST:g}",
-            ),
-            (
-                "entropy_temp_max",
-                self.entropy_temp_min <= self.entropy_temp_max <= LARGEST,
-                f"between entropy_temp_min ({self.entropy_temp_min}) and {LARGEST:g}",
-            ),
-        ):
-            if not allowed:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be {words}")
+        check_fields(self)
+        if self.entropy_temp_max < self.entropy_temp_min:
+            raise UserError(
+                f"entropy_temp_max is {self.entropy_temp_max}; it must be between entropy_temp_min"
+                f" ({self.entropy_temp_min}) and {LARGEST:g}"
+            )
 
     @property
     def greedy(self) -> bool:
