@@ -166,7 +166,18 @@ def test_nothing_stays_of_a_failure(tmp_path):
         token_file(tmp_path / "train.bin", broken, ByteTokenizer(), quiet)
     with pytest.raises(EmptySplitError, match="the valid split has no text"):
         token_file(tmp_path / "valid.bin", Documents("", ""), ByteTokenizer(), quiet)
-    assert leftovers(tmp_path) == []
+    assert leftovers(tmp_path) == ["valid.json"]  # which says so the next time
+
+
+def test_a_split_that_is_known_to_be_empty_needs_no_lock(tmp_path, monkeypatch):
+    def encode():
+        return token_file(tmp_path / "test.bin", Documents(""), ByteTokenizer(), quiet)
+
+    with pytest.raises(EmptySplitError):
+        encode()
+    monkeypatch.setattr(encoding, "locked", lambda *args: pytest.fail("asked for a lock"))
+    with pytest.raises(EmptySplitError, match="the test split has no text"):
+        encode()
 
 
 def test_files_of_a_killed_run_are_removed(tmp_path):

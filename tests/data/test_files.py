@@ -219,6 +219,31 @@ def test_a_text_that_separates_documents(pieces, tmp_path, monkeypatch):
     assert plain.tokens.tobytes() == b"one<|end|>two<|end|><|end|>three <|en"
 
 
+def test_a_separator_that_is_nowhere_is_said(tmp_path):
+    folder = make(tmp_path / "data", "train.txt", "valid.txt", text="one<|end|>two")
+    (folder / "valid.txt").write_text("one text, of enough words to be cut in three")
+    lines = []
+    config = config_for(tmp_path, dataset=str(folder), document_separator="<|end|>")
+    prepare_data(config, log=lines.append)
+    said = [line for line in lines if "document_separator" in line]
+    assert said == [f"{folder}: document_separator does not occur in the valid split"]
+    alone = config.replace(dataset=str(folder / "valid.txt"))
+    prepare_data(alone, log=lines.append)
+    assert f"{folder / 'valid.txt'}: document_separator does not occur in the text" in lines
+    lines.clear()
+    prepare_split(alone, ByteTokenizer(), None, lines.append)
+    assert sum("document_separator" in line for line in lines) == 1
+
+
+def test_other_files_of_a_folder_are_named(tmp_path):
+    folder = make(tmp_path / "data", "a.txt", "notes.rst", "more/b.html")
+    (folder / "a.txt").write_text("some text, of enough words to be cut in three")
+    lines = []
+    prepare_data(config_for(tmp_path, dataset=str(folder)), log=lines.append)
+    (line,) = [line for line in lines if "not used" in line]
+    assert "notes.rst" in line and "more/b.html" in line and "a.txt" not in line
+
+
 def test_documents_are_cut_in_time_that_grows_with_the_text():
     """Of what a piece still holds, nothing is copied for each document in it."""
 

@@ -184,6 +184,13 @@ def test_no_train_split(tmp_path, monkeypatch):
         hub_corpus("tinystories", SPLIT)
 
 
+def test_two_names_of_one_split_are_asked_about(monkeypatch):
+    rows = dict.fromkeys(("train", "valid", "dev"))  # as a loading script may name them
+    monkeypatch.setattr(hub, "_load", lambda spec: rows)
+    with pytest.raises(UserError, match="valid and dev both name the valid split; which is it"):
+        hub_corpus("tinystories", SPLIT)
+
+
 def test_key_follows_the_content(tmp_path, monkeypatch):
     keys = set()
     for rows in (["a"], ["b"]):

@@ -151,6 +151,16 @@ def test_load_errors(tmp_path):
         (tmp_path / "tokenizer.json").write_text(broken)
         with pytest.raises(UserError):
             load_tokenizer(tmp_path)
+    for broken, line in (
+        ("[]", r"\[\] says no tokenizer; there must be an object with a name"),
+        ('{"name": 3}', "{'name': 3} says no tokenizer"),
+        ('{"name": "char"}', "its characters are None, not a text"),
+        ('{"name": "mulaw", "colour": 1}', "has other keys than a tokenizer 'mulaw'"),
+        ('{"name": "sentencepiece:300"}', "sentencepiece.model: cannot be read"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        with pytest.raises(UserError, match=line):
+            load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"name": "sentencepiece:300"}')
     (tmp_path / "sentencepiece.model").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot be read"):

@@ -44,6 +44,7 @@ def run_modality(options: GenerationOptions) -> Modality | None:
         modality.check(Path(options.prompt_file))
     if options.out is not None:
         _check_out(Path(options.out), modality)
+        check_writable(_out(options, options.n))  # whose name is the longest
     elif not options.json and options.num_tokens != 0:
         raise UserError(
             f"this run writes {modality.kind} ({modality.name}); say where: --out"

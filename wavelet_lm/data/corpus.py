@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wavelet_lm.atomic_files import unreadable
-from wavelet_lm.data.files import ALL, FileKind, files_by_split, short_name
+from wavelet_lm.data.files import ALL, FileKind, files_by_split, short_name, some
 from wavelet_lm.errors import UserError
 
 Document = Iterator[str]
@@ -81,7 +81,10 @@ def path_corpus(
     files = files_by_split(path, TextFiles, log, complete=complete)
     keys = {part: digests(found, TextFiles) for part, found in files.items()}
     marked = {} if separator is None else {"separator": separator}
-    texts = {part: separated(reader(found), separator) for part, found in files.items()}
+    texts = {
+        part: separated(reader(found), separator, separator_is_absent(path, part, log))
+        for part, found in files.items()
+    }
     if ALL in files:
         key = content_key({"files": keys[ALL], "split": list(split), **marked})
         splits = cut_by_position(texts[ALL], fractions=split)
@@ -100,17 +103,38 @@ def whole_text(
     files = files_by_split(path, TextFiles, log, complete=False)
     part = next(name for name in ("test", "valid", "train", ALL) if name in files)
     key = content_key({"whole": digests(files[part], TextFiles), "separator": separator})
-    return part, separated(reader(files[part]), separator), key
+    absent = separator_is_absent(path, part, log)
+    return part, separated(reader(files[part]), separator, absent), key
 
 
-def separated(documents: Documents, separator: str | None) -> Documents:
-    """The documents, each cut where it holds the separator; which is left out."""
+def separator_is_absent(name: object, part: str, log: Callable[[str], None]) -> Callable[[], None]:
+    """What says that a part of a data set does not hold the `document_separator`."""
+    where = "the text" if part == ALL else f"the {part} split"
+    return lambda: log(f"{name}: document_separator does not occur in {where}")
+
+
+def separated(
+    documents: Documents, separator: str | None, absent: Callable[[], None] = lambda: None
+) -> Documents:
+    """The documents, each cut where it holds the separator; which is left out.
+
+    absent: called once, when all of them have been read and none held it.
+    """
     if not separator:
         return documents
+    is_said = False
 
     def parts() -> Iterator[Document]:
+        nonlocal is_said
+        n_documents = n_parts = 0
         for document in documents():
-            yield from _parts(document, separator)
+            n_documents += 1
+            for part in _parts(document, separator):
+                n_parts += 1
+                yield part
+        if n_parts == n_documents and not is_said:
+            is_said = True
+            absent()
 
     return parts
 
@@ -317,6 +341,7 @@ def stdlib_corpus(split: tuple[float, ...], log: Callable[[str], None]) -> Corpu
     files: dict[str, list[Path]] = {"train": [], "valid": [], "test": []}
     sizes = dict.fromkeys(files, 0)
     hashes: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    left_out: list[Path] = []
     for path in sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).as_posix()):
         relative = path.relative_to(root)
         if STDLIB_LEFT_OUT.intersection(relative.parts):
@@ -324,7 +349,8 @@ def stdlib_corpus(split: tuple[float, ...], log: Callable[[str], None]) -> Corpu
         try:
             source = path.read_bytes()
             source.decode("utf-8")
-        except (UnicodeDecodeError, OSError):
+        except (UnicodeDecodeError, OSError):  # it is not ours to mend
+            left_out.append(path)
             continue
         if source:
             hashed = hashlib.sha256(relative.as_posix().encode("utf-8")).digest()
@@ -338,6 +364,8 @@ def stdlib_corpus(split: tuple[float, ...], log: Callable[[str], None]) -> Corpu
         raise UserError(f"python-stdlib: {root} holds no source files; use another dataset")
     counts = "; ".join(f"{part} {len(files[part])} files, {sizes[part]:,} bytes" for part in files)
     log(f"python-stdlib: {counts}")
+    if left_out:
+        log(f"python-stdlib: not used, as no UTF-8 or not readable: {some(left_out, root)}")
     splits = {part: reader(paths) for part, paths in files.items()}
     return Corpus("python-stdlib", splits, content_key(hashes), "bytes")
 

@@ -22,6 +22,7 @@ from wavelet_lm.data.corpus import (
     digests,
     path_corpus,
     separated,
+    separator_is_absent,
     stdlib_corpus,
     whole_text,
 )
@@ -300,9 +301,9 @@ def open_corpus(
     """
     dataset, separator = config.dataset, config.document_separator
     if dataset == "python-stdlib":
-        return _separated(stdlib_corpus(config.split, log), separator)
+        return _separated(stdlib_corpus(config.split, log), separator, log)
     if dataset in KNOWN:
-        return _separated(hub_corpus(dataset, config.split), separator)
+        return _separated(hub_corpus(dataset, config.split), separator, log)
     path = Path(dataset).expanduser()
     if dataset and path.exists():
         return path_corpus(path, config.split, log, separator, complete=complete)
@@ -316,14 +317,17 @@ def open_corpus(
     near = difflib.get_close_matches(dataset, ["python-stdlib", *KNOWN], n=1, cutoff=0.7)
     if near and "/" not in dataset:
         raise UserError(f"unknown dataset {dataset!r}; did you mean {near[0]}?")
-    return _separated(hub_corpus(dataset, config.split), separator)
+    return _separated(hub_corpus(dataset, config.split), separator, log)
 
 
-def _separated(corpus: Corpus, separator: str | None) -> Corpus:
+def _separated(corpus: Corpus, separator: str | None, log: Callable[[str], None]) -> Corpus:
     """The same with documents that end at the separator, where there is one."""
     if separator is None:
         return corpus
-    splits = {part: separated(documents, separator) for part, documents in corpus.splits.items()}
+    splits = {
+        part: separated(documents, separator, separator_is_absent(corpus.name, part, log))
+        for part, documents in corpus.splits.items()
+    }
     key = content_key({"key": corpus.key, "separator": separator})
     # What was published is the text with its separators.
     return dataclasses.replace(corpus, splits=splits, key=key, n_bytes={}, n_tokens={})

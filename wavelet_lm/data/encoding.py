@@ -6,6 +6,7 @@ JSON beside it holds the counts and is written last, so a token file counts only
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -28,6 +29,9 @@ SAFE_CUT = re.compile(r"(?<=\S)[ \n]")
 
 # Stretches of tokens, each with the UTF-8 bytes of its text (0 where it is none).
 Stretches = Iterator[tuple[np.ndarray, int]]
+
+
+EMPTY = {"tokens": 0, "bytes": 0}
 
 
 class EmptySplitError(UserError):
@@ -60,10 +64,18 @@ def kept(
     dtype = np.min_scalar_type(vocab_size - 1)
     finished = _open_finished(path, dtype)
     if finished is None:
+        _refuse_empty(path)
         with locked(path, log):
             # Another process may have written it while this one waited.
             finished = _open_finished(path, dtype) or _write(path, encode(), dtype)
     return finished
+
+
+def _refuse_empty(path: Path) -> None:
+    """Raise `EmptySplitError` where it was found before that the split has no text."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if json.loads(_counts_path(path).read_text(encoding="utf-8")) == EMPTY:
+            raise EmptySplitError(f"the {path.stem} split has no text")
 
 
 def _open_finished(path: Path, dtype: np.dtype) -> TokenFile | None:
@@ -93,6 +105,7 @@ def _write(path: Path, stretches: Stretches, dtype: np.dtype) -> TokenFile:
             n_bytes += size
             bar.update(len(tokens))
         if n_tokens == 0:
+            write_text(_counts_path(path), json.dumps(EMPTY))
             raise EmptySplitError(f"the {path.stem} split has no text")
     write_text(_counts_path(path), json.dumps({"tokens": n_tokens, "bytes": n_bytes}))
     return TokenFile(np.memmap(path, dtype=dtype, mode="r", shape=(n_tokens,)), n_bytes)

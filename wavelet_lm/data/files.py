@@ -58,7 +58,7 @@ def files_by_split(
         UserError: there are no such files, a part cannot be read or stands there twice, or names
             say splits in a way that leaves a choice.
     """
-    files = find_files(path, kind)
+    files = find_files(path, kind, log)
     if not path.is_dir():
         return {ALL: files}
     # What all files share above them tells none from another.
@@ -104,8 +104,12 @@ def files_by_split(
     return {split: found[split] for split in SPLIT_NAMES if split in found}
 
 
-def find_files(path: Path, kind: FileKind) -> list[Path]:
+def find_files(
+    path: Path, kind: FileKind, log: Callable[[str], None] = lambda line: None
+) -> list[Path]:
     """The supported file `path`, or those in the folder, sorted by their relative path.
+
+    What else is in the folder is logged.
 
     Raises:
         UserError: as `files_by_split`.
@@ -121,6 +125,9 @@ def find_files(path: Path, kind: FileKind) -> list[Path]:
     if not files:
         advice = _other_kind(inside, kind)
         raise UserError(f"{path}: the folder holds no {kind.kind} files ({formats}){advice}")
+    others = [file for file in inside if not file.name.lower().endswith(kind.suffixes)]
+    if others:
+        log(f"{path}: not used, as no {kind.kind} files ({formats}): {some(others, path)}")
     unpacked: dict[str, Path] = {}
     known: dict[tuple[int, int], Path] = {}
     for file in files:
@@ -243,6 +250,18 @@ def _other_kind(files: list[Path], kind: FileKind) -> str:
     """What to do where files meant for other tokenizers are taken for text."""
     found = names_for(files) if kind.kind == "text" else None
     return f"; for {found[0]} files use --tokenizer {' or '.join(found[1])}" if found else ""
+
+
+def only_one(places: list[Path]) -> Path | None:
+    """The place of these that exists, None where none does.
+
+    Raises:
+        UserError: there are two, and nothing says which is meant.
+    """
+    found = [place for place in places if place.exists()]
+    if len(found) > 1:
+        raise UserError(f"{found[0]} and {found[1].name} are both there; remove or rename one")
+    return found[0] if found else None
 
 
 def some(files: list[Path], folder: Path) -> str:

@@ -97,12 +97,16 @@ def hub_corpus(name: str, split: tuple[float, ...]) -> Corpus:
         splits = cut_by_position(reader([loaded]), edges=spec.edges)
         key = repr((spec, loaded.stat().st_size))
         return Corpus(name, splits, content_key(key), spec.default_tokenizer)
-    parts = {
-        part: loaded[found]
-        for part, names in SPLIT_NAMES.items()
-        for found in [next((n for n in names if n in loaded), None)]
-        if found is not None
-    }
+    parts = {}
+    for part, names in SPLIT_NAMES.items():
+        found = [name for name in names if name in loaded]
+        if len(found) > 1:
+            raise UserError(
+                f"dataset {name}: {found[0]} and {found[1]} both name the {part} split; which is"
+                " it? Save the one that is meant as files and give these"
+            )
+        if found:
+            parts[part] = loaded[found[0]]
     if "train" not in parts:
         raise UserError(f"dataset {name}: no train split; it has {', '.join(loaded)}")
     key = repr((spec, split, [(part, rows._fingerprint) for part, rows in parts.items()]))

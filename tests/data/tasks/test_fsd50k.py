@@ -109,3 +109,12 @@ def test_faulty_sounds_and_missing_parts(tmp_path):
     with pytest.raises(UserError, match=r"no folder FSD50K\.eval_audio; .* 34 GB .* 4060432"):
         soundfile.write(sound, np.zeros(100), 16000)
         load(folder, 400)
+
+
+@pytest.mark.parametrize("twice", ["FSD50K.ground_truth/dev.tsv", "eval_audio/"])
+def test_what_is_there_twice_is_asked_about(twice, tmp_path):
+    folder = make_data(tmp_path / "data")
+    place = folder / twice
+    place.mkdir() if twice.endswith("/") else place.touch()
+    with pytest.raises(UserError, match="are both there; remove or rename one"):
+        load(folder, 400)

@@ -135,3 +135,34 @@ def test_no_review_is_left_out_in_silence(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match=r"pos: cannot be read \(Permission denied\)"):
         reviews.load(tmp_path, seed=1)
+
+
+def test_a_validation_split_that_is_there_is_used(tmp_path):
+    for part in ("train", "valid", "test"):
+        write_table(tmp_path / f"{part}.csv")
+    task = reviews.load(tmp_path, seed=1)
+    assert contents(task.train) == contents(task.valid) == contents(task.test) == ALL
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        (("train.csv", "train.tsv", "test.csv"), r"train\.tsv and train\.csv are both there"),
+        (("train.csv",), r"there is train\.csv but no test; add it"),
+        (("test.csv", "valid.csv"), r"there is test\.csv but no train; add it"),
+    ],
+)
+def test_splits_that_leave_a_question_are_refused(files, line, tmp_path):
+    for file in files:
+        write_table(tmp_path / file)
+    with pytest.raises(UserError, match=line):
+        reviews.load(tmp_path, seed=1)
+
+
+@pytest.mark.parametrize(("name", "what"), [("more", "a folder"), ("03.html", "no .txt file")])
+def test_what_is_no_review_among_reviews_is_named(name, what, tmp_path):
+    write_folder(tmp_path)
+    place = tmp_path / "pos" / name
+    place.mkdir() if what == "a folder" else place.touch()
+    with pytest.raises(UserError, match=f"{name}: {what} among the reviews"):
+        reviews.load(tmp_path, seed=1)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from wavelet_lm.atomic_files import unreadable
+from wavelet_lm.data.files import only_one
 from wavelet_lm.data.modalities.audio import SAMPLE_RATE, n_seconds, samples_between
 from wavelet_lm.data.tasks.examples import Batch
 from wavelet_lm.data.tasks.tables import read_table
@@ -165,16 +166,16 @@ def _clip(place: str, file: Path, labels: str, numbers: dict[str, int], table: P
 
 def _part(folder: Path, name: str) -> Path:
     """The subfolder `FSD50K.NAME`, or `NAME`."""
-    for path in (folder / f"FSD50K.{name}", folder / name):
-        if path.is_dir():
-            return path
+    path = only_one([folder / f"FSD50K.{name}", folder / name])
+    if path is not None and path.is_dir():
+        return path
     raise UserError(f"{folder}: there is no folder FSD50K.{name}; {DOWNLOAD}")
 
 
 def _table(folder: Path, name: str) -> Path:
-    for path in (folder / f"{name}.csv", folder / f"{name}.tsv"):
-        if path.is_file():
-            return path
+    path = only_one([folder / f"{name}.csv", folder / f"{name}.tsv"])
+    if path is not None and path.is_file():
+        return path
     raise UserError(f"{folder}: there is no {name}.csv; {DOWNLOAD}")
 
 

@@ -7,6 +7,8 @@ is the padding. Read from
     FOLDER/{neg,pos}/*.txt                                         one collection, split here
     FOLDER/{train,test}.{tsv,csv}, or one FILE.{tsv,csv}           columns label and text
 
+A `valid` beside train and test is used; otherwise a part of the training reviews is.
+
 Source: Maas et al., "Learning Word Vectors for Sentiment Analysis", 2011.
 """
 
@@ -16,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wavelet_lm.atomic_files import unreadable
-from wavelet_lm.data.files import listed
+from wavelet_lm.data.files import listed, only_one
 from wavelet_lm.data.tasks.examples import Task, TokenExamples, cut
 from wavelet_lm.data.tasks.tables import read_table
 from wavelet_lm.errors import UserError
@@ -47,9 +49,17 @@ def load(path: Path, seed: int, max_length: int = MAX_LENGTH) -> Task:
     if not path.exists():
         raise UserError(f"{path} does not exist; {DOWNLOAD}")
     train, test = _source(path, "train"), _source(path, "test")
+    valid = _source(path, "valid")
     if train and test:
         trained, tested = (_read(source, max_length) for source in (train, test))
-        trained, valid = cut(trained, (1 - VALID_SHARE, VALID_SHARE), seed, path)
+        if valid:
+            valid = _read(valid, max_length)
+        else:
+            trained, valid = cut(trained, (1 - VALID_SHARE, VALID_SHARE), seed, path)
+    elif train or test or valid:
+        have = next(source for source in (train, test, valid) if source)
+        missing = "test" if train else "train"
+        raise UserError(f"{path}: there is {have.name} but no {missing}; add it, or give one table")
     else:
         shares = (1 - 2 * VALID_SHARE, VALID_SHARE, VALID_SHARE)
         trained, valid, tested = cut(_read(_collection(path), max_length), shares, seed, path)
@@ -58,8 +68,7 @@ def load(path: Path, seed: int, max_length: int = MAX_LENGTH) -> Task:
 
 def _source(folder: Path, part: str) -> Path | None:
     """The folder or table of a split, None where there is none."""
-    places = [folder / part, *(folder / f"{part}{suffix}" for suffix in TABLES)]
-    return next((place for place in places if place.exists()), None)
+    return only_one([folder / part, *(folder / f"{part}{suffix}" for suffix in TABLES)])
 
 
 def _collection(path: Path) -> Path:
@@ -85,8 +94,11 @@ def _folder_rows(folder: Path) -> Iterator[tuple[bytes, int]]:
         if not (folder / name).exists():
             continue
         for file in listed(folder / name):
-            if file.suffix.lower() != ".txt" or file.name.startswith("."):
+            if file.name.startswith("."):
                 continue
+            if file.suffix.lower() != ".txt":
+                what = "a folder" if file.is_dir() else "no .txt file"
+                raise UserError(f"{file}: {what} among the reviews; move it elsewhere")
             try:
                 text = file.read_bytes()
             except OSError as error:
