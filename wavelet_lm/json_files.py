@@ -48,6 +48,12 @@ def parse_json(text: str, source: str, line: int | None = None) -> Any:
     return value
 
 
+def said_format(header: dict[str, str]) -> str:
+    """What a file's header says of its format, in words."""
+    said = header.get("format")
+    return "its header names no format" if said is None else f"its format is {brief(said)}"
+
+
 def _is_deeper(value: Any, depth: int) -> bool:
     """Whether containers lie in one another deeper than that; without recursion."""
     level = [value]

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wavelet_lm.atomic_files import atomic_path
+from wavelet_lm.atomic_files import atomic_path, unreadable
 from wavelet_lm.data.modalities import MODALITY_NAMES, Modality, find_modality
 from wavelet_lm.data.tokenizer_base import Tokenizer, Tokens
 from wavelet_lm.errors import UserError
-from wavelet_lm.json_files import read_json
+from wavelet_lm.json_files import brief, read_json
 
 if TYPE_CHECKING:
     import tiktoken
@@ -320,18 +320,32 @@ def tokenizer_file(path: str | Path) -> Path | None:
 
 def _read(file: Path) -> Tokenizer:
     details = read_json(file)
+    name = details.get("name") if isinstance(details, dict) else None
+    if not isinstance(name, str):
+        raise UserError(
+            f"{file}: {brief(details)} says no tokenizer; there must be an object with a name, such"
+            ' as {"name": "bytes"}'
+        )
     try:
-        name = details["name"]
         if name == "char":
-            characters = details["characters"]
+            characters = details.get("characters")
+            if not isinstance(characters, str):
+                raise ValueError(f"its characters are {brief(characters)}, not a text")
             if characters != "".join(sorted(set(characters))):
-                raise ValueError("characters must be distinct and in order")
+                raise ValueError("its characters must be distinct and in order")
             return CharTokenizer(characters)
         if name.startswith("sentencepiece"):
             return SentencePieceTokenizer((file.parent / "sentencepiece.model").read_bytes())
         if modality := find_modality(**details):
             return modality
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
+    except OSError as error:
+        raise unreadable(error, file.parent / "sentencepiece.model") from error
+    except TypeError as error:  # of a modality's own keys
+        raise UserError(
+            f"{file}: {brief(details)} has other keys than a tokenizer {name!r}; copy the file of"
+            " the run again"
+        ) from error
+    except (ValueError, RuntimeError) as error:
         raise UserError(f"{file}: cannot be read as a tokenizer ({error})") from error
     return named_tokenizer(name)
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from wavelet_lm.config import Config, ModelConfig
 from wavelet_lm.errors import UserError
+from wavelet_lm.json_files import said_format
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.checkpoint import write_tensors
 from wavelet_lm.models.wavelet_lm.memory import FastWeights
@@ -92,7 +93,8 @@ def load_state(
         ) from None
     if header.get("format") != FORMAT:
         raise UserError(
-            f"{path}: its format is {header.get('format')!r}, not that of a saved state, {FORMAT!r}"
+            f"{path}: no saved state ({said_format(header)}, not {FORMAT!r}); give a file that"
+            " --save_state wrote"
         )
     if header.get("model") != fingerprint(model):
         raise UserError(

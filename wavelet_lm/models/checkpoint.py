@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from wavelet_lm.atomic_files import atomic_path
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
-from wavelet_lm.json_files import brief, parse_json
+from wavelet_lm.json_files import brief, parse_json, said_format
 from wavelet_lm.models.registry import model_without_weights
 from wavelet_lm.models.stored_model import StoredModel, TensorReader
 
@@ -102,7 +102,8 @@ class Checkpoint:
             ) from None
         if header.get("format") not in (FORMAT, QUANTIZED_FORMAT):
             raise UserError(
-                f"{path}: its format is {header.get('format')!r}, this version reads {FORMAT!r}"
+                f"{path}: no checkpoint of this project ({said_format(header)}); this version"
+                f" reads {FORMAT!r} and {QUANTIZED_FORMAT!r}"
                 f" and {QUANTIZED_FORMAT!r}"
             )
         self.quantization: str | None = header.get("quantization")
