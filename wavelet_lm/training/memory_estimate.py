@@ -8,6 +8,7 @@ import torch
 
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
+from wavelet_lm.kernels.delta_rule import CHUNK
 from wavelet_lm.models.losses import CHUNK_ELEMENTS
 from wavelet_lm.training.optimizers import STATE_BYTES
 
@@ -31,7 +32,8 @@ def estimate_bytes(config: Config, n_params: int, vocab_size: int) -> int:
 
     The activations count what each block keeps per position, in units of its channels: about 6
     vectors per split and lifting layer (inputs, hidden and outputs of the nets), 12 per scale
-    (bands, gates, products, transforms, dropout), the MLP's hidden layers, and 10 more. A GPT's
+    (bands, gates, products, transforms, dropout), the MLP's hidden layers, and 10 more; a delta
+    memory its features, 7 vectors of keys and 8 of values, and its state at every chunk. A GPT's
     block keeps 16 and its MLP's, and its head three times its units.
     """
     fixed = n_params * (8 + STATE_BYTES[config.optimizer])
@@ -39,6 +41,12 @@ def estimate_bytes(config: Config, n_params: int, vocab_size: int) -> int:
     per_block = config.padded_channels * (
         (config.n_scales - 1) * (4 + 3 * net_vectors) + 12 * config.n_scales
     ) + config.C * (10 + 2 * config.mlp_expansion * (config.mlp_layers - 1))
+    if config.delta_memory:
+        keys, values = (
+            config.delta_heads * d for d in (config.delta_key_dim, config.delta_value_dim)
+        )
+        per_block += config.C + config.delta_bands * config.padded_channels
+        per_block += 7 * keys + 8 * values + keys * config.delta_value_dim // CHUNK
     positions = config.micro_batch_size * config.block_size
     if config.model != "wavelet_lm":
         per_block = config.C * (16 + 2 * config.gpt_mlp_expansion)
