@@ -12,7 +12,7 @@ validation loss at its end is then trained for the whole time with every seed, a
 split once. With --flops there is a second table, for equal FLOPs of matrix products.
 
 Every finished run is kept in the JSON file at once; started again, the program goes on with what is
-missing there, and so do more rows, seeds or rates. A row may be changed: efficient+levels=2.
+missing there, and so do more rows, seeds or rates. A row may be changed: efficient+levels=3.
 """
 
 from __future__ import annotations

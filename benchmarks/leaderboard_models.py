@@ -78,7 +78,7 @@ ROWS = {
     ),
     # --- WaveletLM
     "quickstart": Row(
-        "configs/quickstart.json with 4 levels, a smaller MLP and fewer keys",
+        "two-layer lifting nets, the Hadamard transform and product keys, 4 levels",
         {
             "C": 128,
             "layers": 2,
@@ -120,15 +120,15 @@ ROWS = {
         },
     ),
     "efficient": Row(
-        "2 blocks, 3 levels of one-matrix nets, no transform, a delta memory on the finest detail",
+        "configs/quickstart.json with a wider MLP: 2 levels of one-matrix nets, a delta memory",
         {
             "C": 128,
             "layers": 2,
-            "levels": 3,
+            "levels": 2,
             "lifting_linear_only": True,
             "mixer_transform": "identity",
             "per_scale_mixer_widths": None,
-            "mlp_expansion": 2,
+            "mlp_expansion": 3,
             **NO_MEMORIES,
             "delta_memory": True,
             "delta_heads": 4,
