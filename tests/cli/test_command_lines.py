@@ -91,7 +91,9 @@ def test_every_flag_may_be_written_with_hyphens(program, parsed):
     for flag, action in parser._option_string_actions.items():
         if "_" not in flag or flag.lstrip("-").replace("_", "-") in ("no-version",):
             continue
-        value = "1" if action.choices is None else str(action.choices[0])
+        # A number with a default may have a range that 1 is not in.
+        usual = action.default if isinstance(action.default, float) else 1
+        value = str(usual if action.choices is None else action.choices[0])
         values = [value] if action.nargs is None else []
         found, _ = parsed(program, *needed, flag.replace("_", "-"), *values)
         expected, _ = parsed(program, *needed, flag, *values)

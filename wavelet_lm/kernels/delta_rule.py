@@ -40,6 +40,8 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 FLA_CHUNK = 64  # fla-core's own
 HAS_FLA = importlib.util.find_spec("fla") is not None
 
+INPUTS = ("q", "k", "v", "log_decay", "beta", "state")
+
 Result = tuple[Tensor, Tensor]
 
 
@@ -138,9 +140,24 @@ def chunked(
 
 # --- on a CPU ------------------------------------------------------------------------------------
 
+# Operators are defined piece by piece: torch.library.custom_op loads the compiler at its first
+# call, which takes seconds.
 
-@torch.library.custom_op("wavelet_lm::delta_rule", mutates_args=())
-def _on_cpu(
+torch.library.define(
+    "wavelet_lm::delta_rule",
+    f"({', '.join(f'Tensor {name}' for name in INPUTS)}, int every) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "wavelet_lm::delta_rule_backward",
+    f"({', '.join(f'Tensor {name}' for name in INPUTS)}, Tensor states, Tensor d_y,"
+    f" Tensor d_states, int every) -> ({', '.join(['Tensor'] * len(INPUTS))})",
+)
+_on_cpu = torch.ops.wavelet_lm.delta_rule.default
+_on_cpu_backward = torch.ops.wavelet_lm.delta_rule_backward.default
+
+
+@torch.library.impl("wavelet_lm::delta_rule", "CPU")
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, every: int
 ) -> tuple[Tensor, Tensor]:
     kernel = _kernel(q.dtype, q.shape[-1], v.shape[-1])
@@ -153,7 +170,7 @@ def _on_cpu(
     return y, states
 
 
-@_on_cpu.register_fake
+@torch.library.register_fake("wavelet_lm::delta_rule")
 def _empty_result(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, every: int
 ) -> tuple[Tensor, Tensor]:
@@ -162,8 +179,8 @@ def _empty_result(
     return v.new_empty(B, T, H, dv), state.new_empty(B, -(-T // every), H, dk, dv)
 
 
-@torch.library.custom_op("wavelet_lm::delta_rule_backward", mutates_args=())
-def _on_cpu_backward(
+@torch.library.impl("wavelet_lm::delta_rule_backward", "CPU")
+def _gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -188,7 +205,7 @@ def _on_cpu_backward(
     return gradients
 
 
-@_on_cpu_backward.register_fake
+@torch.library.register_fake("wavelet_lm::delta_rule_backward")
 def _empty_gradients(
     q: Tensor,
     k: Tensor,
@@ -213,7 +230,7 @@ def _backward(ctx, d_y: Tensor, d_states: Tensor) -> tuple[Tensor | None, ...]:
     return *_on_cpu_backward(*ctx.saved_tensors, d_y, d_states, ctx.every), None
 
 
-_on_cpu.register_autograd(_backward, setup_context=_keep_inputs)
+torch.library.register_autograd(_on_cpu, _backward, setup_context=_keep_inputs)
 
 
 def _plain(every: int, *inputs: Tensor) -> Result:
@@ -281,8 +298,21 @@ def _pool(n_threads: int) -> ThreadPoolExecutor:
 # --- on CUDA -------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("wavelet_lm::delta_rule_by_fla", mutates_args=())
-def _by_fla(
+torch.library.define(
+    "wavelet_lm::delta_rule_by_fla",
+    f"({', '.join(f'Tensor {name}' for name in INPUTS)}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "wavelet_lm::delta_rule_by_fla_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor state, Tensor decays, Tensor system,"
+    f" Tensor d_y, Tensor d_states) -> ({', '.join(['Tensor'] * len(INPUTS))})",
+)
+_by_fla = torch.ops.wavelet_lm.delta_rule_by_fla.default
+_by_fla_backward = torch.ops.wavelet_lm.delta_rule_by_fla_backward.default
+
+
+@torch.library.impl("wavelet_lm::delta_rule_by_fla", "CompositeExplicitAutograd")
+def _fla_forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the last state [B, 1, H, dk, dv], and what the backward pass reads.
@@ -298,7 +328,7 @@ def _by_fla(
     return y, last[:, None], decays, system
 
 
-@_by_fla.register_fake
+@torch.library.register_fake("wavelet_lm::delta_rule_by_fla")
 def _(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -307,8 +337,8 @@ def _(
     return y, states, decays, k.new_empty(*k.shape[:3], FLA_CHUNK)
 
 
-@torch.library.custom_op("wavelet_lm::delta_rule_by_fla_backward", mutates_args=())
-def _by_fla_backward(
+@torch.library.impl("wavelet_lm::delta_rule_by_fla_backward", "CompositeExplicitAutograd")
+def _fla_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -335,7 +365,7 @@ def _by_fla_backward(
     )
 
 
-@_by_fla_backward.register_fake
+@torch.library.register_fake("wavelet_lm::delta_rule_by_fla_backward")
 def _(
     q: Tensor,
     k: Tensor,
@@ -359,4 +389,4 @@ def _backward_of_fla(ctx, d_y: Tensor, d_states: Tensor, *_: Tensor) -> tuple[Te
     return _by_fla_backward(*ctx.saved_tensors, d_y, d_states)
 
 
-_by_fla.register_autograd(_backward_of_fla, setup_context=_keep_for_fla)
+torch.library.register_autograd(_by_fla, _backward_of_fla, setup_context=_keep_for_fla)
