@@ -80,11 +80,14 @@ class Engine:
     ):
         for each in filter(None, (model, draft)):
             check_vocabulary(each, tokenizer)
-        self._set(tokenizer, _config(model), context, compile, fwpkm_inference_updates, draft)
-        how = {"dtype": _dtype(dtype), "context": context, "compile": bool(compile)}
-        self._twin = Twin(model, **how, adapt=fwpkm_inference_updates)
-        if draft is not None:
-            self._draft = Twin(draft, **how, adapt=False)
+        self._begin(
+            *(model, tokenizer, _config(model)),
+            dtype=dtype,
+            context=context,
+            compile=compile,
+            adapt=fwpkm_inference_updates,
+            draft=draft,
+        )
 
     @classmethod
     def open(
@@ -106,10 +109,13 @@ class Engine:
         engine = cls.__new__(cls)
         with returning_memory():
             opened = open_checkpoint(str(path), resolve_device(device), log)
-            config = opened.empty.config
-            engine._set(opened.tokenizer, config, context, compile, fwpkm_inference_updates)
-            how = {"dtype": _dtype(dtype), "context": context, "compile": bool(compile)}
-            engine._twin = Twin(opened.model, **how, adapt=fwpkm_inference_updates)
+            engine._begin(
+                *(opened.model, opened.tokenizer, opened.empty.config),
+                dtype=dtype,
+                context=context,
+                compile=compile,
+                adapt=fwpkm_inference_updates,
+            )
         return engine
 
     @classmethod
@@ -117,20 +123,25 @@ class Engine:
         """An engine on the twin of a model that is there already."""
         check_vocabulary(model, tokenizer)
         engine = cls.__new__(cls)
-        engine._set(tokenizer, _config(model))
-        engine._twin = twin
+        engine._begin(twin, tokenizer, _config(model))
         return engine
 
-    def _set(
+    def _begin(
         self,
+        model: Any,
         tokenizer: Tokenizer,
         config: Config,
+        *,
+        dtype: str | torch.dtype | None = None,
         context: str = "auto",
         compile: bool = False,
         adapt: bool | None = None,
         draft: nn.Module | None = None,
     ) -> None:
-        """Check what holds for all texts, before weights are put together for nothing."""
+        """Check what holds for all texts, and only then put weights together.
+
+        model: or its twin, where there is one already.
+        """
         self.tokenizer, self.config = tokenizer, config
         self._fixed = {
             "context": context,
@@ -138,8 +149,10 @@ class Engine:
             "fwpkm_inference_updates": adapt,
             "draft": None if draft is None else "draft",
         }
-        self._draft: Twin | None = None
         self._options({}).strategy(config)
+        how = {"dtype": _dtype(dtype), "context": context, "compile": bool(compile)}
+        self._twin = model if isinstance(model, Twin) else Twin(model, **how, adapt=adapt)
+        self._draft = None if draft is None else Twin(draft, **how, adapt=False)
 
     # --- writing ---------------------------------------------------------------------------------
 
