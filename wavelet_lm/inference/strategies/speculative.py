@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,24 +103,30 @@ def speculative_tokens(
     numbers = Numbers(seed, target.device)
     moving = top_p_source is not None
     proposals = Proposals(draft, options, numbers, gamma, moving)
-    verdict = Verdict(target, text, options, numbers, gamma, moving)
+    so_far = TextSoFar(text, target, moving)
+    verdict = Verdict(target, options, numbers, gamma)
     whole = list(text)
     reader = target.start(target_start[1], max_step=gamma + 1)
     writer = draft.start(draft_start[1], max_step=gamma)
-    propose = draft.accelerate(
-        lambda: proposals.add(writer.decode(proposals.newest)[:, -1]), (writer, proposals)
-    )
-    verify = target.accelerate(
-        lambda: verdict.give(
-            reader.decode(torch.cat((verdict.newest, proposals.tokens[:, :gamma]), 1))[0], proposals
-        ),
-        (reader, verdict),
-    )
+
+    def propose() -> None:
+        """The draft reads the newest token, and draws the next proposal."""
+        logits = writer.decode(proposals.newest)
+        proposals.add(logits[:, -1])
+
+    def verify() -> None:
+        """The target reads the last token of the text and the proposals; the text grows."""
+        unread = torch.cat((so_far.newest, proposals.tokens[:, :gamma]), 1)
+        so_far.grow(verdict.on(reader.decode(unread)[0], so_far, proposals))
+
+    # What a step changes is told to `accelerate`, since it may run more often than it counts.
+    propose = draft.accelerate(propose, (writer, proposals))
+    verify = target.accelerate(verify, (reader, so_far, verdict))
 
     # The first token needs no reading; from then on a round starts with one that neither has read.
     if moving:
-        verdict.look(top_p_source.top_p([whole]), top_p_source.every)
-    verdict.give_first(target_start[0])
+        so_far.look(top_p_source.top_p([whole]), top_p_source.every)
+    so_far.grow(verdict.on_first(target_start[0], so_far))
     drawn, n = verdict.read(), 0
     while True:
         for one in drawn:
@@ -132,8 +138,8 @@ def speculative_tokens(
             whole.append(one.token)
             yield one
         if moving and n % top_p_source.every == 0:
-            verdict.look(top_p_source.top_p([whole]), top_p_source.every)
-        proposals.begin(verdict)
+            so_far.look(top_p_source.top_p([whole]), top_p_source.every)
+        proposals.begin(so_far)
         for _ in range(gamma):
             propose()
         verify()
@@ -201,14 +207,14 @@ class Proposals:
             *(self._seen, self._place),
         ]
 
-    def begin(self, verdict: Verdict) -> None:
+    def begin(self, text: TextSoFar) -> None:
         """Start where the text is now."""
-        self.newest.copy_(verdict.newest)
-        self._seen.copy_(verdict.seen)
-        self._first.copy_(verdict.count)
+        self.newest.copy_(text.newest)
+        self._seen.copy_(text.seen)
+        self._first.copy_(text.count)
         self._place.zero_()
         if self._top_p is not None:
-            self._top_p.copy_(verdict.top_p)
+            self._top_p.copy_(text.top_p)
 
     def add(self, logits: Tensor) -> None:
         """Draw from logits [1, V]."""
@@ -227,90 +233,117 @@ class Proposals:
         self._place.copy_((self._place + 1) % self.tokens.shape[1])
 
 
-class Verdict:
-    """What the target says to the proposals of a round.
+class Growth(NamedTuple):
+    """What a round adds to the text.
 
     Attributes:
-        newest: [1, 1] int64, the last token of the text, which no model has read.
+        tokens: [gamma + 1] int64, those of the round; from place `n_kept` on all are `newest`.
+        n_kept: [1] int64, how many of them were proposed.
+        newest: [1] int64, the one that follows those.
+    """
+
+    tokens: Tensor
+    n_kept: Tensor
+    newest: Tensor
+
+
+class TextSoFar:
+    """The text, as far as the next round needs to know it.
+
+    Attributes:
+        newest: [1, 1] int64, the last token, which no model has read.
         seen: [1, V] bool, the tokens in the text.
         count: [1] int64, the tokens generated.
         top_p: [1], in place of that of the options, where it moves; None where it does not.
-        record: [gamma + 1, 3] float64, for each token of the round what `Drawn` holds.
+        next_look: [1] int64, the number of the token that the next look at top_p comes before.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        text: Sequence[int],
-        options: SamplingOptions,
-        numbers: Numbers,
-        gamma: int,
-        moving_top_p: bool,
-    ):
+    def __init__(self, text: Sequence[int], decoder: Decoder, moving_top_p: bool):
         device = decoder.device
-        self._options, self._numbers = options, numbers
-        self._places = torch.arange(gamma + 1, device=device)
         self.newest = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.seen = seen_tokens([text], decoder.vocab_size, device)
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
-        self.record = torch.zeros(gamma + 1, 3, dtype=torch.float64, device=device)
         self.top_p = torch.ones(1, device=device) if moving_top_p else None
-        # The number of the token that the next look at top_p comes before.
-        self._next_look = torch.zeros_like(self.count)
+        self.next_look = torch.zeros_like(self.count)
 
     def buffers(self) -> list[Tensor]:
-        """What `give` changes in place, of any shapes."""
-        return [self.newest, self.seen, self.count, self.record]
+        """What `grow` changes in place, of any shapes."""
+        return [self.newest, self.seen, self.count]
 
     def look(self, top_p: Tensor, every: int) -> None:
         """Hold this top_p, [1], for the next `every` tokens."""
         self.top_p.copy_(top_p)
-        self._next_look.copy_(self.count + every)
+        self.next_look.copy_(self.count + every)
 
-    def give_first(self, logits: Tensor) -> None:
-        """Draw one token from logits [1, V], without a proposal."""
-        number = self._numbers(self.count, FINAL)
-        token = draw(logits, self.seen, self._options, number, self.top_p)
+    def grow(self, growth: Growth) -> None:
+        """Take what a round adds."""
+        self.newest.copy_(growth.newest[:, None])
+        self.seen.scatter_(1, growth.tokens[None], True)
+        self.count.add_(growth.n_kept + 1)
+
+
+class Verdict:
+    """What the target says to the proposals of a round; it changes nothing but its record.
+
+    record: [gamma + 1, 3] float64, for each token of the round what `Drawn` holds.
+    """
+
+    def __init__(self, decoder: Decoder, options: SamplingOptions, numbers: Numbers, gamma: int):
+        device = decoder.device
+        self._options, self._numbers = options, numbers
+        self._places = torch.arange(gamma + 1, device=device)
+        self.record = torch.zeros(gamma + 1, 3, dtype=torch.float64, device=device)
+
+    def buffers(self) -> list[Tensor]:
+        """What `on` changes in place, of any shapes."""
+        return [self.record]
+
+    def on_first(self, logits: Tensor, text: TextSoFar) -> Growth:
+        """One token drawn from logits [1, V], without a proposal."""
+        number = self._numbers(text.count, FINAL)
+        token = draw(logits, text.seen, self._options, number, text.top_p)
         tokens = token.expand(len(self._places))
-        n_kept = torch.zeros_like(self.count)
-        self._write(tokens, logits.expand(len(tokens), -1), n_kept, token, tokens >= 0)
+        growth = Growth(tokens, torch.zeros_like(text.count), token)
+        self._write(growth, logits.expand(len(tokens), -1), tokens >= 0)
+        return growth
 
-    def give(self, logits: Tensor, proposals: Proposals) -> None:
-        """Keep proposals up to the first that is rejected, and add a token of the target's own.
+    def on(self, logits: Tensor, text: TextSoFar, proposals: Proposals) -> Growth:
+        """The proposals up to the first that is rejected, and a token of the target's own.
 
         logits: [gamma + 1, V], of the target before each proposal and after the last.
         """
         drafted = proposals.tokens[0, :-1]
-        seen = [self.seen]
-        for token in drafted.split(1):
-            seen.append(seen[-1].scatter(1, token[:, None], True))
-        accepted, final = self._judge(logits, torch.cat(seen), drafted, proposals)
+        accepted, final = self._judge(logits, text, drafted, proposals)
         n_kept = accepted.long().cumprod(0).sum(0, keepdim=True)
         newest = final[n_kept]
-        if self.top_p is not None:
+        if text.top_p is not None:
             # Of more tokens than may come before the next look the last is a proposal that was
             # accepted; what follows it is proposed again.
-            last = self._next_look - self.count - 1
+            last = text.next_look - text.count - 1
             drafted_last = proposals.tokens[0][last.clamp(max=len(drafted))]
             newest = torch.where(n_kept > last, drafted_last, newest)
             n_kept = torch.minimum(n_kept, last)
         tokens = torch.where(self._places < n_kept, proposals.tokens[0], newest)
+        growth = Growth(tokens, n_kept, newest)
         # The token after the last proposal is the target's alone.
-        draft_finite = proposals.finite | (self._places == len(drafted))
-        self._write(tokens, logits, n_kept, newest, draft_finite)
+        self._write(growth, logits, proposals.finite | (self._places == len(drafted)))
+        return growth
 
     def _judge(
-        self, logits: Tensor, seen: Tensor, drafted: Tensor, proposals: Proposals
+        self, logits: Tensor, text: TextSoFar, drafted: Tensor, proposals: Proposals
     ) -> tuple[Tensor, Tensor]:
         """Whether each proposal is accepted [gamma], and what stands in its place if not.
 
         The second is [gamma + 1]: its last entry is the token after all proposals.
         """
-        n = self.count + self._places
+        rows = [text.seen]
+        for token in drafted.split(1):
+            rows.append(rows[-1].scatter(1, token[:, None], True))
+        seen, n = torch.cat(rows), text.count + self._places
         if self._options.greedy:
             final = draw(logits, seen, self._options, self._numbers(n, FINAL))
             return final[:-1] == drafted, final
-        p = probabilities(logits, seen, self._options, self.top_p).double()
+        p = probabilities(logits, seen, self._options, text.top_p).double()
         q = proposals.probabilities[:-1]
         chosen = drafted[:, None]
         accepted = (
@@ -322,17 +355,12 @@ class Verdict:
         rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
         return accepted, draw_from(rest, self._numbers(n, FINAL))
 
-    def _write(
-        self, tokens: Tensor, logits: Tensor, n_kept: Tensor, newest: Tensor, draft_finite: Tensor
-    ) -> None:
-        """Add the first n_kept + 1 of `tokens` to the text; the last of them is `newest`."""
-        codes = torch.where(draft_finite, tokens, DRAFT_FAILED)
+    def _write(self, growth: Growth, logits: Tensor, draft_finite: Tensor) -> None:
+        """Keep on record what is added, of the target's logits [gamma + 1, V]."""
+        codes = torch.where(draft_finite, growth.tokens, DRAFT_FAILED)
         codes = torch.where(logits.isfinite().all(-1), codes, TARGET_FAILED)
-        codes = torch.where(self._places <= n_kept, codes, UNUSED)
-        self.record.copy_(step_record(codes, tokens, logits))
-        self.newest.copy_(newest[:, None])
-        self.seen.scatter_(1, tokens[None], True)
-        self.count.add_(n_kept + 1)
+        codes = torch.where(self._places <= growth.n_kept, codes, UNUSED)
+        self.record.copy_(step_record(codes, growth.tokens, logits))
 
     def read(self) -> list[Drawn]:
         """The tokens of the round, on the host: the only thing that it waits for."""
