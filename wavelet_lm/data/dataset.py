@@ -334,11 +334,8 @@ def _separated(corpus: Corpus, separator: str | None, log: Callable[[str], None]
 
 
 def _looks_like_a_path(dataset: str) -> bool:
-    return (
-        dataset.startswith((".", "~", "data/"))
-        or dataset.lower().endswith(FILE_SUFFIXES)
-        or dataset == "data"
-    )
+    starts = dataset == "data" or dataset.startswith((".", "~", "data/"))
+    return starts or dataset.lower().endswith(FILE_SUFFIXES)
 
 
 def _tokenizer_for(
@@ -386,9 +383,9 @@ def _sentences(corpus: Corpus) -> Iterator[str]:
 
 def _check(corpus: Corpus, split: str, tokenizer: Tokenizer, n_bytes: int, n_tokens: int) -> None:
     """Published texts must be exactly what was published."""
+    published = corpus.n_tokens.get((tokenizer.name, split))
     counts = [("bytes", n_bytes, corpus.n_bytes.get(split))]
-    key = (tokenizer.name, split)
-    counts.append((f"{tokenizer.name} tokens", n_tokens, corpus.n_tokens.get(key)))
+    counts.append((f"{tokenizer.name} tokens", n_tokens, published))
     for what, found, expected in counts:
         if expected is not None and found != expected:
             raise UserError(

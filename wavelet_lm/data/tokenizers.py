@@ -345,8 +345,13 @@ def _read(file: Path) -> Tokenizer:
             f"{file}: {brief(details)} has other keys than a tokenizer {name!r}; copy the file of"
             " the run again"
         ) from error
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{file}: cannot be read as a tokenizer ({error})") from error
+    except RuntimeError as error:
+        model = file.parent / "sentencepiece.model"
+        raise UserError(f"{model}: cannot be read as a SentencePiece model") from error
+    except ValueError as error:
+        raise UserError(f"{file}: cannot be read as a tokenizer: {error}") from error
+    if name not in ("gpt2", "bytes"):
+        raise UserError(f"{file}: there is no tokenizer {brief(name)}")
     return named_tokenizer(name)
 
 

@@ -104,7 +104,6 @@ class Checkpoint:
             raise UserError(
                 f"{path}: no checkpoint of this project ({said_format(header)}); this version"
                 f" reads {FORMAT!r} and {QUANTIZED_FORMAT!r}"
-                f" and {QUANTIZED_FORMAT!r}"
             )
         self.quantization: str | None = header.get("quantization")
         self.config = Config.from_dict(self._object(header, "config"), source=str(path))
