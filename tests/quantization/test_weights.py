@@ -132,7 +132,7 @@ def test_layers_are_those_of_the_dequantized_weight(bits, monkeypatch):
     q = torch.randn(2, 5, n, K).double()
     check(QuantizedSubKeys(weight)(q), keys(q))
 
-    table = ValueTable(N, K).double()
+    table = ValueTable(N, K, 3).double()
     table.weight.data = number
     rows, factors = torch.randint(N, (9, 3)), torch.randn(9, 3).double()
     quantized = QuantizedValueTable(one, torch.float64)
