@@ -308,7 +308,8 @@ def test_eight_bits_leave_the_logits_nearly_as_they_were(config):
     )
     model = sharpened(config)
     exact, found = whole(model, tokens()), whole(quantize(model, scheme()), tokens())
-    assert (found - exact).norm() <= 0.05 * exact.norm()
+    near = 0.1 if config.delta_memory else 0.05  # what it recalls is normed, however little it is
+    assert (found - exact).norm() <= near * exact.norm()
     assert not torch.equal(found, exact)
 
 
