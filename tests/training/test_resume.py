@@ -183,9 +183,7 @@ def test_real_processes_kill_terminate_and_interrupt(folders, monkeypatch):
     process.kill()
     process.communicate()
     run = runs.only_run(folders[1])
-    stops = [(signal.SIGTERM, 143, 30), (signal.SIGHUP, 129, 40), (signal.SIGINT, 130, 50)]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # these tests run under nohup
-        del stops[1]
+    stops = ((signal.SIGTERM, 143, 30), (signal.SIGHUP, 129, 40), (signal.SIGINT, 130, 50))
     for signum, status, step in stops:
         process = runs.command("--resume", run)
         wait_for_step(process, step)
