@@ -92,6 +92,7 @@ def test_what_is_no_library_is_said(source, tmp_path, monkeypatch):
     compiler(tmp_path, monkeypatch, 'while [ "$1" != -o ]; do shift; done; echo junk > "$2"')
     with pytest.warns(UserWarning, match="twice.cpp runs as plain PyTorch"):
         assert native.library(source) is None
+    assert kept(tmp_path) == ["kernels", "wavelet_lm"]
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(source, tmp_path):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -157,68 +157,42 @@ _on_cpu_backward = torch.ops.wavelet_lm.delta_rule_backward.default
 
 
 @torch.library.impl("wavelet_lm::delta_rule", "CPU")
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, every: int
-) -> tuple[Tensor, Tensor]:
-    kernel = _kernel(q.dtype, q.shape[-1], v.shape[-1])
+def _forward(*arguments: Tensor | int) -> Result:
+    *inputs, every = arguments
+    kernel = _kernel(inputs)
     if kernel is None:
-        y, states = _plain(every, q, k, v, log_decay, beta, state)
+        y, states = _plain(every, *inputs)
         return y.contiguous(), states.contiguous()
-    y, states = _empty_result(q, k, v, log_decay, beta, state, every)
-    inputs = _Inputs.of(q, k, v, log_decay.exp(), beta, state, every)
-    _run(kernel.delta_rule_forward, inputs, y, states)
+    y, states = _empty_result(*arguments)
+    _run(kernel.delta_rule_forward, _Inputs.of(inputs, every), y, states)
     return y, states
 
 
 @torch.library.register_fake("wavelet_lm::delta_rule")
-def _empty_result(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, every: int
-) -> tuple[Tensor, Tensor]:
+def _empty_result(*arguments: Tensor | int) -> Result:
+    q, _, v, _, _, state, every = arguments
     B, T, H, dk = q.shape
     dv = v.shape[-1]
     return v.new_empty(B, T, H, dv), state.new_empty(B, -(-T // every), H, dk, dv)
 
 
 @torch.library.impl("wavelet_lm::delta_rule_backward", "CPU")
-def _gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    states: Tensor,
-    d_y: Tensor,
-    d_states: Tensor,
-    every: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernel = _kernel(q.dtype, q.shape[-1], v.shape[-1])
+def _gradients(*arguments: Tensor | int) -> tuple[Tensor, ...]:
+    *inputs, states, d_y, d_states, every = arguments
+    kernel = _kernel(inputs)
     if kernel is None:
-        _, pull_back = torch.func.vjp(partial(_plain, every), q, k, v, log_decay, beta, state)
+        _, pull_back = torch.func.vjp(partial(_plain, every), *inputs)
         return tuple(x.contiguous() for x in pull_back((d_y, d_states)))
-    gradients = _empty_gradients(q, k, v, log_decay, beta, state, states, d_y, d_states, every)
-    decay = log_decay.exp()
-    data = _Inputs.of(q, k, v, decay, beta, state, every)
+    gradients = _empty_gradients(*arguments)
     read = [part.contiguous() for part in (states, d_y, d_states)]
-    _run(kernel.delta_rule_backward, data, *read, *gradients)
-    gradients[3].mul_(decay)  # of the logarithm
+    _run(kernel.delta_rule_backward, _Inputs.of(inputs, every), *read, *gradients)
+    gradients[3].mul_(inputs[3].exp())  # of the decay's logarithm
     return gradients
 
 
 @torch.library.register_fake("wavelet_lm::delta_rule_backward")
-def _empty_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    states: Tensor,
-    d_y: Tensor,
-    d_states: Tensor,
-    every: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, log_decay, beta, state))
+def _empty_gradients(*arguments: Tensor | int) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in arguments[: len(INPUTS)])
 
 
 def _keep_inputs(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -249,11 +223,11 @@ class _Inputs(ctypes.Structure):
     kept: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, *inputs: Tensor | int) -> _Inputs:
-        *tensors, every = inputs
-        vectors = [x if _is_dense_in_a_token(x) else x.contiguous() for x in tensors[:3]]
-        others = [x.contiguous() for x in tensors[3:]]
-        kept = (*vectors, *others)
+    def of(cls, inputs: Sequence[Tensor], every: int) -> _Inputs:
+        """For the tensors of `INPUTS`."""
+        *vectors, log_decay, beta, state = inputs
+        vectors = [x if _is_dense_in_a_token(x) else x.contiguous() for x in vectors]
+        kept = (*vectors, log_decay.exp().contiguous(), beta.contiguous(), state.contiguous())
         steps = [x.stride(1) for x in vectors]
         new = cls(*(x.data_ptr() for x in kept), *steps, *vectors[0].shape[:3], every)
         new.kept = kept
@@ -266,10 +240,10 @@ def _is_dense_in_a_token(x: Tensor) -> bool:
     return one == 1 and head == x.shape[3] and batch == x.shape[1] * token
 
 
-@cache
-def _kernel(dtype: torch.dtype, dk: int, dv: int) -> ctypes.CDLL | None:
-    real = {torch.float32: "float", torch.float64: "double"}[dtype]
-    return library(SOURCE, REAL=real, DK=dk, DV=dv)
+def _kernel(inputs: Sequence[Tensor]) -> ctypes.CDLL | None:
+    q, _, v, *_ = inputs
+    real = {torch.float32: "float", torch.float64: "double"}[q.dtype]
+    return library(SOURCE, REAL=real, DK=q.shape[-1], DV=v.shape[-1])
 
 
 def _run(function: Callable[..., None], inputs: _Inputs, *tensors: Tensor) -> None:
@@ -312,46 +286,33 @@ _by_fla_backward = torch.ops.wavelet_lm.delta_rule_by_fla_backward.default
 
 
 @torch.library.impl("wavelet_lm::delta_rule_by_fla", "CompositeExplicitAutograd")
-def _fla_forward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fla_forward(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the last state [B, 1, H, dk, dv], and what the backward pass reads.
 
     fla-core's own function stops torch.compile; its two halves are operators here.
     """
     from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
 
-    inputs = (x.contiguous() for x in (q, k, v, log_decay, beta))
+    *others, state = (x.contiguous() for x in inputs)
     decays, y, system, last, *_ = chunk_gated_delta_rule_fwd(
-        *inputs, scale=1.0, initial_state=state.contiguous(), output_final_state=True
+        *others, scale=1.0, initial_state=state, output_final_state=True
     )
     return y, last[:, None], decays, system
 
 
 @torch.library.register_fake("wavelet_lm::delta_rule_by_fla")
-def _(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, states = _empty_result(q, k, v, log_decay, beta, state, q.shape[1])
+def _(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, k, _, log_decay, *_ = inputs
     decays = log_decay.new_empty(log_decay.shape, dtype=torch.float32)
+    y, states = _empty_result(*inputs, k.shape[1])
     return y, states, decays, k.new_empty(*k.shape[:3], FLA_CHUNK)
 
 
 @torch.library.impl("wavelet_lm::delta_rule_by_fla_backward", "CompositeExplicitAutograd")
-def _fla_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    decays: Tensor,
-    system: Tensor,
-    d_y: Tensor,
-    d_states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fla_gradients(*arguments: Tensor) -> tuple[Tensor, ...]:
     from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd
 
-    q, k, v, beta, state, d_y = (x.contiguous() for x in (q, k, v, beta, state, d_y))
+    q, k, v, beta, state, decays, system, d_y, d_states = (x.contiguous() for x in arguments)
     d_q, d_k, d_v, d_beta, d_log_decay, d_state, *_ = chunk_gated_delta_rule_bwd(
         *(q, k, v, decays, beta, system),
         scale=1.0,
@@ -360,23 +321,12 @@ def _fla_gradients(
         dht=d_states[:, 0].contiguous(),
     )
     gradients = (d_q, d_k, d_v, d_log_decay, d_beta, d_state)
-    return tuple(
-        g.to(x.dtype) for g, x in zip(gradients, (q, k, v, beta, beta, state), strict=True)
-    )
+    return tuple(gradient.to(q.dtype) for gradient in gradients)
 
 
 @torch.library.register_fake("wavelet_lm::delta_rule_by_fla_backward")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    decays: Tensor,
-    system: Tensor,
-    d_y: Tensor,
-    d_states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*arguments: Tensor) -> tuple[Tensor, ...]:
+    q, k, v, beta, state, *_ = arguments
     return tuple(x.new_empty(x.shape) for x in (q, k, v, beta, beta, state))
 
 

@@ -67,6 +67,7 @@ def _compiled(source: Path, macros: dict[str, str | int]) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             made = Path(temporary) / name
             _run(command, source, made)
+            ctypes.CDLL(str(made))  # what cannot be loaded is not kept
             made.replace(folder / name)  # whole, however many processes do the same
     return folder / name
 
