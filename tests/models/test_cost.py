@@ -83,7 +83,17 @@ def test_flops_are_those_that_pytorch_counts(config):
     )
     model = perturb(build_model(config, V))
     idx = torch.randint(V, (2, 6))
-    with FlopCounterMode(display=False) as counter:
+
+    def of_the_state(q, k, v, *args, **options):
+        """A delta memory's: what its state knows of k, what is written, what q reads."""
+        B, T, H, dk = q
+        return 3 * 2 * B * T * H * dk * v[-1]
+
+    formulas = {
+        torch.ops.wavelet_lm.delta_rule: of_the_state,
+        torch.ops.wavelet_lm.delta_rule_backward: lambda *args, **o: 2 * of_the_state(*args),
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         # The loss itself hides its in-place product from the counter.
         passes, _ = model.passes(idx, None)
         sum(linear(x, model.output_weight()).square().sum() for x in passes).backward()
@@ -150,6 +160,21 @@ def test_the_reach_is_the_last_position_that_a_token_changes(switches):
     assert first_token_matters_to(result.reach)
     assert not first_token_matters_to(result.reach + 1)
     assert not result.sees_everything
+
+
+def test_a_tied_gpt_reads_its_matrix_once():
+    config = tiny_config(model="gpt", tie_embedding_to_lm_head=True, head_hidden=0, heads=2)
+    result = breakdown(config, V)
+    assert result.total.distinct == result.n_params - (config.block_size - 1) * config.C
+
+
+def test_what_looks_back_without_end_is_named():
+    none = {"decompose_bypass": False, "pkm_enabled": False, "fwpkm_enabled": False}
+    result = breakdown(tiny_config(**none, delta_memory=True), V)
+    assert "the delta memory sees everything" in table(result)
+    assert as_dict(result)["delta_memory_sees_everything"] is True
+    assert as_dict(result)["running_mean_sees_everything"] is False
+    assert "everything" not in table(breakdown(tiny_config(**none), V))
 
 
 def test_the_command(tmp_path):

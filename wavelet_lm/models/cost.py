@@ -20,6 +20,7 @@ from wavelet_lm.models.wavelet_lm.model import WaveletLM
 from wavelet_lm.roles import Use, uses
 
 BACKWARD = 3  # a product's backward takes two of its size, one for each factor
+MEAN, MEMORY = "running mean", "delta memory"
 
 
 @dataclass
@@ -48,7 +49,8 @@ class Breakdown:
     components: by name, in the order of the computation; hadamard_flops: of one training token, for
     transforms done as products, at the config's micro-batch; state_elements, state_bytes: of one
     text in float32; block_reach, reach: positions back that the wavelets of one block and of the
-    stack see, or a GPT's attention; sees_everything: whether a running mean reaches further still.
+    stack see, or a GPT's attention; sees_everything: what reaches further still, a running
+    mean or a delta memory.
     """
 
     n_params: int
@@ -58,7 +60,7 @@ class Breakdown:
     state_bytes: int
     block_reach: int
     reach: int
-    sees_everything: bool
+    sees_everything: tuple[str, ...]
 
     @property
     def total(self) -> Cost:
@@ -84,8 +86,14 @@ def breakdown(config: Config, vocab_size: int) -> Breakdown:
         **_state_size(state),
         block_reach=block_reach,
         reach=reach,
-        sees_everything=isinstance(cells[0], WaveletLM) and config.decompose_bypass,
+        sees_everything=_endless(config) if isinstance(cells[0], WaveletLM) else (),
     )
+
+
+def _endless(config: Config) -> tuple[str, ...]:
+    """The parts of a WaveletLM that look back any number of positions."""
+    parts = {MEAN: config.decompose_bypass, MEMORY: config.delta_memory}
+    return tuple(part for part, is_there in parts.items() if is_there)
 
 
 def _components(model: LanguageModel) -> dict[str, Cost]:
@@ -95,9 +103,7 @@ def _components(model: LanguageModel) -> dict[str, Cost]:
     of its own. Products without weights are those of a whole window of block_size.
     """
     of_a_block = {p for part in model.first_block() for p in part.parameters()}
-    # A GPT's embedding counts its row beside the head's matrix.
-    places = [] if isinstance(model, GPT) else list(uses(model))
-    whole = {use.parameter for use in places if use.role.vectors}
+    whole = {use.parameter for use in uses(model) if use.role.vectors}
     components: dict[str, Cost] = {}
     seen: set[nn.Parameter] = set()
     for use in uses(model):
@@ -173,7 +179,8 @@ def as_dict(result: Breakdown) -> dict[str, Any]:
         "state_bytes": result.state_bytes,
         "reach_per_block": result.block_reach,
         "reach": result.reach,
-        "running_mean_sees_everything": result.sees_everything,
+        "running_mean_sees_everything": MEAN in result.sees_everything,
+        "delta_memory_sees_everything": MEMORY in result.sees_everything,
         "components": {name: row(cost) for name, cost in result.components.items()},
     }
 
@@ -191,7 +198,7 @@ def table(result: Breakdown) -> str:
         + "".join(f"  {cell.rjust(w)}" for cell, w in zip(row[1:], widths[1:], strict=True))
         for row in rows
     ]
-    everything = "; the running mean sees everything" if result.sees_everything else ""
+    everything = "".join(f"; the {part} sees everything" for part in result.sees_everything)
     lines += [
         "",
         "FLOPs/token: matrix products of training, forward and backward (3 × forward), without the",

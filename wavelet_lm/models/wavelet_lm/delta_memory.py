@@ -50,6 +50,8 @@ class DeltaMemory(nn.Module):
         self.norm_weight = nn.Parameter(torch.ones(self.value_dim))
         self.out = nn.Linear(n_values, C, bias=False)
         self.dropout = nn.Dropout(config.dropout_projection)
+        # What the state knows of k, what is written, what q reads.
+        self.n_products = 3 * n_keys * self.value_dim
         with torch.no_grad():
             self.rates.bias[: self.heads] = 0
             self.rates.bias[self.heads :] = torch.linspace(FIRST_DECAY, LAST_DECAY, self.heads)
