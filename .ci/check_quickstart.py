@@ -13,6 +13,6 @@ assert rows[-1]["event"] == "end", "the run did not finish"
 text = (run / "generations.txt").read_text()
 WORDS = ("self", "return", "    if ", "def ", "):\n", "import ", "None", " = ", "raise ")
 marks = [word for word in WORDS if word in text]
-print(f"marks of Python in the sample: {marks}")
-assert len(marks) >= 3, "the sample does not resemble Python"
+print(f"marks of Python in the samples: {marks}")
+assert len(marks) >= 5, "the samples do not resemble Python"
 assert "python-stdlib" in Path("runs.md").read_text(), "no row in runs.md"
