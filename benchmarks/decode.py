@@ -16,8 +16,8 @@ stays on the device. Beside it, in the same run and in turns with it:
 The plot needs `python -m pip install -c constraints.txt -e ".[bench]"`.
 
 Latency is the median over all timed steps, the mean beside it would show a step that is dear now
-and then. Bytes of weights per token come in three counts: those of the weights prepared for
-decoding, those of the plain model's as often as they are read (shared nets are read again), and
+and then. Bytes of weights per token come in three counts: those of the fused weights
+(`prepared`), those of the plain model's as often as they are read (shared nets are read again), and
 each of these once. Each over the time and the speed of memory, measured in the same run, is how
 near decoding comes to what memory allows.
 Results go to `--json FILE`, by convention `benchmarks/results/decode_<config>_<machine>.json`.
@@ -461,7 +461,7 @@ def report(benchmark: Benchmark) -> str:
     lines += [
         "",
         "x/y: bytes per token by count x over time, over the speed of memory y (copy: bytes read",
-        "  and written; read: a sum). prepared: the weights as decoding holds them; reads: those",
+        "  and written; read: a sum). prepared: the fused weights; reads: those",
         "  of the plain model, as often as they are read; of the GPT, its weights and its cache",
     ]
     return "\n".join(lines)

@@ -56,14 +56,14 @@ from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.evaluation.likelihood import BATCH_POSITIONS, score
-from wavelet_lm.fusion.fuse import COMPONENTS, n_bytes, prepare
+from wavelet_lm.fusion.fuse import COMPONENTS, fuse, n_bytes
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.loading import load_model, load_tokenizer
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.quantization.backends import check_backend
 from wavelet_lm.quantization.options import QuantizationOptions
-from wavelet_lm.quantization.quantize import component, quantize
+from wavelet_lm.quantization.quantize import quantize, scheme_component
 from wavelet_lm.quantization.scheme import Scheme
 from wavelet_lm.threads import use_threads
 
@@ -106,20 +106,20 @@ class Sweep:
     def measure(self, name: str, scheme: Scheme, calibrated: bool = False) -> Row:
         """Quantize, measure, print and keep one row."""
         if min(scheme.bits.values()) == 16:
-            twin = prepare(self.model)
+            fused = fuse(self.model)
         else:
             text = self.calibration if calibrated else None
-            twin = quantize(self.model, scheme, calibration=text)
-        bits_per_byte = self.bits_per_byte(twin)
+            fused = quantize(self.model, scheme, calibration=text)
+        bits_per_byte = self.bits_per_byte(fused)
         reference = self.rows[0]["bits_per_byte"] if self.rows else bits_per_byte
         row = {
             "name": name + (", calibrated" if calibrated else ""),
             "bits": scheme.bits,
             "backend": scheme.backend,
             "calibrated": calibrated,
-            "bytes": n_bytes(twin),
-            "bits_per_weight": 8 * n_bytes(twin) / n_params(self.model),
-            "tokens_per_second": self.tokens_per_second(twin),
+            "bytes": n_bytes(fused),
+            "bits_per_weight": 8 * n_bytes(fused) / n_params(self.model),
+            "tokens_per_second": self.tokens_per_second(fused),
             "bits_per_byte": bits_per_byte,
             "cost": bits_per_byte - reference,
         }
@@ -172,8 +172,8 @@ class Sweep:
 
     def components(self) -> list[str]:
         """The components that this model has, but what is left of it, which keeps its 8 bits."""
-        twin = prepare(self.model, precision=lambda name: name)
-        present = {component(twin, name.removesuffix(".weight")) for name in weights(twin)}
+        fused = fuse(self.model, precision=lambda name: name)
+        present = {scheme_component(fused, name.removesuffix(".weight")) for name in weights(fused)}
         return [name for name in COMPONENTS if name in present and name != "rest"]
 
 
@@ -182,9 +182,9 @@ def smallest(rows: list[Row], budget: float) -> Row | None:
     return min((r for r in rows if r["cost"] <= budget), key=lambda r: r["bytes"], default=None)
 
 
-def weights(twin: LanguageModel) -> Iterator[str]:
+def weights(fused: LanguageModel) -> Iterator[str]:
     """Names of matrices and tables."""
-    return (name for name, p in twin.named_parameters() if name.endswith("weight") and p.ndim > 1)
+    return (name for name, p in fused.named_parameters() if name.endswith("weight") and p.ndim > 1)
 
 
 def mixes(eight: Row, alone: dict[tuple[str, int], Row], budget: float) -> Iterator[dict[str, int]]:
@@ -298,10 +298,10 @@ def speed(args: Any, device: torch.device) -> tuple[list[Row], dict[str, float]]
         model = build_model(config, args.vocab_size).eval()
     decoders = {}
     for name, scheme in schemes.items():
-        print(f"preparing {name}", file=sys.stderr, flush=True)
-        twin = model if scheme is None else quantize(model, scheme, dtype=dtype)
-        decoders[name] = Decoder(twin, dtype=dtype, compile=args.compile)
-    del model, twin
+        print(f"quantizing {name}", file=sys.stderr, flush=True)
+        quantized = model if scheme is None else quantize(model, scheme, dtype=dtype)
+        decoders[name] = Decoder(quantized, dtype=dtype, compile=args.compile)
+    del model, quantized
     streams = {name: opened(decoder) for name, decoder in decoders.items()}
     memory = bandwidth(device)
     samples = alternate(

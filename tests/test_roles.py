@@ -11,7 +11,7 @@ from wavelet_lm.models.cost import BACKWARD, breakdown
 from wavelet_lm.models.registry import build_model
 from wavelet_lm.models.wavelet_lm import block
 from wavelet_lm.models.wavelet_lm.mlp import MLP
-from wavelet_lm.quantization.quantize import component
+from wavelet_lm.quantization.quantize import scheme_component
 from wavelet_lm.roles import FACTOR, MAP, Runs, component_of, declared, maps, uses
 
 V = 11
@@ -78,7 +78,7 @@ def test_a_new_module_brings_its_roles_with_it(monkeypatch):
     assert {p for p in new.parameters() if p in found} == {new.key.weight, new.value.weight}
     name = "blocks.0.feedforward.branches.new.key"
     assert component_of(model, name) == "new memory"
-    assert component(model, name) == "rest"
+    assert scheme_component(model, name) == "rest"
 
 
 def test_a_part_without_a_component_is_named(monkeypatch):

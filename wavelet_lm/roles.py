@@ -42,8 +42,9 @@ MAP = Role(is_map=True, vectors=1)
 FACTOR = Role(vectors=1)
 TABLE = Role(rows=1)
 
-COMPONENTS = {nn.LayerNorm: "norms"}
-ROLES: dict[type[nn.Module], dict[str, Role]] = {
+# What modules of PyTorch itself would declare.
+COMPONENT_OF = {nn.LayerNorm: "norms"}
+ROLES_OF: dict[type[nn.Module], dict[str, Role]] = {
     nn.Linear: {"weight": MAP},
     nn.Embedding: {"weight": TABLE},
     nn.Conv1d: {"weight": FACTOR},
@@ -110,7 +111,7 @@ def maps(module: nn.Module) -> set[nn.Parameter]:
 
 
 def _component(module: nn.Module, inherited: str | None) -> str | None:
-    of_type = next((c for kind, c in COMPONENTS.items() if isinstance(module, kind)), inherited)
+    of_type = next((c for kind, c in COMPONENT_OF.items() if isinstance(module, kind)), inherited)
     return getattr(module, "component", of_type)
 
 
@@ -118,7 +119,7 @@ def _uses(
     module: nn.Module, name: str, inherited: str | None, runs: Runs, declared_runs: dict
 ) -> Iterator[Use]:
     component = _component(module, inherited)
-    of_type = next((r for kind, r in ROLES.items() if isinstance(module, kind)), {})
+    of_type = next((r for kind, r in ROLES_OF.items() if isinstance(module, kind)), {})
     roles = getattr(module, "roles", of_type)
     dot = f"{name}." if name else ""
     for key, parameter in module._parameters.items():

@@ -68,12 +68,14 @@ def test_parts_of_ptq8_need_it():
 
 
 def test_what_is_quantized_is_not_quantized_again():
-    twin = quantize(build_model(tiny_config(quantize_enabled=True), V).eval(), Scheme.uniform(8))
-    assert typed().scheme(twin, "RUN8") is None
-    assert typed("--no_ptq8").scheme(twin, "RUN8") is None
+    quantized_model = quantize(
+        build_model(tiny_config(quantize_enabled=True), V).eval(), Scheme.uniform(8)
+    )
+    assert typed().scheme(quantized_model, "RUN8") is None
+    assert typed("--no_ptq8").scheme(quantized_model, "RUN8") is None
     for flags, name in ((("--ptq8",), "ptq8"), (("--ptq8", "--ptq_bits", "4"), "ptq_bits")):
         with pytest.raises(UserError, match=f"RUN8 is quantized already; leave out --{name}"):
-            typed(*flags).scheme(twin, "RUN8")
+            typed(*flags).scheme(quantized_model, "RUN8")
 
 
 def test_calibrating_needs_few_bits():

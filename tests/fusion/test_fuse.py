@@ -1,4 +1,4 @@
-"""Folded weights compute what the model does, for every switch, in any chunks and dtype."""
+"""Fused models compute what the model does, for every switch, in any chunks and dtype."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.conftest import perturb, tiny_config
 from tests.models.test_properties import T, V, configs
 from wavelet_lm import Config, build_model
 from wavelet_lm.fusion import linear as products
-from wavelet_lm.fusion.fuse import n_bytes, prepare, weight_bytes_per_token
+from wavelet_lm.fusion.fuse import fuse, n_bytes, weight_bytes_per_token
 from wavelet_lm.models.cost import breakdown
 
 ROOT = Path(__file__).parents[2]
@@ -27,48 +27,48 @@ def sharpened(config):
 
 @settings(**RANDOM)
 @given(configs(), st.sampled_from([lambda component: None, lambda component: component]))
-def test_the_twin_is_the_same_function(config, precision):
-    """Whether its components are put together or stay apart."""
+def test_the_fused_model_is_the_same_function(config, precision):
+    """Whether its components are fused or stay apart."""
     model = sharpened(config)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    twin = prepare(model, adapt=config.fwpkm_inference_updates, precision=precision)
+    fused = fuse(model, adapt=config.fwpkm_inference_updates, precision=precision)
     idx = torch.randint(V, (2, T))
     with torch.no_grad():
         expected, _ = model(idx)
-        whole, _ = twin(idx)
-        first, state = twin(idx[:, :7])
-        rest, _ = twin(idx[:, 7:], state)
+        whole, _ = fused(idx)
+        first, state = fused(idx[:, :7])
+        rest, _ = fused(idx[:, 7:], state)
     torch.testing.assert_close(whole, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(torch.cat((first, rest), 1), expected, rtol=1e-9, atol=1e-9)
-    assert not set(model.modules()) & set(twin.modules())  # else their modes would be one
+    assert not set(model.modules()) & set(fused.modules())  # else their modes would be one
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])
         assert p.requires_grad or "cross_layer_mix" in name or "noise" in name
 
 
 def test_bytes_read_per_token_of_the_headline_config():
-    """Close to the breakdown's count of reads, which knows of no folds."""
+    """Close to the breakdown's count of reads, which knows of no fusion."""
     config = Config.from_json(ROOT / "config.json")
     with torch.device("meta"):
         model = build_model(config, 50257)
-    twin = prepare(model, torch.bfloat16)
+    fused = fuse(model, torch.bfloat16)
     read = breakdown(config, 50257).total.read
     # A memory's query and keys, C² + √N · C each, have become 2 √N · C.
     n_keys = 128
     saved = 4 * (2048 * 2048 + n_keys * 2048 - 2 * n_keys * 2048)
     side_by_side = 2 * 2048 * 2048  # the projection, of a rotated and of a plain signal
     expected = read - saved + side_by_side
-    assert weight_bytes_per_token(twin) / 2 == pytest.approx(expected, rel=1e-4)
+    assert weight_bytes_per_token(fused) / 2 == pytest.approx(expected, rel=1e-4)
 
 
 @settings(**{**RANDOM, "max_examples": 15})
 @given(configs())
 def test_bytes_read_per_token_are_at_most_all_of_them_as_often_as_they_run(config):
     config = config.replace(fwpkm_inference_updates=False)
-    twin = prepare(sharpened(config))
+    fused = fuse(sharpened(config))
     runs = config.loop_iterations * (config.looped_blocks_count if config.looped_blocks else 1)
     runs *= 2 * config.layers  # a shared wavelet runs once per block, its update nets twice
-    assert 0 < weight_bytes_per_token(twin) <= runs * n_bytes(twin)
+    assert 0 < weight_bytes_per_token(fused) <= runs * n_bytes(fused)
 
 
 @pytest.mark.parametrize(
@@ -86,34 +86,34 @@ def test_logits_in_bfloat16_agree_within_rounding(switches):
     idx = torch.randint(V, (2, T))
     with torch.no_grad():
         exact, _ = model.double().eval()(idx)
-        folded, _ = prepare(model, torch.bfloat16)(idx)
+        found, _ = fuse(model, torch.bfloat16)(idx)
         plain, _ = model.bfloat16()(idx)
     error = lambda logits: float((logits.double() - exact).abs().max())  # noqa: E731
-    assert folded.dtype == torch.bfloat16
-    assert error(folded) <= max(1.5 * error(plain), 0.02 * float(exact.max() - exact.min()))
+    assert found.dtype == torch.bfloat16
+    assert error(found) <= max(1.5 * error(plain), 0.02 * float(exact.max() - exact.min()))
 
 
 def test_a_tied_head_stays_the_embedding():
-    twin = prepare(build_model(tiny_config(tie_embedding_to_lm_head=True), V), torch.bfloat16)
-    assert twin.head.weight is twin.embedding.weight
+    fused = fuse(build_model(tiny_config(tie_embedding_to_lm_head=True), V), torch.bfloat16)
+    assert fused.head.weight is fused.embedding.weight
 
 
 def test_what_needs_no_change_is_shared():
     model = build_model(tiny_config(), V)
-    twin = prepare(model)
-    assert twin.embedding.weight.data_ptr() == model.embedding.weight.data_ptr()
+    fused = fuse(model)
+    assert fused.embedding.weight.data_ptr() == model.embedding.weight.data_ptr()
     values = [m.feedforward.branches["pkm"].values.weight for m in model.blocks]
-    assert {p.data_ptr() for p in values} < {p.data_ptr() for p in twin.parameters()}
+    assert {p.data_ptr() for p in values} < {p.data_ptr() for p in fused.parameters()}
 
 
 def test_a_bias_apart_is_the_same_sum(monkeypatch):
     """As it is compiled for one text on a GPU."""
     model = sharpened(tiny_config())
-    twin, idx = prepare(model), torch.randint(V, (1, T))
+    fused, idx = fuse(model), torch.randint(V, (1, T))
     with torch.no_grad():
-        expected, _ = twin(idx)
+        expected, _ = fused(idx)
         asked = []
         monkeypatch.setattr(products, "bias_apart", lambda x: asked.append(x) or True)
-        apart, _ = twin(idx)
+        apart, _ = fused(idx)
     assert len(asked) > 10
     torch.testing.assert_close(apart, expected, rtol=1e-9, atol=1e-9)

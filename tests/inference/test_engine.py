@@ -1,4 +1,4 @@
-"""The engine: the texts of the command, from Python, with weights put together once."""
+"""The engine: the texts of the command, from Python, with a model that is fused once."""
 
 import gc
 import weakref
@@ -11,7 +11,7 @@ from tests.conftest import tiny_config
 from tests.inference.fakes import HistoryModel
 from tests.inference.writers import LETTERS, Letters, small_model
 from wavelet_lm import Engine, UserError, build_model, generate
-from wavelet_lm.inference import twins
+from wavelet_lm.inference import live_decoder
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.engine import OPTIONS
 from wavelet_lm.inference.generation_options import GenerationOptions
@@ -23,8 +23,8 @@ SEEDS = [3, 4, 3]
 
 
 @pytest.fixture
-def folds(monkeypatch):
-    """How many times weights were put together, as a list that grows."""
+def fusions(monkeypatch):
+    """How many times a model was fused, as a list that grows."""
     made = []
 
     class Counted(Decoder):
@@ -32,7 +32,7 @@ def folds(monkeypatch):
             made.append(1)
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(twins, "Decoder", Counted)
+    monkeypatch.setattr(live_decoder, "Decoder", Counted)
     return made
 
 
@@ -82,16 +82,16 @@ def test_the_config_decides_what_is_not_given():
     assert Engine(model, Letters()).generate("ab") == generate(model, Letters(), "ab", 7, **asked)
 
 
-def test_weights_are_put_together_once(folds):
+def test_a_model_is_fused_once(fusions):
     model, other = small_model(), small_model(1)
     first = generate(model, Letters(), "abc", 20)
     assert generate(model, Letters(), "abc", 20) == first
     generate(other, Letters(), "abc", 20)
     assert generate(model, Letters(), "abc", 20) == first
-    assert len(folds) == 2
+    assert len(fusions) == 2
     engine = Engine(model, Letters())
     assert [engine.generate("abc", 20, temperature=1.0) for _ in range(3)] == [first] * 3
-    assert len(folds) == 3
+    assert len(fusions) == 3
 
 
 def train(model):
@@ -123,17 +123,17 @@ def one_matrix(model):
 @pytest.mark.parametrize(
     "change", [train, load, load_assigned, write_behind_the_counters, one_matrix]
 )
-def test_changed_weights_are_put_together_again(change, folds):
+def test_changed_weights_are_fused_again(change, fusions):
     model = small_model()
     engine = Engine(model, Letters())
     before = generate(model, Letters(), "abc", 40, temperature=0)
     change(model)
     after = generate(model, Letters(), "abc", 40, temperature=0)
-    assert len(folds) == 3
+    assert len(fusions) == 3
     again = Engine(model, Letters()).generate("abc", 40, **GREEDY)
     assert after == again == engine.generate("abc", 40, **GREEDY)
     logits = Decoder(model).prefill([[1, 2]])[0]
-    assert torch.equal(engine._twin.current()[1].prefill([[1, 2]])[0], logits)
+    assert torch.equal(engine._decoder.current()[1].prefill([[1, 2]])[0], logits)
     if change is not one_matrix:
         assert after != before
 
@@ -145,7 +145,7 @@ def test_an_engine_does_not_keep_its_model_and_generate_keeps_nothing():
     del model
     gc.collect()
     assert there() is None
-    assert not len(twins._TWINS) or all(m is not None for m in twins._TWINS)
+    assert not len(live_decoder._DECODERS) or all(m is not None for m in live_decoder._DECODERS)
     assert engine.generate("abc", 10, temperature=1.0) == text
 
 

@@ -16,7 +16,7 @@ from tests.training.runs import assert_same_run, run_config
 from tests.training.test_resume import killed_run
 from wavelet_lm import UserError, build_model, generate
 from wavelet_lm.evaluation.likelihood import evaluate_run
-from wavelet_lm.fusion.fuse import prepare, weight_bytes_per_token
+from wavelet_lm.fusion.fuse import fuse, weight_bytes_per_token
 from wavelet_lm.inference.completion import Request, Strategy
 from wavelet_lm.inference.context import apply_context
 from wavelet_lm.inference.decoder import Decoder, StaticSession
@@ -113,10 +113,10 @@ def test_in_bfloat16_it_reads_nearly_the_same(kind):
 def test_the_weights_that_a_token_reads(tied):
     """All but the rows of the tables that it does not look up."""
     head = {"tie_embedding_to_lm_head": True, "head_hidden": 0} if tied else {}
-    twin = prepare(small_gpt("learnable", **head))
+    fused = fuse(small_gpt("learnable", **head))
     size = sum(p.numel() for p in small_gpt("learnable", **head).parameters())
     unread = (CONTEXT - 1) * 16 + (0 if tied else V - 1) * 16
-    assert weight_bytes_per_token(twin) == 8 * (size - unread + (16 if tied else 0))
+    assert weight_bytes_per_token(fused) == 8 * (size - unread + (16 if tied else 0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,7 +135,7 @@ def test_with_8_bit_weights_it_reads_nearly_the_same(kind):
 
 def test_contexts():
     model = small_gpt()
-    assert apply_context(prepare(model), "auto").config.model == "gpt"
+    assert apply_context(fuse(model), "auto").config.model == "gpt"
     for context, message in (
         ("window:8", r"limits the running mean and this model has none; use stream"),
         ("recompute:33", r"longer than the 32 positions of this model .* recompute:32 or less"),

@@ -152,8 +152,8 @@ def test_fast_weights_may_not_have_begun_to_learn_or_rest(tmp_path):
 
 def test_the_fingerprint_is_of_what_a_state_depends_on():
     model = tiny_model()
-    twins = [{}, {"max_steps": 5}, {"generation_prompt": "x"}, {"fwpkm_inference_updates": True}]
-    assert {fingerprint(tiny_model(**twin)) for twin in twins} == {fingerprint(model)}
+    unread = [{}, {"max_steps": 5}, {"generation_prompt": "x"}, {"fwpkm_inference_updates": True}]
+    assert {fingerprint(tiny_model(**keys)) for keys in unread} == {fingerprint(model)}
     others = [
         tiny_model(seed=1),
         tiny_model(wavelet_crawl_k=5),

@@ -1,4 +1,4 @@
-"""Models whose weights stay in their file: the same twins, never more than a part in memory."""
+"""Models whose weights stay in their file: fused alike, never more than a part in memory."""
 
 import gc
 import threading
@@ -12,7 +12,7 @@ from torch import nn
 from tests.conftest import perturb, tiny_config
 from tests.models.test_properties import configs
 from wavelet_lm import UserError, build_model
-from wavelet_lm.fusion.fuse import n_bytes, prepare
+from wavelet_lm.fusion.fuse import fuse, n_bytes
 from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint, stored_model
 from wavelet_lm.models.stored_model import StoredModel, TensorReader
 
@@ -26,11 +26,11 @@ def stored(model: nn.Module) -> StoredModel:
 
 @settings(max_examples=15, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(configs())
-def test_the_twin_of_a_stored_model_is_that_of_the_model(config):
+def test_a_stored_model_is_fused_as_the_model_is(config):
     model, idx = perturb(build_model(config, V)), torch.randint(V, (2, 9))
     for dtype in (torch.float32, torch.bfloat16):
-        whole = prepare(model, dtype, adapt=config.fwpkm_inference_updates)
-        parts = prepare(stored(model), dtype, adapt=config.fwpkm_inference_updates)
+        whole = fuse(model, dtype, adapt=config.fwpkm_inference_updates)
+        parts = fuse(stored(model), dtype, adapt=config.fwpkm_inference_updates)
         assert n_bytes(parts) == n_bytes(whole)
         with torch.no_grad():
             assert torch.equal(parts(idx)[0], whole(idx)[0])
@@ -44,7 +44,7 @@ def test_the_twin_of_a_stored_model_is_that_of_the_model(config):
         {"shared_lifting_weights": False},
     ],
 )
-def test_no_more_than_a_part_is_in_memory_beside_the_twin(model):
+def test_no_more_than_a_part_is_in_memory_beside_the_fused_model(model):
     original = build_model(tiny_config(**model, layers=6), V)
     n_all = sum(p.numel() for p in original.parameters())
     values, alive, most = {n: p.detach() for n, p in original.named_parameters()}, {}, 0
@@ -58,17 +58,17 @@ def test_no_more_than_a_part_is_in_memory_beside_the_twin(model):
         most = max(most, sum(n for _, n in alive.values()))
         return tensor
 
-    twin = prepare(StoredModel(original.config, V, read), torch.bfloat16)
+    fused = fuse(StoredModel(original.config, V, read), torch.bfloat16)
     gc.collect()
     assert most < n_all / 2
-    assert not [p for p in twin.parameters() if p.is_meta or (p.dtype == torch.float32 and p.ndim)]
+    assert not [p for p in fused.parameters() if p.is_meta or (p.dtype == torch.float32 and p.ndim)]
 
 
 def test_weights_are_seen_once_and_in_full():
     model, seen = build_model(tiny_config(tie_embedding_to_lm_head=True), V), {}
     source = stored(model)
     source.see = lambda name, values: seen.update({name: values.clone()})
-    prepare(source)
+    fuse(source)
     assert seen.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(seen[name], p) for name, p in model.named_parameters())
 

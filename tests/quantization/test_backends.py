@@ -8,8 +8,8 @@ from torch import nn
 
 from tests.conftest import perturb, tiny_config
 from wavelet_lm import UserError, build_model
-from wavelet_lm.fusion.fuse import COMPONENTS, prepare
-from wavelet_lm.fusion.linear import BatchedLinear, PreparedLinear, cast
+from wavelet_lm.fusion.fuse import COMPONENTS, fuse
+from wavelet_lm.fusion.linear import BatchedLinear, FusedLinear, cast
 from wavelet_lm.quantization.backends import LibraryWeight, backend_layer, check_backend
 from wavelet_lm.quantization.quantize import quantize
 from wavelet_lm.quantization.scheme import Scheme
@@ -53,7 +53,7 @@ def read_weights(layer, K, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_of_a_gpu_stay_there(kind, dtype):
     W = torch.randn(64, 128, device="cuda")
-    layer = backend_layer(kind[0], PreparedLinear.of(W, None), kind[1], dtype)
+    layer = backend_layer(kind[0], FusedLinear.of(W, None), kind[1], dtype)
     assert all(p.is_cuda for p in layer.parameters())
     error = (read_weights(layer, 128, dtype) - W).abs()
     assert (error <= half_steps(W, *kind) * (1 + ROUNDING) + ROUNDING * W.abs()).all()
@@ -65,7 +65,7 @@ def test_weights_of_a_gpu_stay_there(kind, dtype):
 def test_weights_are_at_their_nearest_levels(kind, shape, dtype):
     N, K = shape
     W = torch.randn(N, K) * torch.linspace(0.01, 3, N)[:, None]
-    layer = backend_layer(kind[0], PreparedLinear.of(W, None), kind[1], dtype)
+    layer = backend_layer(kind[0], FusedLinear.of(W, None), kind[1], dtype)
     error = (read_weights(layer, K, dtype) - W).abs()
     assert (error <= half_steps(W, *kind) * (1 + ROUNDING) + ROUNDING * W.abs()).all()
 
@@ -74,7 +74,7 @@ def test_weights_are_at_their_nearest_levels(kind, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_are_those_of_the_weights(kind, shape, dtype):
     N, K = shape
-    layer = backend_layer(kind[0], PreparedLinear.of(torch.randn(N, K), None), kind[1], dtype)
+    layer = backend_layer(kind[0], FusedLinear.of(torch.randn(N, K), None), kind[1], dtype)
     x = torch.randn(3, 5, K).to(dtype)
     read, found = read_weights(layer, K, dtype), layer(x)
     bound = ROUNDING * (x.float().abs() @ read.T.abs())
@@ -95,8 +95,8 @@ def test_a_batch_is_its_matrices(kind, made_for, dtype):
     assert whole.shape == (n, 4, N)
     assert whole.dtype == dtype
     for i in range(n):
-        alone = backend_layer(kind[0], PreparedLinear.of(W[i], bias[i]), kind[1], made_for)
-        plain = backend_layer(kind[0], PreparedLinear.of(W[i], None), kind[1], made_for)
+        alone = backend_layer(kind[0], FusedLinear.of(W[i], bias[i]), kind[1], made_for)
+        plain = backend_layer(kind[0], FusedLinear.of(W[i], None), kind[1], made_for)
         expected = plain(x[i]) + bias[i].to(dtype)
         for found in (whole[i], batch.one(i, x[i]), cast(alone, dtype)(x[i])):
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -107,12 +107,12 @@ def test_a_batch_is_its_matrices(kind, made_for, dtype):
 
 def test_parameters_are_the_memory_and_survive_a_cast(kind):
     N, K = 64, 128
-    layer = backend_layer(kind[0], PreparedLinear.of(torch.randn(N, K), None), kind[1], DTYPES[0])
+    layer = backend_layer(kind[0], FusedLinear.of(torch.randn(N, K), None), kind[1], DTYPES[0])
     x = torch.randn(2, K)
     expected = layer(x)
-    twin = cast(nn.Sequential(layer), torch.bfloat16).eval()
-    assert torch.equal(twin[0](x), expected)
-    for model in (layer, twin):
+    quantized_model = cast(nn.Sequential(layer), torch.bfloat16).eval()
+    assert torch.equal(quantized_model[0](x), expected)
+    for model in (layer, quantized_model):
         stored = sum(p.numel() * p.element_size() for p in model.parameters())
         if kind[1] == 8:
             assert stored == N * K + 4 * N
@@ -120,18 +120,23 @@ def test_parameters_are_the_memory_and_survive_a_cast(kind):
             assert N * K / 2 < stored <= N * K / 2 + 2 * N * K / 64 + 8
     (inside,) = layer.weight.layers  # has not moved elsewhere in its first products
     codes = inside.weight.qdata if kind[0] == "torchao" else inside.weight
-    assert codes.data_ptr() in {p.data_ptr() for p in twin.parameters()}
+    assert codes.data_ptr() in {p.data_ptr() for p in quantized_model.parameters()}
 
 
 def test_every_matrix_of_a_model_is_the_librarys(kind):
     model = perturb(build_model(tiny_config(C=32), 50)).eval()
-    twin = quantize(model, scheme(kind[0], **dict.fromkeys(COMPONENTS, kind[1])))
-    matrices = [m for m in prepare(model).modules() if type(m) in (PreparedLinear, BatchedLinear)]
-    layers = [layer for m in twin.modules() if isinstance(m, LibraryWeight) for layer in m.layers]
+    quantized_model = quantize(model, scheme(kind[0], **dict.fromkeys(COMPONENTS, kind[1])))
+    matrices = [m for m in fuse(model).modules() if type(m) in (FusedLinear, BatchedLinear)]
+    layers = [
+        layer
+        for m in quantized_model.modules()
+        if isinstance(m, LibraryWeight)
+        for layer in m.layers
+    ]
     assert len(layers) == sum(len(m.weight) if m.weight.ndim == 3 else 1 for m in matrices)
-    assert not any(type(m) in (PreparedLinear, BatchedLinear) for m in twin.modules())
+    assert not any(type(m) in (FusedLinear, BatchedLinear) for m in quantized_model.modules())
     idx = torch.randint(50, (2, 16))
-    exact, found = model(idx)[0], twin(idx)[0]
+    exact, found = model(idx)[0], quantized_model(idx)[0]
     # Other weights of the same size would make this √2.
     ratio = (found - exact).norm() / (exact - exact.mean(-1, keepdim=True)).norm()
     assert 0 < ratio < (0.1 if kind[1] == 8 else 1)

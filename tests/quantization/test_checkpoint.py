@@ -28,9 +28,9 @@ RANDOM = {"max_examples": 15, "suppress_health_check": list(HealthCheck), "deran
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-def saved(folder, twin, scheme):
+def saved(folder, quantized_model, scheme):
     path = Path(folder) / "model.safetensors"
-    save_quantized(path, twin, scheme, {"step": 7})
+    save_quantized(path, quantized_model, scheme, {"step": 7})
     return path
 
 
@@ -39,29 +39,29 @@ def saved(folder, twin, scheme):
 def test_what_is_saved_is_what_is_loaded(config, name, dtype):
     scheme = SCHEMES[name]
     adapt = config.fwpkm_inference_updates
-    twin = quantized(sharpened(config), scheme, dtype=dtype, adapt=adapt)
+    quantized_model = quantized(sharpened(config), scheme, dtype=dtype, adapt=adapt)
     with TemporaryDirectory() as folder:
-        path = saved(folder, twin, scheme)
+        path = saved(folder, quantized_model, scheme)
         loaded = load_model(path)
         assert Checkpoint(path).metadata == {"step": 7}
     assert is_fused(loaded)
     assert not loaded.training
-    assert loaded.config == twin.config
-    assert torch.equal(whole(loaded, tokens()), whole(twin, tokens()))
-    tensors = [dict([*m.named_parameters(), *m.named_buffers()]) for m in (twin, loaded)]
+    assert loaded.config == quantized_model.config
+    assert torch.equal(whole(loaded, tokens()), whole(quantized_model, tokens()))
+    tensors = [dict([*m.named_parameters(), *m.named_buffers()]) for m in (quantized_model, loaded)]
     assert tensors[0].keys() == tensors[1].keys()
     for key, tensor in tensors[0].items():
         assert tensor.dtype == tensors[1][key].dtype, key
         assert torch.equal(tensor, tensors[1][key]), key
-    assert n_bytes(loaded) == n_bytes(twin)
+    assert n_bytes(loaded) == n_bytes(quantized_model)
 
 
 @pytest.mark.parametrize("model", ["gpt", "wavelet_gpt"])
 def test_a_gpt_is_saved_and_loaded(model, tmp_path):
     config = Config(model=model, C=16, layers=2, heads=2, block_size=32, head_hidden=8)
-    twin = quantize(perturb(build_model(config, V)).eval(), scheme(mlp=4))
-    loaded = load_model(saved(tmp_path, twin, scheme(mlp=4)))
-    assert torch.equal(whole(loaded, tokens()), whole(twin, tokens()))
+    quantized_model = quantize(perturb(build_model(config, V)).eval(), scheme(mlp=4))
+    loaded = load_model(saved(tmp_path, quantized_model, scheme(mlp=4)))
+    assert torch.equal(whole(loaded, tokens()), whole(quantized_model, tokens()))
 
 
 class Creations(TorchDispatchMode):
@@ -82,9 +82,13 @@ class Creations(TorchDispatchMode):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_model_in_full_precision_never_exists(bits, tmp_path):
     config = tiny_config(C=256, layers=1)
-    twin = quantize(perturb(build_model(config, 500)).eval(), scheme(bits))
-    path = saved(tmp_path, twin, scheme(bits))
-    floats = [t for t in [*twin.parameters(), *twin.buffers()] if t.is_floating_point()]
+    quantized_model = quantize(perturb(build_model(config, 500)).eval(), scheme(bits))
+    path = saved(tmp_path, quantized_model, scheme(bits))
+    floats = [
+        t
+        for t in [*quantized_model.parameters(), *quantized_model.buffers()]
+        if t.is_floating_point()
+    ]
     largest = max(t.numel() * t.element_size() for t in floats)
     with Creations() as creations:
         loaded = load_model(path)
@@ -94,7 +98,7 @@ def test_the_model_in_full_precision_never_exists(bits, tmp_path):
     assert max(creations.sizes) >= 4 * 256 * 500
     # Nor is it a view of the file.
     path.write_bytes(b"\0" * path.stat().st_size)
-    assert torch.equal(whole(loaded, tokens()), whole(twin, tokens()))
+    assert torch.equal(whole(loaded, tokens()), whole(quantized_model, tokens()))
 
 
 def load_model_in_full(config):
@@ -116,8 +120,8 @@ def test_files_are_as_small_as_their_bits(bits, share, tmp_path):
 
 @pytest.fixture
 def file(tmp_path):
-    twin = quantize(perturb(build_model(tiny_config(), V)).eval(), scheme())
-    return saved(tmp_path, twin, scheme())
+    quantized_model = quantize(perturb(build_model(tiny_config(), V)).eval(), scheme())
+    return saved(tmp_path, quantized_model, scheme())
 
 
 def change(path, tensors=lambda tensors: None, **header):

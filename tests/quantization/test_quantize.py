@@ -1,4 +1,4 @@
-"""Quantized twins: which weights have how many bits, and that they read like any other model."""
+"""Quantized models: which weights have how many bits, and that they read like any other model."""
 
 import re
 from itertools import islice
@@ -13,14 +13,14 @@ from tests.conftest import perturb, tiny_config
 from tests.fusion.test_fuse import sharpened
 from tests.models.test_properties import T, V, configs
 from wavelet_lm import Config, build_model
-from wavelet_lm.fusion.fuse import COMPONENTS, prepare, weight_bytes_per_token
+from wavelet_lm.fusion.fuse import COMPONENTS, fuse, weight_bytes_per_token
 from wavelet_lm.fusion.linear import BatchedLinear
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import sampled_tokens
 from wavelet_lm.inference.sampling.logits import SamplingOptions
 from wavelet_lm.inference.strategies.speculative import Counts, speculative_tokens
 from wavelet_lm.models.wavelet_lm.memory import SubKeys, ValueTable
-from wavelet_lm.quantization.quantize import _input_moments, component, quantize
+from wavelet_lm.quantization.quantize import _input_moments, quantize, scheme_component
 from wavelet_lm.quantization.scheme import Scheme
 from wavelet_lm.quantization.weights import (
     QuantizedEmbedding,
@@ -67,10 +67,10 @@ def quantized(model, scheme, **options):
     return quantize(model, scheme, calibration=calibration, **options)
 
 
-def weights(twin):
+def weights(quantized_model):
     """Bits by name of everything that is quantized, and 16 of every other matrix or table."""
     found = {}
-    for name, module in twin.named_modules():
+    for name, module in quantized_model.named_modules():
         if isinstance(module, FLOAT):
             found[name] = 16
         elif isinstance(getattr(module, "weight", None), QuantizedWeight):
@@ -84,20 +84,20 @@ def test_every_matrix_and_table_has_the_bits_that_were_asked_for(config, scheme)
     model = sharpened(config)
     before = {name: p.clone() for name, p in model.named_parameters()}
     adapt = config.fwpkm_inference_updates
-    twin = quantized(model, scheme, adapt=adapt)
-    folded = prepare(model, adapt=adapt, precision=scheme.precision)
-    named = {n: m for n, m in folded.named_modules() if isinstance(m, FLOAT)}
-    expected = {name: scheme.bits[component(folded, name)] for name in named}
-    assert weights(twin) == expected
+    quantized_model = quantized(model, scheme, adapt=adapt)
+    fused = fuse(model, adapt=adapt, precision=scheme.precision)
+    named = {n: m for n, m in fused.named_modules() if isinstance(m, FLOAT)}
+    expected = {name: scheme.bits[scheme_component(fused, name)] for name in named}
+    assert weights(quantized_model) == expected
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])
-    assert not set(model.modules()) & set(twin.modules())
+    assert not set(model.modules()) & set(quantized_model.modules())
     shared = {}
     for name, module in named.items():
-        new = twin.get_submodule(name)
+        new = quantized_model.get_submodule(name)
         weight = new.weight
         if isinstance(weight, QuantizedWeight):
-            # Weights that are one in the model are one in the twin.
+            # Weights that are one in the model are one in the quantized model.
             assert shared.setdefault(id(module.weight), weight) is weight
             plain = module.weight.view(weight.dequantized().shape)
             if not scheme.calibrated:
@@ -116,7 +116,7 @@ def test_components_of_a_headline_model():
     widths = (1, 1, 1, 1, 0.5, 0.5, 0.5)
     config = tiny_config(C=32, levels=6, per_scale_mixer_widths=widths, shared_lifting_weights=True)
     distinct = dict(zip(COMPONENTS, (8, 4, 2, 4, 8, 2, 16), strict=True))
-    twin = quantize(perturb(build_model(config, V)).eval(), scheme(**distinct))
+    quantized_model = quantize(perturb(build_model(config, V)).eval(), scheme(**distinct))
     places = {
         r"embedding": "embedding",
         r"head": "rest",
@@ -130,13 +130,13 @@ def test_components_of_a_headline_model():
         r"blocks\.\d\.feedforward\.(first\.1|memories\.\d\..*)": "rest",
         r"blocks\.\d\.bypass\.cross_layer_mix": "rest",
     }
-    found = weights(twin)
+    found = weights(quantized_model)
     for name, bits in found.items():
         (which,) = (c for pattern, c in places.items() if re.fullmatch(pattern, name))
         assert bits == distinct[which], name
     for pattern in places:
         assert any(re.fullmatch(pattern, name) for name in found), pattern
-    scales = twin.blocks[0].mixer.scales.scales
+    scales = quantized_model.blocks[0].mixer.scales.scales
     assert scales == [[0, 1, 2], [3], [4, 5], [6]]
 
 
@@ -167,7 +167,7 @@ def test_components_of_the_other_networks():
 @pytest.mark.parametrize("model", ["wavelet_lm", "gpt"])
 @pytest.mark.parametrize("rest", [16, 8, 4])
 def test_a_head_tied_to_the_embedding_is_of_its_component(model, embedding, rest):
-    """One matrix in the model is one in the twin, whatever the bits of the others."""
+    """One matrix in the model is one in the quantized one, whatever the bits of the others."""
     tied = {"tie_embedding_to_lm_head": True}
     config = tiny_config(**tied)
     if model == "gpt":
@@ -175,21 +175,21 @@ def test_a_head_tied_to_the_embedding_is_of_its_component(model, embedding, rest
     built = perturb(build_model(config, V)).eval()
     plain = scheme(rest, embedding=embedding)
     for wanted in (plain, scheme(rest, embedding=embedding, calibrated=True)):
-        twin = quantized(built, wanted)
-        found = weights(twin)
+        quantized_model = quantized(built, wanted)
+        found = weights(quantized_model)
         assert found["head"] == found["embedding"] == embedding
-        assert twin.head.weight is twin.embedding.weight
+        assert quantized_model.head.weight is quantized_model.embedding.weight
         if embedding < 16:  # what is read as a table is rounded to what is nearest
             codes = quantized(built, plain).head.weight.codes
-            assert torch.equal(twin.head.weight.codes, codes)
+            assert torch.equal(quantized_model.head.weight.codes, codes)
 
 
 def test_blocks_that_share_a_wavelet_share_its_codes():
     model = build_model(tiny_config(shared_lifting_weights=True), V).eval()
-    twin = quantize(model, scheme(4, calibrated=True), calibration=tokens())
-    first, second = (block.reconstruction.updates for block in twin.blocks)
+    quantized_model = quantize(model, scheme(4, calibrated=True), calibration=tokens())
+    first, second = (block.reconstruction.updates for block in quantized_model.blocks)
     assert first is second
-    assert twin.wavelets[0].update[0][-1].batch is first.last
+    assert quantized_model.wavelets[0].update[0][-1].batch is first.last
 
 
 # --- calibration ---------------------------------------------------------------------------------
@@ -202,8 +202,8 @@ def test_calibration_brings_the_logits_closer_and_names_its_stages():
     text = torch.randint(V, (40, 32))
     exact = whole(model, tokens(8))
 
-    def error(twin):
-        return float((whole(twin, tokens(8)) - exact).square().mean())
+    def error(quantized_model):
+        return float((whole(quantized_model, tokens(8)) - exact).square().mean())
 
     stages = []
     wanted = scheme(2, calibrated=True)
@@ -221,7 +221,10 @@ def test_every_matrix_that_a_text_reaches_is_compensated(model, adapt):
     calibrated = quantize(model, scheme(2, calibrated=True), calibration=text, adapt=adapt)
     plain = quantize(model, scheme(2), adapt=adapt)
     for name in weights(plain):
-        codes = [twin.get_submodule(name).weight.codes for twin in (calibrated, plain)]
+        codes = [
+            quantized_model.get_submodule(name).weight.codes
+            for quantized_model in (calibrated, plain)
+        ]
         is_table = isinstance(plain.get_submodule(name), (QuantizedEmbedding, QuantizedValueTable))
         is_keys = isinstance(plain.get_submodule(name), QuantizedSubKeys)
         unread = name.endswith("blocks.0.bypass.cross_layer_mix")
@@ -230,9 +233,9 @@ def test_every_matrix_that_a_text_reaches_is_compensated(model, adapt):
 
 def test_matrices_are_compensated_on_all_that_they_read(monkeypatch):
     """The nets of a lifting read what comes in and what has been mixed."""
-    twin = prepare(sharpened(tiny_config()))
+    quantized_model = fuse(sharpened(tiny_config()))
     name = "blocks.0.reconstruction.updates.last"
-    batch = twin.get_submodule(name)
+    batch = quantized_model.get_submodule(name)
     n, _, K = batch.weight.shape
     expected, ways = torch.zeros(n, K, K, dtype=torch.float64), set()
 
@@ -255,40 +258,40 @@ def test_matrices_are_compensated_on_all_that_they_read(monkeypatch):
 
     monkeypatch.setattr(BatchedLinear, "forward", of_all)
     monkeypatch.setattr(BatchedLinear, "one", of_one)
-    moments = _input_moments(twin, [name], tokens(19))
+    moments = _input_moments(quantized_model, [name], tokens(19))
     assert ways == {"all", "one"}
     torch.testing.assert_close(moments[name].blocks[0].double(), expected, rtol=1e-4, atol=1e-4)
-    assert not any(module._forward_pre_hooks for module in twin.modules())
+    assert not any(module._forward_pre_hooks for module in quantized_model.modules())
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
-def whole(twin, idx):
+def whole(quantized_model, idx):
     with torch.no_grad():
-        return twin(idx)[0]
+        return quantized_model(idx)[0]
 
 
 @settings(**RANDOM)
 @given(configs(), schemes, st.integers(1, T - 1))
 def test_any_chunks_and_any_batch_give_the_same_logits(config, scheme, cut):
     config = config.replace(fwpkm_inference_updates=False)
-    twin = quantized(sharpened(config), scheme)
+    quantized_model = quantized(sharpened(config), scheme)
     idx = tokens()
-    expected = whole(twin, idx)
+    expected = whole(quantized_model, idx)
     assert expected.dtype == torch.float64
-    losses = twin.token_losses(idx[:, :-1], idx[:, 1:])
+    losses = quantized_model.token_losses(idx[:, :-1], idx[:, 1:])
     nats = -expected[:, :-1].log_softmax(-1).gather(-1, idx[:, 1:, None])[..., 0]
     torch.testing.assert_close(losses.double(), nats, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        first, state = twin(idx[:, :cut])
-        rest, _ = twin(idx[:, cut:], state)
+        first, state = quantized_model(idx[:, :cut])
+        rest, _ = quantized_model(idx[:, cut:], state)
     close = {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(torch.cat((first, rest), 1), expected, **close)
-    torch.testing.assert_close(whole(twin, idx[1:]), expected[1:], **close)
-    logits, state = Decoder(twin).prefill([row[:cut].tolist() for row in idx])
+    torch.testing.assert_close(whole(quantized_model, idx[1:]), expected[1:], **close)
+    logits, state = Decoder(quantized_model).prefill([row[:cut].tolist() for row in idx])
     torch.testing.assert_close(logits, expected[:, cut - 1], **close)
-    session = Decoder(twin).start(state, max_step=2)
+    session = Decoder(quantized_model).start(state, max_step=2)
     for t in range(cut, T):
         read = session.decode(idx[:, t : t + 1])
         torch.testing.assert_close(read[:, 0], expected[:, t], **close)
@@ -329,11 +332,11 @@ def pointed(dtype, **config):
 
 @pytest.mark.parametrize("name", sorted(SCHEMES))
 def test_greedy_text_is_that_of_whole_texts_read_anew(name):
-    twin = quantized(pointed(torch.float64), SCHEMES[name])
+    quantized_model = quantized(pointed(torch.float64), SCHEMES[name])
     text = [1, 2, 3]
     for _ in range(12):
-        text.append(int(whole(twin, torch.tensor([text]))[0, -1].argmax()))
-    assert greedy_text(Decoder(twin), [1, 2, 3], 12) == text[3:]
+        text.append(int(whole(quantized_model, torch.tensor([text]))[0, -1].argmax()))
+    assert greedy_text(Decoder(quantized_model), [1, 2, 3], 12) == text[3:]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -341,18 +344,18 @@ def test_greedy_text_is_that_of_whole_texts_read_anew(name):
 def test_the_layout_for_cpus_changes_logits_by_rounding_alone(bits, dtype):
     # The choice of a memory's rows can turn with the slightest change of a score.
     model = pointed(torch.float32, C=64, pkm_enabled=False, fwpkm_enabled=False)
-    twin = quantize(model, scheme(bits), dtype=dtype)
+    quantized_model = quantize(model, scheme(bits), dtype=dtype)
     text = tokens(1, 20)[0].tolist()
     exact = whole(quantize(model.double(), scheme(bits)), torch.tensor([text]))[:, -1]
-    before = {name: p.clone() for name, p in twin.named_parameters()}
-    decoder = Decoder(twin)
+    before = {name: p.clone() for name, p in quantized_model.named_parameters()}
+    decoder = Decoder(quantized_model)
     turned = [m for m in decoder.model.modules() if getattr(m, "in_cpu_layout", False)]
     assert bool(turned) == (bits == 4)
     logits, _ = decoder.prefill([text])
     assert (logits - exact).abs().max() <= 0.1 * (exact.max() - exact.min())
-    for name, p in twin.named_parameters():  # the twin itself can still be saved
+    for name, p in quantized_model.named_parameters():  # the model itself can still be saved
         assert torch.equal(p, before[name])
-    again, _ = Decoder(twin).prefill([text])
+    again, _ = Decoder(quantized_model).prefill([text])
     assert torch.equal(again, logits)
 
 
@@ -372,8 +375,8 @@ def test_a_quantized_draft_changes_no_token(bits, dtype):
 def test_fast_weights_of_quantized_tables_learn():
     learning = {"fwpkm_inference_updates": True, "fwpkm_chunk_size": 4, "fwpkm_update_lr": 30.0}
     model = pointed(torch.float64, **learning)
-    twin = quantize(model, scheme(), adapt=True)
-    decoder = Decoder(twin)
+    quantized_model = quantize(model, scheme(), adapt=True)
+    decoder = Decoder(quantized_model)
     reading = Decoder(quantize(model, scheme()), adapt=False)
     text = tokens(2, 15)
     sessions = [d.start(d.prefill(text[:, :3].tolist())[1]) for d in (decoder, reading)]
@@ -390,8 +393,8 @@ def test_fast_weights_of_quantized_tables_learn():
 def test_a_whole_step_is_one_graph_for_the_compiler(bits):
     """Traced by dynamo and run without a code generator."""
     config = tiny_config(layers=1, levels=2, C=32, per_scale_mixer_widths=None)
-    twin = quantize(perturb(build_model(config, V)).eval(), scheme(bits))
-    eager, traced = Decoder(twin), Decoder(twin)
+    quantized_model = quantize(perturb(build_model(config, V)).eval(), scheme(bits))
+    eager, traced = Decoder(quantized_model), Decoder(quantized_model)
     traced.accelerate = lambda step, owners: torch.compile(step, fullgraph=True, backend="eager")
     assert greedy_text(traced, [1, 2, 3], 6) == greedy_text(eager, [1, 2, 3], 6)
     torch.compiler.reset()
@@ -400,9 +403,9 @@ def test_a_whole_step_is_one_graph_for_the_compiler(bits):
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_compiled_text_is_that_of_the_plain_decoder(bits):
-    twin = quantize(pointed(torch.float32, C=32), scheme(bits))
-    compiled = greedy_text(Decoder(twin, compile=True), [1, 2, 3], 12)
-    assert compiled == greedy_text(Decoder(twin), [1, 2, 3], 12)
+    quantized_model = quantize(pointed(torch.float32, C=32), scheme(bits))
+    compiled = greedy_text(Decoder(quantized_model, compile=True), [1, 2, 3], 12)
+    assert compiled == greedy_text(Decoder(quantized_model), [1, 2, 3], 12)
     torch.compiler.reset()
 
 
@@ -410,8 +413,8 @@ def test_compiled_text_is_that_of_the_plain_decoder(bits):
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_a_captured_step_is_the_step(bits, compile):
-    twin = quantize(pointed(torch.float32, C=32).cuda(), scheme(bits))
-    captured, plain = Decoder(twin, compile=compile), Decoder(twin)
+    quantized_model = quantize(pointed(torch.float32, C=32).cuda(), scheme(bits))
+    captured, plain = Decoder(quantized_model, compile=compile), Decoder(quantized_model)
     plain.accelerate = lambda step, owners: step
     assert greedy_text(captured, [1, 2, 3], 12) == greedy_text(plain, [1, 2, 3], 12)
     torch.compiler.reset()
@@ -422,7 +425,7 @@ def test_bytes_read_per_token_are_as_few_as_their_bits(bits):
     """Scales and vectors come on top."""
     model = build_model(tiny_config(C=256, pkm_enabled=False, fwpkm_enabled=False), V).eval()
     read = weight_bytes_per_token(quantize(model, scheme(bits)))
-    assert 1 < 32 / bits * read / weight_bytes_per_token(prepare(model)) < 1 + 0.7 / bits
+    assert 1 < 32 / bits * read / weight_bytes_per_token(fuse(model)) < 1 + 0.7 / bits
 
 
 @settings(**{**RANDOM, "max_examples": 8})
@@ -430,7 +433,7 @@ def test_bytes_read_per_token_are_as_few_as_their_bits(bits):
 def test_other_dtypes_compute_in_themselves(config, dtype):
     assume(not config.hadamard_top_k)
     adapt = config.fwpkm_inference_updates
-    twin = quantize(sharpened(config), scheme(), dtype=dtype, adapt=adapt)
-    logits = whole(twin, tokens())
+    quantized_model = quantize(sharpened(config), scheme(), dtype=dtype, adapt=adapt)
+    logits = whole(quantized_model, tokens())
     assert logits.dtype == dtype
     assert logits.isfinite().all()

@@ -89,7 +89,7 @@ def quantize_run(
             "--fwpkm_inference_updates adapts a memory that this model lacks (fwpkm_enabled is"
             " false); leave it out"
         )
-    twin = quantize(
+    quantized = quantize(
         model,
         scheme,
         adapt=model.config.fwpkm_inference_updates if adapt is None else adapt,
@@ -101,9 +101,11 @@ def quantize_run(
     except OSError as error:
         raise as_user_error(error, out) from error
     try:
-        write_text(out / "config.json", twin.config.to_json())
+        write_text(out / "config.json", quantized.config.to_json())
         tokenizer.save(out / "tokenizer")
-        save_quantized(out / "best.safetensors", twin, scheme, {"quantized_from": Path(run).name})
+        save_quantized(
+            out / "best.safetensors", quantized, scheme, {"quantized_from": Path(run).name}
+        )
     except BaseException:  # a folder without weights is no run
         shutil.rmtree(out, ignore_errors=True)
         raise

@@ -221,8 +221,8 @@ def evaluate_run(
 
     results = evaluated(model)
     if scheme is not None:
-        twin = quantize(model, scheme, calibration=calibration)
-        results["quantized"] = {"scheme": scheme.describe(), **evaluated(twin)}
+        quantized = quantize(model, scheme, calibration=calibration)
+        results["quantized"] = {"scheme": scheme.describe(), **evaluated(quantized)}
     about = {
         "run": str(run),
         "dataset": name,

@@ -1,1 +1,1 @@
-"""Weights put together for reading: the same function in fewer and larger products."""
+"""Fused models, which only read: the same function in fewer and larger products."""

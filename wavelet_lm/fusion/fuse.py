@@ -1,9 +1,9 @@
-"""A model's weights put together for reading: the same function in fewer and larger products.
+"""Fused models, which only read: the same function in fewer and larger products.
 
-`prepare` leaves the model alone and returns a twin of folded parts (`fused_layers.py`), which
-shares the weights that need no change. A part with a switch that stands in the way of a fold (a
-norm between transform and product, packets, several bases, nets that depend on their input) runs as
-it was trained.
+`fuse` leaves the model alone and returns another one of fused parts (`fused_layers.py`), which
+shares the weights that need no change. A part with a switch that stands in the way (a norm between
+transform and product, packets, several bases, nets that depend on their input) runs as it was
+trained.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from wavelet_lm.errors import UserError
 from wavelet_lm.fusion.fused_delta_memory import FusedDeltaMemory
 from wavelet_lm.fusion.fused_layers import (
     MIXER_BANDS,
-    FoldedFeedForward,
-    FoldedMixer,
-    FoldedReconstruction,
+    FusedFeedForward,
+    FusedMixer,
+    FusedReconstruction,
     UpdateNets,
     mixer_band,
 )
@@ -35,30 +35,30 @@ from wavelet_lm.transforms.delays import Crawl, Filter
 from wavelet_lm.transforms.lifting import LiftingWavelet
 
 # What the weights of a component are kept in, by its name (`COMPONENTS`): weights of one kind can
-# be put together in one product.
+# be fused into one product.
 Precision = Callable[[str], object]
 COMPONENTS = (*MIXER_BANDS, "mlp", "lifting", "embedding", "rest")
 
 
 @torch.no_grad()
-def prepare(
+def fuse(
     model: LanguageModel | StoredModel,
     dtype: torch.dtype | None = None,
     *,
     adapt: bool = False,
     precision: Precision = lambda component: None,
 ) -> LanguageModel:
-    """A twin of `model` for inference, in eval mode.
+    """The fused model of `model`, which only reads, in eval mode.
 
     Args:
-        model: one that is prepared already (a quantized one) keeps its folds; of one whose weights
-            are stored, never more than a part is in memory beside the twin.
-        dtype: of its weights; None keeps the model's. Folds are computed in the model's own.
+        model: one that is fused already (a quantized one) is only cast; of one whose weights are
+            stored, never more than a part is in memory beside the fused one.
+        dtype: of its weights; None keeps the model's. They are fused in the model's own.
         adapt: the fast weights will learn, and the second memories are kept as they are.
-        precision: parts of the model that differ in it are not put together.
+        precision: parts of the model that differ in it are not fused.
 
     Raises:
-        UserError: the model was prepared with another `adapt`.
+        UserError: the model was fused with another `adapt`.
     """
     at_hand = _at_hand
     if isinstance(model, StoredModel):
@@ -72,13 +72,13 @@ def prepare(
             )
         return cast(model, dtype or computing_dtype(model))
     cast_part = Cast(dtype or next(model.parameters()).dtype)
-    twin = _Preparation(cast_part, adapt, precision, at_hand).twin(model)
-    twin.fused = True
-    return twin.eval()
+    fused = _Fusion(cast_part, adapt, precision, at_hand).of(model)
+    fused.fused = True
+    return fused.eval()
 
 
 def is_fused(model: nn.Module) -> bool:
-    """Whether `prepare` made it: a twin for reading alone."""
+    """Whether `fuse` made it, or `quantize`: then it only reads."""
     return getattr(model, "fused", False)
 
 
@@ -87,8 +87,8 @@ def _at_hand(*parts: nn.Module) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-class _Preparation:
-    """Makes a twin part by part, so that of the model one part at a time needs its weights."""
+class _Fusion:
+    """Fuses a model part by part, so that one part of it at a time needs its weights."""
 
     def __init__(
         self,
@@ -99,65 +99,63 @@ class _Preparation:
     ):
         self.cast, self.adapt, self.precision, self.at_hand = cast, adapt, precision, at_hand
 
-    def twin(self, model: LanguageModel) -> LanguageModel:
-        twin = shallow_copy(model)
-        twin.config = model.config.replace(fwpkm_inference_updates=self.adapt)
-        # What shrinks most is put together first, while little else is in memory.
+    def of(self, model: LanguageModel) -> LanguageModel:
+        fused = shallow_copy(model)
+        fused.config = model.config.replace(fwpkm_inference_updates=self.adapt)
+        # What shrinks most is fused first, while little else is in memory.
         parts = ("cells", "wavelets", "blocks")
         if isinstance(model, WaveletLM):
-            updates = self._fold_wavelets(model, twin)
+            updates = self._fuse_wavelets(model, fused)
         # Tables and the head together, since they may share a weight.
         rest = {name: part for name, part in model._modules.items() if name not in parts}
         with self.at_hand(*rest.values()):
-            twin._modules.update({name: self.cast(part) for name, part in rest.items()})
+            fused._modules.update({name: self.cast(part) for name, part in rest.items()})
         if isinstance(model, MultinodalLM):
-            twin.cells = nn.ModuleList(map(self.twin, model.cells))
+            fused.cells = nn.ModuleList(map(self.of, model.cells))
         elif isinstance(model, WaveletLM):
-            self._fold_blocks(model, twin, updates)
+            self._fuse_blocks(model, fused, updates)
         else:
-            twin.blocks = nn.ModuleList(map(self._unfolded, model.blocks))
-        return twin
+            fused.blocks = nn.ModuleList(map(self._cast_alone, model.blocks))
+        return fused
 
-    def _unfolded(self, part: nn.Module) -> nn.Module:
+    def _cast_alone(self, part: nn.Module) -> nn.Module:
         with self.at_hand(part):
             return self.cast(part)
 
-    def _fold_wavelets(self, model: WaveletLM, twin: WaveletLM) -> list[UpdateNets | None]:
-        """The twin's wavelets; the nets of the reconstructions that can be folded."""
+    def _fuse_wavelets(self, model: WaveletLM, fused: WaveletLM) -> list[UpdateNets | None]:
+        """Give `fused` its wavelets; the nets of the reconstructions that can be fused."""
         transform = model.blocks[0].mixer.rotate
-        if not FoldedMixer.leaves_rotated(model.blocks[0]):
+        if not FusedMixer.leaves_rotated(model.blocks[0]):
             transform = nn.Identity()
         wavelets, updates = [], []
         for wavelet in model.wavelets:
             with self.at_hand(wavelet):
-                folded, nets = _folded_wavelet(wavelet, transform)
-                wavelets.append(self.cast(folded))
+                new, nets = _fused_wavelet(wavelet, transform)
+                wavelets.append(self.cast(new))
                 updates.append(None if nets is None else self.cast(nets))
-        twin.wavelets = nn.ModuleList(wavelets)
+        fused.wavelets = nn.ModuleList(wavelets)
         return updates
 
-    def _fold_blocks(
-        self, model: WaveletLM, twin: WaveletLM, updates: list[UpdateNets | None]
+    def _fuse_blocks(
+        self, model: WaveletLM, fused: WaveletLM, updates: list[UpdateNets | None]
     ) -> None:
         blocks = []
         for i, block in enumerate(model.blocks):
             with self.at_hand(block):
                 nets = updates[i % len(updates)]
                 blocks.append(self.cast(FusedBlock(block, nets, self.adapt, self.precision)))
-        twin.blocks = nn.ModuleList(blocks)
+        fused.blocks = nn.ModuleList(blocks)
 
 
-def _folded_wavelet(
-    wavelet: nn.Module, transform: nn.Module
-) -> tuple[nn.Module, UpdateNets | None]:
-    """A wavelet for reading, and the nets of a reconstruction that can be folded."""
-    folded, nets = rebuilt(wavelet, _fixed_filter), None
+def _fused_wavelet(wavelet: nn.Module, transform: nn.Module) -> tuple[nn.Module, UpdateNets | None]:
+    """A wavelet that only reads, and the nets of its reconstruction where that can be fused."""
+    fused, nets = rebuilt(wavelet, _fixed_filter), None
     if isinstance(wavelet, LiftingWavelet) and wavelet.is_static:
         nets = UpdateNets(wavelet, transform)
         if wavelet.own_update is None:
-            folded.update = nets.decomposing(folded.update)
-        folded.own_update = None
-    return folded, nets
+            fused.update = nets.decomposing(fused.update)
+        fused.own_update = None
+    return fused, nets
 
 
 def _fixed_filter(module: nn.Module, _: str) -> nn.Module | None:
@@ -169,19 +167,19 @@ def _learning(module: nn.Module, _: str) -> nn.Module | None:
     """A second memory as one that learns."""
     if not isinstance(module, FastWeightMemory) or module.learns:
         return None
-    twin = shallow_copy(module)
-    twin.learns = True
-    return twin
+    memory = shallow_copy(module)
+    memory.learns = True
+    return memory
 
 
 class FusedBlock(Block):
-    """A block for reading: its parts are folded where they can be, its steps are those of `Block`.
+    """A block whose parts are fused where they can be; its steps are those of `Block`.
 
     It shares what needs no change with the block that it is made of.
     """
 
     def __init__(self, block: Block, updates: UpdateNets | None, adapt: bool, precision: Precision):
-        """updates: for a reconstruction that can be folded."""
+        """updates: for a reconstruction that can be fused."""
         nn.Module.__init__(self)
         self.pad, self.norm1 = block.pad, block.norm1
         self.embedding_gain = block.embedding_gain
@@ -191,19 +189,19 @@ class FusedBlock(Block):
         if block.delta_memory is not None:
             self.delta_memory = FusedDeltaMemory(block.delta_memory)
         by_scale = [precision(mixer_band(s)) for s in range(len(block.scale_weights))]
-        self.mixer = FoldedMixer(block, updates is not None, by_scale)
+        self.mixer = FusedMixer(block, updates is not None, by_scale)
         self.reconstruction, self.projection = None, None
         if updates is None:
             self.projection = block.projection
         else:
-            self.reconstruction = FoldedReconstruction(updates, block.projection)
+            self.reconstruction = FusedReconstruction(updates, block.projection)
         self.spectral_gain, self.feedforward_gain = block.spectral_gain, block.feedforward_gain
         self.feedforward = block.feedforward
         if adapt:
             self.feedforward = rebuilt(block.feedforward, _learning)
         elif block.feedforward is not None:
             apart = precision("mlp") != precision("rest")
-            self.feedforward = FoldedFeedForward(block.feedforward, apart)
+            self.feedforward = FusedFeedForward(block.feedforward, apart)
 
     def with_embedding(self, x: Tensor, embedding: Tensor) -> Tensor:
         return torch.addcmul(x, self.embedding_gain, embedding)
@@ -216,9 +214,9 @@ class FusedBlock(Block):
 
 
 def weight_bytes_per_token(model: LanguageModel) -> int:
-    """Bytes of a prepared model's weights that one token of one text reads.
+    """Bytes of a fused model's weights that one token of one text reads.
 
-    As often as they are read: blocks may share a wavelet, and a reconstruction that is not folded
+    As often as they are read: blocks may share a wavelet, and a reconstruction that is not fused
     reads the update nets again. Of tables the rows that are read count.
     """
     if isinstance(model, MultinodalLM):

@@ -1,4 +1,4 @@
-"""The delta memory of a model that is put together for reading."""
+"""The delta memory of a fused model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from wavelet_lm.fusion.linear import PreparedLinear
+from wavelet_lm.fusion.linear import FusedLinear
 from wavelet_lm.models.wavelet_lm.delta_memory import DeltaMemory
 
 
@@ -19,11 +19,11 @@ class FusedDeltaMemory(DeltaMemory):
         self.value_dim, self.n_bands = memory.value_dim, memory.n_bands
         self.norm_weight, self.out = memory.norm_weight, memory.out
         self.dropout = nn.Identity()
-        self.keys = PreparedLinear.of(torch.cat((memory.query.weight, memory.key.weight)), None)
+        self.keys = FusedLinear.of(torch.cat((memory.query.weight, memory.key.weight)), None)
         parts = (memory.value, memory.gate, memory.rates)
         weight = torch.cat([part.weight for part in parts])
         bias = pad(memory.rates.bias, (len(weight) - len(memory.rates.bias), 0))
-        self.values = PreparedLinear.of(weight, bias)
+        self.values = FusedLinear.of(weight, bias)
 
     def queries_and_keys(self, features: Tensor) -> Tensor:
         return self.keys(features)

@@ -1,4 +1,4 @@
-"""The folded parts of a model that is prepared for reading.
+"""The parts of a fused model.
 
 - The Hadamard transform on the way into the mixers moves onto their weights, and the one on the way
   out onto the weights that read its result.
@@ -22,8 +22,8 @@ from torch.nn.functional import layer_norm
 
 from wavelet_lm.fusion.linear import (
     BatchedLinear,
+    FusedLinear,
     OneOfBatch,
-    PreparedLinear,
     as_parameter,
     shallow_copy,
 )
@@ -43,35 +43,35 @@ def mixer_band(scale: int) -> str:
     return MIXER_BANDS[min(scale // 3, 2)]
 
 
-class FoldedMixer(nn.Module):
+class FusedMixer(nn.Module):
     """A `SpectralMixer` with what follows up to the reconstruction.
 
     The result stays in the Hadamard domain where that is asked for and no norm stands in the way
     (`leaves_rotated`).
 
     Args:
-        stay_rotated: what reads the result is prepared for it.
-        precision: of the mixers' weights by scale; those of several are not put together.
+        stay_rotated: what reads the result is fused with the transform.
+        precision: of the mixers' weights by scale; those of several are not fused.
     """
 
     def __init__(self, block: Block, stay_rotated: bool, precision: Sequence[object]):
         super().__init__()
         mixer = block.mixer
-        fold_in = not mixer.reads_rotated
+        fuse_transform = not mixer.reads_rotated
         self.routing = mixer.routing
-        self.rotate_in = nn.Identity() if fold_in else mixer.rotate
+        self.rotate_in = nn.Identity() if fuse_transform else mixer.rotate
         self.select = mixer.select
-        self.stacked = nn.ModuleList(FoldedStackedMixer(m, precision) for m in mixer.stacked)
-        fold_weights = isinstance(block.mixed_norm, nn.Identity) and not mixer.residual
-        weights = block.scale_weights if fold_weights else torch.ones_like(block.scale_weights)
-        rotate = mixer.rotate if fold_in else nn.Identity()
+        self.stacked = nn.ModuleList(FusedStackedMixer(m, precision) for m in mixer.stacked)
+        fuse_weights = isinstance(block.mixed_norm, nn.Identity) and not mixer.residual
+        weights = block.scale_weights if fuse_weights else torch.ones_like(block.scale_weights)
+        rotate = mixer.rotate if fuse_transform else nn.Identity()
         self.scales = MixerGroups(list(mixer.scales), weights, rotate, precision)
         self.residual = mixer.residual
         self.rotate_out = mixer.rotate
         if stay_rotated and self.leaves_rotated(block):
             self.rotate_out = nn.Identity()
         self.norm = nn.Identity()
-        if not fold_weights:
+        if not fuse_weights:
             self.norm = nn.Sequential(block.mixed_norm, ScaleWeights(block.scale_weights))
 
     @staticmethod
@@ -88,7 +88,7 @@ class FoldedMixer(nn.Module):
         return self.norm(self.rotate_out(bands + mixed if self.residual else mixed))
 
 
-class FoldedStackedMixer(nn.Module):
+class FusedStackedMixer(nn.Module):
     """A `StackedMixer` of grouped mixers."""
 
     def __init__(self, mixer: StackedMixer, precision: Sequence[object]):
@@ -251,7 +251,7 @@ class UpdateNets(nn.Module):
         return (self.last(x) * self.factors).sum(0)
 
 
-class FoldedReconstruction(nn.Module):
+class FusedReconstruction(nn.Module):
     """c_0 = √2^L a − Σ_k √2^k U_k(d_k), then the projection W_o c_0 + b where there is one.
 
     In the Hadamard domain the projection is [√2^L W_o H | W_o] of a and the sum side by side.
@@ -267,7 +267,7 @@ class FoldedReconstruction(nn.Module):
         if self.side_by_side:
             W_o = projection.weight
             both = torch.cat((self.gain * updates.transform(W_o), W_o), 1)
-            self.projection = PreparedLinear.of(both, projection.bias)
+            self.projection = FusedLinear.of(both, projection.bias)
 
     def forward(self, bands: Tensor) -> Tensor:
         """Mixed bands [S, B, T, Cp] -> [B, T, C]."""
@@ -281,7 +281,7 @@ def _batch(weights: list[Tensor], layers: list[nn.Linear]) -> BatchedLinear:
     return BatchedLinear(torch.stack(weights), torch.stack([m.bias for m in layers]))
 
 
-class FoldedFeedForward(nn.Module):
+class FusedFeedForward(nn.Module):
     """A `FeedForward` whose branches read the normalised input in one product.
 
     The norm's gain and bias are in that product, and the branches' learned factors in their last
@@ -300,12 +300,12 @@ class FoldedFeedForward(nn.Module):
         if "mlp" in branches:
             first, *middle, last = branches["mlp"].linears
             rows.append((first.weight, first.bias))
-            last = PreparedLinear.of(gains["mlp"](last.weight), gains["mlp"](last.bias))
+            last = FusedLinear.of(gains["mlp"](last.weight), gains["mlp"](last.bias))
             self.mlp = declared(nn.ModuleList([*middle, last]), branches["mlp"].component)
         self.memories = nn.ModuleList()
         for name in ("pkm", "fwpkm"):
             if name in branches:
-                memory = FoldedMemory(branches[name], gains[name])
+                memory = FusedMemory(branches[name], gains[name])
                 weight = memory.input_weight(branches[name])
                 rows.append((weight, weight.new_zeros(len(weight))))
                 self.memories.append(memory)
@@ -315,7 +315,7 @@ class FoldedFeedForward(nn.Module):
         for group in filter(None, (rows[:n], rows[n:])):
             weight = torch.cat([weight for weight, _ in group])
             bias = torch.cat([bias for _, bias in group])
-            self.first.append(PreparedLinear.of(weight * norm.weight, bias + weight @ norm.bias))
+            self.first.append(FusedLinear.of(weight * norm.weight, bias + weight @ norm.bias))
             self.sizes.append([len(weight) for weight, _ in group])
         if self.mlp is not None:
             declared(self.first[0], self.mlp.component)
@@ -343,7 +343,7 @@ class FoldedFeedForward(nn.Module):
         return total, memory
 
 
-class FoldedMemory(nn.Module):
+class FusedMemory(nn.Module):
     """A `ProductKeyMemory` that is given its queries, or its scores where that takes less weights.
 
     The scores' matrix is K_a Q and K_b Q with 2 · heads · √num_keys rows, in place of Q with C rows

@@ -1,4 +1,4 @@
-"""The products of a model that is prepared for reading, and how its modules are rebuilt."""
+"""The products of a fused model, and how its modules are rebuilt."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from wavelet_lm.kernels.step_matmul import batched_matmul, is_step, step_linear, step_matmul
 
 
-class PreparedLinear(nn.Linear):
-    """`nn.Linear` for reading."""
+class FusedLinear(nn.Linear):
+    """A linear layer of a fused model."""
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None) -> PreparedLinear:
+    def of(cls, weight: Tensor, bias: Tensor | None) -> FusedLinear:
         """The layer of these weights, [out, in] and [out]."""
         with torch.device("meta"):
             layer = cls(weight.shape[1], weight.shape[0], bias=bias is not None)
@@ -116,7 +116,7 @@ def rebuilt(module: nn.Module, leaf: Leaf, name: str = "", memo: Memo | None = N
 
 
 class Cast:
-    """Modules in another dtype, part by part, their linear layers as `PreparedLinear`.
+    """Modules in another dtype, part by part, their linear layers as `FusedLinear`.
 
     What parts share stays shared: weights, modules, and what was cast before. Modules with
     `keeps_dtype` do keep theirs: single learned factors (a 0-d tensor does not raise the dtype of
@@ -132,12 +132,12 @@ class Cast:
 
     def __call__(self, module: nn.Module) -> nn.Module:
         """The module in the other dtype; itself, if this is what it came from."""
-        twin = rebuilt(module, _prepared_linear, memo=self._modules)
-        for part in twin.modules():
+        new = rebuilt(module, _fused_linear, memo=self._modules)
+        for part in new.modules():
             if self._modules.get(part) is not part:
                 self._modules[part] = part
                 self._cast(part)
-        return twin
+        return new
 
     def _cast(self, module: nn.Module) -> None:
         if hasattr(module, "output_dtype"):
@@ -158,8 +158,8 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return Cast(dtype)(model)
 
 
-def _prepared_linear(module: nn.Module, _: str) -> nn.Module | None:
-    return PreparedLinear.of(module.weight, module.bias) if type(module) is nn.Linear else None
+def _fused_linear(module: nn.Module, _: str) -> nn.Module | None:
+    return FusedLinear.of(module.weight, module.bias) if type(module) is nn.Linear else None
 
 
 def computing_dtype(model: nn.Module) -> torch.dtype:
@@ -174,7 +174,7 @@ def computing_dtype(model: nn.Module) -> torch.dtype:
 
 def shallow_copy(module: nn.Module) -> nn.Module:
     """A module with the same parts, which can be replaced without changing the original."""
-    twin = copy.copy(module)
-    twin._modules, twin._parameters = dict(module._modules), dict(module._parameters)
-    twin._buffers = dict(module._buffers)
-    return twin
+    new = copy.copy(module)
+    new._modules, new._parameters = dict(module._modules), dict(module._parameters)
+    new._buffers = dict(module._buffers)
+    return new

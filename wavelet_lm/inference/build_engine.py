@@ -51,7 +51,7 @@ def _open_writer(
         decoder = Decoder(opened.model, **how, adapt=adapts)
         record = opened.record()
     else:
-        twin = quantize(
+        quantized = quantize(
             opened.model,
             scheme,
             # The decoder casts; a library's layers are made for the dtype that they are to read.
@@ -60,9 +60,9 @@ def _open_writer(
             calibration=options.quantization.calibration(empty.config, tokenizer),
             progress=lambda stage: log(f"calibrating {stage}"),
         )
-        log(f"{scheme.describe()}: {n_bytes(twin) / 1e6:,.2f} MB")
-        record = ModelRecord.of(twin)
-        decoder = Decoder(twin, **how, adapt=adapts)
+        log(f"{scheme.describe()}: {n_bytes(quantized) / 1e6:,.2f} MB")
+        record = ModelRecord.of(quantized)
+        decoder = Decoder(quantized, **how, adapt=adapts)
     draft = None
     if options.draft is not None:
         other = open_checkpoint(options.draft, device, log)
@@ -83,7 +83,7 @@ class OpenedCheckpoint:
     """A checkpoint whose weights are looked at as they are read.
 
     Attributes:
-        model: to make a twin of; `empty` is that model with or without weights.
+        model: to be fused; `empty` is that model with or without weights.
     """
 
     def __init__(self, model: LanguageModel | StoredModel, tokenizer: Tokenizer, path: Path):
@@ -101,7 +101,7 @@ class OpenedCheckpoint:
         self.empty, model.see = model.model, see
 
     def record(self) -> ModelRecord:
-        """What stays of the model once its twin is made."""
+        """What stays of the model once it is fused."""
         if not isinstance(self.model, StoredModel):
             return ModelRecord.of(self.model)
         fingerprint = self._fingerprint.of(self.empty)

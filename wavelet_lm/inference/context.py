@@ -47,7 +47,7 @@ def parse_context(text: str) -> Context:
 
 
 def apply_context(model: LanguageModel, context: str) -> nn.Module:
-    """A prepared model that reads with this context; `model` is changed or wrapped.
+    """A fused model that reads with this context; `model` is changed or wrapped.
 
     Raises:
         UserError: the context is unknown, a window of a running mean that the model lacks, or

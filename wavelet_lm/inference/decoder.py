@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from wavelet_lm.devices import reading
 from wavelet_lm.errors import UserError
-from wavelet_lm.fusion.fuse import prepare, weight_bytes_per_token
+from wavelet_lm.fusion.fuse import fuse, weight_bytes_per_token
 from wavelet_lm.fusion.linear import computing_dtype
 from wavelet_lm.inference.context import apply_context
 from wavelet_lm.inference.state import StaticState
@@ -35,7 +35,7 @@ Step = Callable[[], None]
 
 
 class Decoder:
-    """Reads texts with a prepared twin of `model`; every row of a batch is what it would be alone.
+    """Reads texts with the fused model of `model`; every row of a batch is what it would be alone.
 
     Args:
         model: left as it is; or one whose weights are stored (`models/weights.py`).
@@ -46,10 +46,10 @@ class Decoder:
         adapt: the fast weights learn while decoding; None asks the model's config.
 
     Attributes:
-        model: the twin, which `prepare` made.
+        model: the fused model, with its context.
         device: where its tensors are.
         vocab_size: V of the logits.
-        vectors: of the tokens, as the twin reads them; `vectors[tokens]` is [n, C].
+        vectors: of the tokens, as the fused model reads them; `vectors[tokens]` is [n, C].
     """
 
     def __init__(
@@ -61,18 +61,18 @@ class Decoder:
         compile: bool = False,
         adapt: bool | None = None,
     ):
-        prepared = model
+        fused = model
         if isinstance(model, (LanguageModel, StoredModel)):
             if adapt is None:
                 original = model.model if isinstance(model, StoredModel) else model
                 adapt = original.config.fwpkm_inference_updates
-            model = prepare(model, dtype, adapt=adapt)
+            model = fuse(model, dtype, adapt=adapt)
             if next(model.parameters()).is_cpu and computing_dtype(model) != torch.float64:
                 use_cpu_layout(model)
-            prepared = model
+            fused = model
             model = apply_context(model, context)
         self.model = model
-        self.vectors = TokenVectors(prepared)
+        self.vectors = TokenVectors(fused)
         self.adapts = bool(adapt)
         self.compile = compile
         for given, what in ((compile, "compile"), (context.startswith("recompute"), context)):

@@ -27,8 +27,8 @@ from wavelet_lm.inference.completion import Reading, Strategy, Writer
 from wavelet_lm.inference.declarations import DTYPES, FLAGS
 from wavelet_lm.inference.generation import check_vocabulary, encode_prompt
 from wavelet_lm.inference.generation_options import GenerationOptions
+from wavelet_lm.inference.live_decoder import LiveDecoder, live_decoder_of
 from wavelet_lm.inference.rows import Completion, Request
-from wavelet_lm.inference.twins import Twin, twin_of
 from wavelet_lm.json_files import brief
 from wavelet_lm.models.base import LanguageModel
 
@@ -42,9 +42,9 @@ OPTIONS = tuple(name for name, flag in FLAGS.items() if flag.per_text)
 class Engine:
     """Writes texts with a model.
 
-    Its weights are put together for reading once (`fuse.py`). Where they have changed since the
-    last text, by training or `load_state_dict`, that is done again. The model is not kept: an
-    engine lives on when it is gone, in about the memory of its weights.
+    The model is fused once (`fuse.py`). Where its weights have changed since the last text, by
+    training or `load_state_dict`, that is done again. The model is not kept: an engine lives on
+    when it is gone, in about the memory of its weights.
 
     Args:
         model: of `load_model` or `build_model`; it is left as it is.
@@ -119,11 +119,11 @@ class Engine:
         return engine
 
     @classmethod
-    def of(cls, twin: Twin, model: nn.Module, tokenizer: Tokenizer) -> Engine:
-        """An engine on the twin of a model that is there already."""
+    def of(cls, decoder: LiveDecoder, model: nn.Module, tokenizer: Tokenizer) -> Engine:
+        """An engine on a decoder that is there already, of this model."""
         check_vocabulary(model, tokenizer)
         engine = cls.__new__(cls)
-        engine._begin(twin, tokenizer, _config(model))
+        engine._begin(decoder, tokenizer, _config(model))
         return engine
 
     def _begin(
@@ -138,9 +138,9 @@ class Engine:
         adapt: bool | None = None,
         draft: nn.Module | None = None,
     ) -> None:
-        """Check what holds for all texts, and only then put weights together.
+        """Check what holds for all texts, and only then fuse the model.
 
-        model: or its twin, where there is one already.
+        model: or its decoder, where there is one already.
         """
         self.tokenizer, self.config = tokenizer, config
         self._fixed = {
@@ -151,8 +151,9 @@ class Engine:
         }
         self._options({}).strategy(config)
         how = {"dtype": _dtype(dtype), "context": context, "compile": bool(compile)}
-        self._twin = model if isinstance(model, Twin) else Twin(model, **how, adapt=adapt)
-        self._draft = None if draft is None else Twin(draft, **how, adapt=False)
+        is_there = isinstance(model, LiveDecoder)
+        self._decoder = model if is_there else LiveDecoder(model, **how, adapt=adapt)
+        self._draft = None if draft is None else LiveDecoder(draft, **how, adapt=False)
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -249,7 +250,7 @@ class Engine:
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(OPTIONS)}"
             raise UserError(f"there is no option {unknown[0]}; {hint}")
         strategy = self._options({**options, "batch_size": batch_size}).strategy(self.config)
-        model, decoder = self._twin.current()
+        model, decoder = self._decoder.current()
         draft = None if self._draft is None else self._draft.current()[1]
         return Writer(decoder, model, self.tokenizer, strategy, draft)
 
@@ -302,8 +303,8 @@ def generate(
     """Continue `prompt`; returns the new text only, without the prompt.
 
     It ends after `num_tokens` tokens, or where the model ends the text (end-of-text token) unless
-    `ignore_eot`. The same seed gives the same text. What is put together of a model for reading is
-    kept while the model is there, and made again where its weights have changed.
+    `ignore_eot`. The same seed gives the same text. The fused model is kept
+    while the model is there, and made again where its weights have changed.
 
     Raises:
         UserError: options out of range, a tokenizer of another model, a prompt that it cannot
@@ -319,7 +320,7 @@ def generate(
         Traceback (most recent call last):
         wavelet_lm.errors.UserError: top_p is 2; it must be between 1e-30 and 1
     """
-    engine = Engine.of(twin_of(model), model, tokenizer)
+    engine = Engine.of(live_decoder_of(model), model, tokenizer)
     return engine.generate(
         prompt,
         num_tokens,

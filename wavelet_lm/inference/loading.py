@@ -25,7 +25,7 @@ def load_model(
 ) -> nn.Module:
     """The model of a run folder, a checkpoint file or a published `.pt`, in eval mode on `device`.
 
-    Of a quantized checkpoint it is the prepared twin, which reads and does not train. A published
+    Of a quantized checkpoint it is a fused model, which reads and does not train. A published
     checkpoint needs its `config.json` beside it; `log` gets what of it was ignored.
 
     Raises:
@@ -47,9 +47,9 @@ def open_model(
     device: str | torch.device = "cpu",
     log: Callable[[str], object] = lambda line: None,
 ) -> LanguageModel | StoredModel:
-    """As `load_model`, for a twin to be made of it: the weights are left where they are stored.
+    """As `load_model`, for a model to be fused: the weights are left where they are stored.
 
-    Those of a quantized checkpoint are read at once, since its model is such a twin.
+    Those of a quantized checkpoint are read at once, since its model is a fused one.
     """
     from wavelet_lm.interop.published import is_published, stored_published
 

@@ -41,7 +41,7 @@ def save_state(
         state: of a batch of 1, a pytree whose leaves are tensors or None.
         logits: [1, V], of the token that comes next.
         tokens: the text so far, one or more.
-        model: what read it, as its checkpoint gives it (not a decoder's prepared twin).
+        model: what read it, as its checkpoint gives it (not a decoder's fused model).
 
     Raises:
         UserError: the disk is full or the folder cannot be written; an older file is kept.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.errors import UserError
-from wavelet_lm.fusion.linear import BatchedLinear, PreparedLinear
+from wavelet_lm.fusion.linear import BatchedLinear, FusedLinear
 from wavelet_lm.quantization.scheme import Scheme
 from wavelet_lm.quantization.weights import QuantizedBatchedLinear, QuantizedLinear
 
@@ -58,7 +58,7 @@ def check_backend(scheme: Scheme) -> None:
 
 
 def backend_layer(
-    backend: str, module: PreparedLinear | BatchedLinear, bits: int, dtype: torch.dtype
+    backend: str, module: FusedLinear | BatchedLinear, bits: int, dtype: torch.dtype
 ) -> nn.Module:
     """The same products with weights quantized by a library, on the device of the weights.
 
@@ -153,7 +153,7 @@ def _nf4_bitsandbytes(bnb: ModuleType, W: Tensor, dtype: torch.dtype) -> nn.Modu
 
 
 def _int8_torchao(torchao: ModuleType, W: Tensor, dtype: torch.dtype) -> nn.Module:
-    layer = PreparedLinear.of(W.to(dtype), None)
+    layer = FusedLinear.of(W.to(dtype), None)
     # Its settings of the compiler would hold for the whole process.
     torchao.quantize_(layer, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
     return layer

@@ -1,6 +1,6 @@
-"""A quantized model on disk: the tensors of its twin, and the scheme in the header.
+"""A quantized model on disk: its tensors, and the scheme in the header.
 
-It is read into a twin of the same structure that is built without weights, so the model in full
+It is read into a model of the same structure that is built without weights, so the model in full
 precision never exists. The parts that the structure does not say (a crawl's taps, which channels a
 bag keeps) are buffers, and are kept as well.
 """
@@ -26,7 +26,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_quantized(
-    path: str | Path, twin: LanguageModel, scheme: Scheme, metadata: dict[str, Any]
+    path: str | Path, model: LanguageModel, scheme: Scheme, metadata: dict[str, Any]
 ) -> None:
     """Write what `quantize` made, atomically.
 
@@ -34,20 +34,20 @@ def save_quantized(
         UserError: the disk is full or the folder cannot be written; an older file is kept.
     """
     tensors = {
-        name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in _tensors(twin)
+        name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in _tensors(model)
     }
     header = {
         "format": QUANTIZED_FORMAT,
         "quantization": scheme.to_json(),
-        "config": json.dumps(twin.config.to_dict()),
-        "vocab_size": str(twin.vocab_size),
+        "config": json.dumps(model.config.to_dict()),
+        "vocab_size": str(model.vocab_size),
         "metadata": json.dumps(metadata),
     }
     write_tensors(path, tensors, header)
 
 
 def load_quantized(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> LanguageModel:
-    """The twin of a quantized checkpoint, in eval mode on `device`.
+    """The model of a quantized checkpoint, in eval mode on `device`.
 
     Raises:
         UserError: the scheme is one that this version does not know, or the tensors do not fit.
@@ -56,8 +56,8 @@ def load_quantized(checkpoint: Checkpoint, device: str | torch.device = "cpu") -
     config = checkpoint.config
     empty = checkpoint.without_weights()
     with torch.device("meta"):
-        twin = quantize(empty, scheme, adapt=config.fwpkm_inference_updates)
-    needed = dict(_tensors(twin))
+        model = quantize(empty, scheme, adapt=config.fwpkm_inference_updates)
+    needed = dict(_tensors(model))
     problems = [f"no {name}" for name in sorted(needed.keys() - checkpoint.names)]
     problems += [f"unknown {name}" for name in sorted(checkpoint.names - needed.keys())]
     loaded: dict[int, Tensor] = {}
@@ -72,14 +72,14 @@ def load_quantized(checkpoint: Checkpoint, device: str | torch.device = "cpu") -
         loaded[id(needed[name])] = on_device.clone() if on_device is tensor else on_device
     if problems:
         raise UserError(f"{checkpoint.path}: a checkpoint of another config: {problems[0]}")
-    for module in twin.modules():
+    for module in model.modules():
         for key, p in module._parameters.items():
             if p is not None:
                 module._parameters[key] = nn.Parameter(loaded[id(p)], requires_grad=False)
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = loaded[id(buffer)]
-    return cast(twin, computing_dtype(twin))
+    return cast(model, computing_dtype(model))
 
 
 def _may_be(given: torch.dtype, needed: torch.dtype) -> bool:
@@ -87,7 +87,7 @@ def _may_be(given: torch.dtype, needed: torch.dtype) -> bool:
     return given == needed or (needed.is_floating_point and given in FLOATS)
 
 
-def _tensors(twin: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, shared ones once."""
-    yield from twin.named_parameters()
-    yield from twin.named_buffers()
+    yield from model.named_parameters()
+    yield from model.named_buffers()

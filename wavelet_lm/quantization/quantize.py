@@ -1,4 +1,4 @@
-"""From a trained model to a twin whose matrices are quantized."""
+"""From a trained model to a fused one whose matrices are quantized."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from wavelet_lm.fusion.fuse import COMPONENTS, prepare
+from wavelet_lm.fusion.fuse import COMPONENTS, fuse
 from wavelet_lm.fusion.linear import (
     BatchedLinear,
+    FusedLinear,
     OneOfBatch,
-    PreparedLinear,
     cast,
     computing_dtype,
 )
@@ -34,7 +34,7 @@ from wavelet_lm.roles import component_of
 
 # Components of the modules (`wavelet_lm/roles.py`) that a scheme has other names for.
 OF_ROLES = {"wavelet nets": "lifting", "MLP": "mlp"}
-MATRICES = (PreparedLinear, BatchedLinear)
+MATRICES = (FusedLinear, BatchedLinear)
 TABLES = (nn.Embedding, SubKeys, ValueTable)
 # Windows of a calibration text that are read at once.
 CALIBRATION_BATCH = 8
@@ -50,9 +50,9 @@ def quantize(
     calibration: Tensor | None = None,
     progress: Callable[[str], object] = lambda stage: None,
 ) -> LanguageModel:
-    """A prepared twin of `model` with weights as the scheme says; vectors and norms stay.
+    """The fused model of `model` with weights as the scheme says; vectors and norms stay.
 
-    The model's folds come first (`fuse.py`), so that what is rounded is what is read: a mixer's
+    It is fused first (`fuse.py`), so that what is rounded is what is read: a mixer's
     matrix, near the identity when it starts, has entries of one size in the Hadamard domain.
 
     Args:
@@ -61,25 +61,25 @@ def quantize(
         calibration: [n, T] tokens, which weights below 8 bits are compensated on; else None.
         progress: called with the name of each part that is calibrated.
     """
-    twin = prepare(model, adapt=adapt, precision=scheme.precision)
-    dtype = dtype or computing_dtype(twin)
-    quantizer = _Quantizer(twin, scheme, dtype)
+    fused = fuse(model, adapt=adapt, precision=scheme.precision)
+    dtype = dtype or computing_dtype(fused)
+    quantizer = _Quantizer(fused, scheme, dtype)
     if calibration is not None:
-        for stage, names in _stages(twin, quantizer.compensable()):
+        for stage, names in _stages(fused, quantizer.compensable()):
             progress(stage)
-            quantizer.replace(names, _input_moments(twin, names, calibration))
+            quantizer.replace(names, _input_moments(fused, names, calibration))
     quantizer.replace(quantizer.names())
-    return cast(twin, dtype)
+    return cast(fused, dtype)
 
 
 class _Quantizer:
-    """Replaces the matrices and tables of a twin, wherever one stands."""
+    """Replaces the matrices and tables of a fused model, wherever one stands."""
 
-    def __init__(self, twin: LanguageModel, scheme: Scheme, dtype: torch.dtype):
-        self.twin, self.scheme, self.dtype = twin, scheme, dtype
+    def __init__(self, model: LanguageModel, scheme: Scheme, dtype: torch.dtype):
+        self.model, self.scheme, self.dtype = model, scheme, dtype
         self.bits = {
-            name: scheme.bits[component(twin, name)]
-            for name, module in twin.named_modules()
+            name: scheme.bits[scheme_component(model, name)]
+            for name, module in model.named_modules()
             if isinstance(module, (*MATRICES, *TABLES))
         }
         self.weights: dict[int, QuantizedWeight] = {}  # by the id of the parameter: ties stay
@@ -87,11 +87,11 @@ class _Quantizer:
     def names(self) -> list[str]:
         """What is to be quantized and is not yet."""
         left = (name for name, bits in self.bits.items() if bits < 16)
-        return [n for n in left if isinstance(self.twin.get_submodule(n), (*MATRICES, *TABLES))]
+        return [n for n in left if isinstance(self.model.get_submodule(n), (*MATRICES, *TABLES))]
 
     def compensable(self) -> list[str]:
         """Matrices of which the rounding can be compensated for."""
-        modules = {name: self.twin.get_submodule(name) for name in self.names()}
+        modules = {name: self.model.get_submodule(name) for name in self.names()}
         tables = {id(m.weight) for m in modules.values() if isinstance(m, TABLES)}
         return [
             name
@@ -101,11 +101,11 @@ class _Quantizer:
 
     def replace(self, names: Sequence[str], moments: dict[str, InputMoments] | None = None) -> None:
         places: dict[int, list[tuple[nn.Module, str]]] = {}
-        for parent in self.twin.modules():
+        for parent in self.model.modules():
             for key, child in parent._modules.items():
                 places.setdefault(id(child), []).append((parent, key))
         for name in names:
-            module = self.twin.get_submodule(name)
+            module = self.model.get_submodule(name)
             new = self.quantized(module, self.bits[name], (moments or {}).get(name))
             for parent, key in places[id(module)]:
                 parent._modules[key] = new
@@ -116,7 +116,7 @@ class _Quantizer:
         weight = self.weight(module.weight, bits, moments)
         if isinstance(module, BatchedLinear):
             return QuantizedBatchedLinear(weight, module.bias)
-        if isinstance(module, PreparedLinear):
+        if isinstance(module, FusedLinear):
             return QuantizedLinear(weight, module.bias)
         if isinstance(module, nn.Embedding):
             return QuantizedEmbedding(weight, self.dtype)
@@ -138,50 +138,50 @@ class _Quantizer:
         return self.weights[id(weight)]
 
 
-def component(twin: LanguageModel, name: str) -> str:
-    """Which of `COMPONENTS` a matrix or table of a prepared model belongs to.
+def scheme_component(model: LanguageModel, name: str) -> str:
+    """Which of `COMPONENTS` a matrix or table of a fused model belongs to.
 
     What shares a weight with a table (a tied head) goes with the table.
     """
-    weight = twin.get_submodule(name).weight
-    tables = (m for m in twin.modules() if isinstance(m, nn.Embedding))
+    weight = model.get_submodule(name).weight
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
     if any(table.weight is weight for table in tables):
         return "embedding"
-    declared = component_of(twin, name) or "rest"
+    declared = component_of(model, name) or "rest"
     declared = OF_ROLES.get(declared, declared)
     return declared if declared in COMPONENTS else "rest"
 
 
-def _stages(twin: LanguageModel, names: list[str]) -> list[tuple[str, list[str]]]:
+def _stages(model: LanguageModel, names: list[str]) -> list[tuple[str, list[str]]]:
     """The matrices in the order in which a text passes them: lifting, block by block, the head."""
-    blocks = {part for network in twin.networks() for part in network.blocks}
-    of_blocks = [name for name, part in twin.named_modules() if part in blocks]
+    blocks = {part for network in model.networks() for part in network.blocks}
+    of_blocks = [name for name, part in model.named_modules() if part in blocks]
     stages: dict[str, list[str]] = {}
     for name in names:
         stage = next((block for block in of_blocks if name.startswith(f"{block}.")), "head")
-        if component(twin, name) == "lifting":
+        if scheme_component(model, name) == "lifting":
             stage = "lifting"
         stages.setdefault(stage, []).append(name)
     return list(stages.items())
 
 
 def _input_moments(
-    twin: LanguageModel, names: list[str], calibration: Tensor
+    model: LanguageModel, names: list[str], calibration: Tensor
 ) -> dict[str, InputMoments]:
-    """What these matrices read when the twin reads the calibration windows."""
+    """What these matrices read when the model reads the calibration windows."""
     moments: dict[str, InputMoments] = {}
     hooks = []
     for name in names:
-        module = twin.get_submodule(name)
+        module = model.get_submodule(name)
         n = len(module.weight) if isinstance(module, BatchedLinear) else 1
         moments[name] = InputMoments(n)
         hooks.append(module.register_forward_pre_hook(_adding(moments[name])))
-        for part in twin.modules():
+        for part in model.modules():
             if isinstance(part, OneOfBatch) and part.batch is module:
                 hooks.append(part.register_forward_pre_hook(_adding(moments[name], part.i)))
     try:
         for idx in calibration.split(CALIBRATION_BATCH):
-            twin(idx.to(next(twin.parameters()).device))
+            model(idx.to(next(model.parameters()).device))
     finally:
         for hook in hooks:
             hook.remove()

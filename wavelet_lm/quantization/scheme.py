@@ -19,7 +19,7 @@ class Scheme:
     """Bits by component, and how weights of less than 8 bits are grouped.
 
     Attributes:
-        bits: of every component (`prepared.COMPONENTS`): 2, 4, 8, or 16 = left as they are.
+        bits: of every component (`COMPONENTS` of `fuse.py`): 2, 4, 8, or 16 = left as they are.
         group_size: weights of a row that share a scale, below 8 bits; 8 bits have one per row.
         backend: whose products read the matrices: native, torchao or bitsandbytes.
         calibrated: roundings below 8 bits were compensated for on a text.

@@ -228,7 +228,7 @@ class QuantizedValueTable(nn.Module):
 
 
 def use_cpu_layout(model: nn.Module) -> None:
-    """Prepare 4-bit matrices in place for a CPU's own product, which reads no rows of tables."""
+    """Lay out 4-bit matrices in place for a CPU's own product, which reads no rows of tables."""
     tables = {
         id(m.weight)
         for m in model.modules()

@@ -18,7 +18,7 @@ from wavelet_lm.models.base import LanguageModel
 N_SAMPLES = 16
 
 
-class Twin:
+class LiveDecoder:
     """A decoder that follows its model as long as that is there."""
 
     def __init__(self, model: Any, **how: Any):
@@ -62,15 +62,15 @@ def _sample(tensor: Tensor) -> Tensor:
     return flat[:: max(1, -(-flat.numel() // N_SAMPLES))].double()
 
 
-_TWINS: weakref.WeakKeyDictionary[nn.Module, Twin] = weakref.WeakKeyDictionary()
-_TWINS_LOCK = threading.Lock()
+_DECODERS: weakref.WeakKeyDictionary[nn.Module, LiveDecoder] = weakref.WeakKeyDictionary()
+_DECODERS_LOCK = threading.Lock()
 
 
-def twin_of(model: nn.Module) -> Twin:
-    """The model's twin for `generate`, kept as long as the model is."""
-    if not isinstance(model, LanguageModel):  # read as it is: nothing is put together
-        return Twin(model, context="auto")
-    with _TWINS_LOCK:
-        if model not in _TWINS:
-            _TWINS[model] = Twin(model, context="auto")
-        return _TWINS[model]
+def live_decoder_of(model: nn.Module) -> LiveDecoder:
+    """The model's decoder for `generate`, kept as long as the model is."""
+    if not isinstance(model, LanguageModel):  # read as it is: nothing is fused
+        return LiveDecoder(model, context="auto")
+    with _DECODERS_LOCK:
+        if model not in _DECODERS:
+            _DECODERS[model] = LiveDecoder(model, context="auto")
+        return _DECODERS[model]
