@@ -65,7 +65,7 @@ SHAPES = {name: tuple(spec.name for spec in fields(task)) for name, task in TASK
 NEEDLE = "needle"
 NEEDLE_OPTIONS = ("distances", "needles")
 NEEDLE_KEYS = ("dataset", "device", "threads")
-TRAINING_OPTIONS = ("config", "seeds", "examples")
+TRAINING_OPTIONS = ("config", "seeds", "examples", "curriculum")
 
 
 def main() -> None:
@@ -138,6 +138,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     text = "seeds to train every model with [the config's seed]"
     add("--seeds", metavar="LIST", help=text, **absent)
     number("examples", f"fresh sequences to ask at the end [{EXAMPLES}]")
+    text = "begin with a 2^N-th of length, pairs, queries and items, and double them until half"
+    number("curriculum", f"{text} of the steps are done [all at once]")
     add("--json", metavar="FILE", help="write the results there, after every run")
     add("--plot", metavar="FILE", help=f"draw them there ({', '.join(IMAGES)})")
     add_config_flags(parser)
@@ -168,6 +170,7 @@ def _train(
     plot: str | None,
 ) -> None:
     task = TASKS[name](**{key: options[key] for key in SHAPES[name] if key in options})
+    shorter = task.shorter(options.get("curriculum", 0))
     configs, seeds = what_to_train(task, options, flags)
     about = {
         "task": name,
@@ -175,6 +178,7 @@ def _train(
         "chance": task.chance,
         "examples": options.get("examples", EXAMPLES),
         "seeds": seeds,
+        "curriculum": options.get("curriculum", 0),
     }
     print(describe(task), flush=True)
     runs: list[dict[str, Any]] = []
@@ -191,7 +195,7 @@ def _train(
             plot_tasks(plot, runs, summary(runs), task)
 
     try:
-        compare(configs, task, seeds, about["examples"], finished=finished)
+        compare(configs, task, seeds, about["examples"], shorter=shorter, finished=finished)
     except (KeyboardInterrupt, Interrupted) as stop:
         conclude()
         kept = f" and kept in {json}" if json and runs else ""

@@ -31,6 +31,7 @@ def compare(
     seeds: Sequence[int],
     n_examples: int,
     *,
+    shorter: Sequence[tuple[int, RecallTask]] = (),
     finished: Callable[[Row], None] = lambda run: None,
     log: Callable[[str], None] = print,
 ) -> list[Row]:
@@ -38,6 +39,7 @@ def compare(
 
     Args:
         configs: by the names of the models, all for one device; `max_steps` is set.
+        shorter: what training begins with, as `Recall` has it.
         n_examples: to ask at the end of each run, of the weights that it ends with.
         finished: called after each run with its row.
 
@@ -58,7 +60,7 @@ def compare(
             about = {"model": name, "seed": seed}
             forget_the_last_run()
             try:
-                runs.append({**about, **_run(config, task, n_examples)})
+                runs.append({**about, **_run(config, task, n_examples, shorter)})
             except Diverged as error:
                 # What follows tells where weights are kept, and here none are.
                 runs.append({**about, "diverged": str(error).split(";")[0]})
@@ -67,7 +69,12 @@ def compare(
     return runs
 
 
-def _run(config: Config, task: RecallTask, n_examples: int) -> Row:
+def _run(
+    config: Config,
+    task: RecallTask,
+    n_examples: int,
+    shorter: Sequence[tuple[int, RecallTask]],
+) -> Row:
     """Train one model in a temporary run folder; its figures and its curve."""
     use_threads(config.threads)
     device = resolve_device(config.device)
@@ -76,7 +83,7 @@ def _run(config: Config, task: RecallTask, n_examples: int) -> Row:
         model = build_model(config, task.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder.create(config.replace(out_dir=folder), task.name)
-        recall = Recall(config, model, task, device)
+        recall = Recall(config, model, task, device, shorter)
         recall.loss_function = compiled(model, config, device, run.log)
         trainer = Trainer(config, recall, run, config.max_steps)
         trainer.train()

@@ -1,6 +1,6 @@
 """The task of a language model that answers questions; the loss counts the answers alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from wavelet_lm.training.task import MicroBatch, Task, Validation
 class Recall(Task):
     """Mean nats per answer, of fresh examples in every step.
 
+    The first half of the steps may have shorter sequences (`RecallTask.shorter`), each kind as many
+    steps, and as many more of them in a step.
+
     A validation asks `eval_batches` batches of questions, the same each time. `seed` says which
     examples come.
 
@@ -26,15 +29,26 @@ class Recall(Task):
     unit = "tokens"
     validates_untrained = False
 
-    def __init__(self, config: Config, model: nn.Module, task: RecallTask, device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        task: RecallTask,
+        device: torch.device,
+        shorter: Sequence[tuple[int, RecallTask]] = (),
+    ):
         super().__init__(config, model, device)
         self.task = task
+        self.stages = [*shorter, (1, task)]
         self.per_step = batch_size(config) * task.length
         self.loss_function: Callable[..., tuple[Tensor, Any]] = model.loss
 
     def batch(self, step: int) -> list[MicroBatch]:
-        questions = self.task.questions(batch_size(self.config), self.config.seed, "train", step)
-        return split(questions, self.config.micro_batch_size)
+        last = len(self.stages) - 1
+        times, task = self.stages[min(last, 2 * step * last // self.config.max_steps)]
+        n = times * batch_size(self.config)
+        questions = task.questions(n, self.config.seed, "train", step)
+        return split(questions, times * self.config.micro_batch_size)
 
     def losses(self, step: int, batch: list[MicroBatch]) -> Iterator[Tensor]:
         for inputs, asked, answers, _ in batch:

@@ -39,6 +39,10 @@ class HaarWavelet(Wavelet):
         super().__init__()
         self.delays = nn.ModuleList(Shift(2**k) for k in range(levels))
 
+    def past_by_detail(self) -> tuple[float, float]:
+        """Exactly, at all times."""
+        return 1.0, -math.sqrt(2)
+
     def split(
         self, k: int, x: Tensor, history: Tensor | Ring | None = None
     ) -> tuple[Tensor, Tensor, Tensor | Ring]:

@@ -70,11 +70,16 @@ class LiftingWavelet(Wavelet):
             return nn.ModuleList(lifting_net(channels, k, init, gain, **net) for k in range(levels))
 
         self.predict, self.update = nets(1.0), nets(0.5)
+        # Of a new predict net on a normal input: that of a GELU is ½ on average.
+        self.first_slope = (1.0 if net.get("linear") else 0.5) if init == "haar" else 0.0
         self.own_update = nets(0.5) if untied else None
 
     def runs(self) -> dict[nn.Module, Runs]:
         """The reconstruction runs the update nets again, or nets of its own."""
         return {self.update: Runs(2, 2)} if self.own_update is None else {}
+
+    def past_by_detail(self) -> tuple[float, float]:
+        return self.first_slope, math.sqrt(2)
 
     def at_level(self, k: int) -> list[nn.Module]:
         nets = (self.predict, self.update, self.own_update)
@@ -119,6 +124,10 @@ class MultiBasisWavelet(nn.Module):
         weights = torch.zeros(len(bases), n_scales)
         weights[0] = 10.0
         self.weights = nn.Parameter(weights)
+
+    def past_by_detail(self) -> tuple[float, float] | None:
+        """That of the first basis, which is nearly all of a new model's."""
+        return self.bases[0].past_by_detail()
 
     @property
     def reach(self) -> int:

@@ -33,6 +33,10 @@ class WaveletPackets(nn.Module):
         levels = range(self.wavelet.levels)
         return {part: Runs(1, 2**k) for k in levels for part in self.wavelet.at_level(k)}
 
+    def past_by_detail(self) -> tuple[float, float] | None:
+        """None where the finest detail is split further, so that no band is it."""
+        return self.wavelet.past_by_detail() if self.wavelet.levels == 1 else None
+
     @property
     def reach(self) -> int:
         """How many positions back the coarsest band sees."""

@@ -33,6 +33,10 @@ class Wavelet(nn.Module):
         """How many positions back the coarsest band sees."""
         return sum(delay.max_lag for delay in self.delays)
 
+    def past_by_detail(self) -> tuple[float, float]:
+        """(a, b): before training, the signal one position back is near a x + b d_0."""
+        raise NotImplementedError
+
     def at_level(self, k: int) -> list[nn.Module]:
         """The nets that `split` and `merge` run at level k."""
         return []

@@ -109,6 +109,38 @@ def test_questions_are_spread_over_all_that_follows_the_pairs():
     assert questions.distances.max() > 120
 
 
+@pytest.mark.parametrize(
+    ("task", "parts"),
+    [
+        (
+            MultiQueryRecall(length=128, pairs=16, queries=64),
+            [
+                (4, MultiQueryRecall(length=32, pairs=4, queries=16)),
+                (2, MultiQueryRecall(length=64, pairs=8, queries=32)),
+            ],
+        ),
+        (
+            SelectiveCopying(values=80, length=129, items=17),
+            [
+                (4, SelectiveCopying(values=80, length=32, items=4)),
+                (2, SelectiveCopying(values=80, length=64, items=8)),
+            ],
+        ),
+        (Induction(length=80), [(4, Induction(length=20)), (2, Induction(length=40))]),
+    ],
+)
+def test_shorter_sequences_hold_less_of_the_same(task, parts):
+    assert task.shorter(2) == parts
+    assert task.shorter(0) == []
+
+
+def test_sequences_can_be_too_short_to_begin_with():
+    with pytest.raises(UserError, match=r"^a curriculum of 5 begins too small: pairs is 0;"):
+        MultiQueryRecall(length=128, pairs=16, queries=64).shorter(5)
+    with pytest.raises(UserError, match=r"^a curriculum of 4 begins too small: .* come twice"):
+        Induction(length=80).shorter(4)
+
+
 def test_every_pair_is_asked_before_any_comes_again():
     task = MultiQueryRecall(values=50, length=60, pairs=6, keys=20, queries=14)
     inputs, asked, *_ = task.questions(30, 0, "train", 0)

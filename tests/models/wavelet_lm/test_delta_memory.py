@@ -57,6 +57,25 @@ def test_heads_begin_with_different_horizons():
     torch.testing.assert_close(decays, torch.tensor([1.0, 5.0]).sigmoid())
 
 
+@pytest.mark.parametrize(
+    ("switches", "tolerance"),
+    [
+        ({"wavelet_mode": "haar"}, 1e-5),
+        ({"lifting_linear_only": True}, 0.25),  # its nets begin near the identity, with noise
+        ({"lifting_linear_only": True, "lifting_init": "zero"}, 1e-5),
+    ],
+)
+def test_a_new_memory_recalls_what_followed_the_like(switches, tolerance):
+    """Before any training its keys are the queries of one position before."""
+    torch.manual_seed(0)
+    model = build_model(CONFIG.replace(delta_bands=1, wavelet_crawl=False, **switches), V)
+    m, wavelet = model.blocks[0].delta_memory, model.wavelets[0]
+    h = torch.randn(B, T, CONFIG.C)
+    bands, _ = wavelet.decompose(model.blocks[0].pad(h))
+    q, k = m.queries_and_keys(torch.cat((h, bands[-1]), -1)).chunk(2, -1)
+    torch.testing.assert_close(k[:, 1:], q[:, :-1], rtol=0, atol=tolerance * q.std().item())
+
+
 def test_half_precision_keeps_a_wide_state():
     m = memory().bfloat16()
     h, bands = inputs()

@@ -8,8 +8,8 @@ comes twice.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ class RecallTask:
     length: int
     name: ClassVar[str]
     meaning: ClassVar[str]
+    grows: ClassVar[tuple[str, ...]] = ("length",)
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -88,6 +89,24 @@ class RecallTask:
         """inputs [n, T], asked [n, Q] and where the answers stand [n, Q]."""
         raise NotImplementedError
 
+    def shorter(self, doublings: int) -> list[tuple[int, Self]]:
+        """Sequences to begin with: a 2^doublings-th of the length and of what it holds, …, a half.
+
+        Returns:
+            How many times shorter each is, and its task.
+
+        Raises:
+            UserError: nothing is left, or there are too few different sequences.
+        """
+        found = []
+        for n in range(doublings, 0, -1):
+            try:
+                less = {key: getattr(self, key) // 2**n for key in self.grows}
+                found.append((2**n, replace(self, **less)))
+            except UserError as error:
+                raise UserError(f"a curriculum of {doublings} begins too small: {error}") from None
+        return found
+
     def questions(self, n: int, seed: int, part: str, step: int) -> Questions:
         """The n examples of a step of `PARTS`, always the same ones."""
         random = np.random.default_rng((seed, PARTS.index(part), step))
@@ -113,6 +132,7 @@ class MultiQueryRecall(RecallTask):
     keys: int = 64
     queries: int = 0
     name: ClassVar[str] = "mqar"
+    grows: ClassVar[tuple[str, ...]] = ("length", "pairs", "queries")
     meaning: ClassVar[str] = "multi-query associative recall"
 
     def __post_init__(self) -> None:
@@ -171,6 +191,7 @@ class SelectiveCopying(RecallTask):
     length: int = 128
     items: int = 16
     name: ClassVar[str] = "copying"
+    grows: ClassVar[tuple[str, ...]] = ("length", "items")
     meaning: ClassVar[str] = "selective copying"
 
     @property

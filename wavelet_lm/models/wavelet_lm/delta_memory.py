@@ -56,6 +56,26 @@ class DeltaMemory(nn.Module):
             self.rates.bias[: self.heads] = 0
             self.rates.bias[self.heads :] = torch.linspace(FIRST_DECAY, LAST_DECAY, self.heads)
 
+    @torch.no_grad()
+    def start_with(self, past_by_detail: tuple[float, float] | None) -> None:
+        """Start as an induction head: a key is the query of one position before.
+
+        So what is recalled before anything is trained is what followed the last time that such a
+        token came. From unrelated queries and keys it takes hundreds of steps to get there.
+
+        past_by_detail: (a, b) such that h one position back is near a h + b d_0; None if no band
+            is d_0, which leaves queries and keys random.
+        """
+        if past_by_detail is None or self.n_bands == 0:
+            return
+        a, b = past_by_detail
+        C = self.value.in_features
+        self.query.weight[:, C:] = 0
+        query = self.query.weight[:, :C]
+        self.key.weight.zero_()
+        self.key.weight[:, :C] = a * query
+        self.key.weight[:, C : 2 * C] = b * query
+
     def forward(
         self, h: Tensor, bands: list[Tensor], state: Tensor | Ring | None = None
     ) -> tuple[Tensor, Tensor | Ring]:

@@ -54,6 +54,9 @@ class WaveletLM(LanguageModel):
             build_wavelet(config, config.padded_channels) for _ in range(n_wavelets)
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(n_blocks))
+        for n, block in enumerate(self.blocks):
+            if block.delta_memory is not None:
+                block.delta_memory.start_with(self.wavelets[n % n_wavelets].past_by_detail())
         # One pass through the stack, as block numbers; `loop_iterations` passes make the network.
         self.order = [0] * config.looped_blocks_count if config.looped_blocks else range(n_blocks)
         self.final_norm = nn.LayerNorm(C)
