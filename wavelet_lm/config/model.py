@@ -155,6 +155,12 @@ class ModelConfig:
         minimum=0,
         cost="N·Hd·2·dk·delta_bands·Cp",
     )
+    delta_horizons: tuple[float, ...] = option(
+        (4, 150),
+        "positions after which its first and its last head have forgotten most, before training;"
+        " the others lie between",
+        above=1,
+    )
     phase_gating: bool = option(
         False, "the approximation gates the other scales", cost="N·(Cp² + (S − 1)·Cp)"
     )

@@ -84,6 +84,10 @@ def _wavelet(c: Config) -> None:
         f" {n_details} or less",
     )
     _refuse(
+        c.delta_memory and len(c.delta_horizons) != 2,
+        f"delta_horizons is {show(c.delta_horizons)}; it must be two numbers",
+    )
+    _refuse(
         c.skip_proj_out and c.padded_channels != c.C,
         f"skip_proj_out needs C to be a power of two with mixer_transform fwht, and C is {c.C};"
         f" use C {c.padded_channels}, mixer_transform identity, or keep the projection",

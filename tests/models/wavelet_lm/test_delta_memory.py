@@ -51,10 +51,20 @@ def test_it_computes_what_its_docstring_says():
             torch.testing.assert_close(y[b, t], out, rtol=0, atol=1e-10)
 
 
-def test_heads_begin_with_different_horizons():
-    torch.manual_seed(0)
-    decays = DeltaMemory(CONFIG).rates.bias[2:].sigmoid()
-    torch.testing.assert_close(decays, torch.tensor([1.0, 5.0]).sigmoid())
+def test_heads_begin_with_the_horizons_of_the_config():
+    def kept(**keys):
+        m = DeltaMemory(CONFIG.replace(**keys))
+        return m.rates.bias[m.heads :].sigmoid()
+
+    torch.testing.assert_close(kept(), 1 - 1 / torch.tensor([4.0, 150.0]))
+    odds = torch.tensor([99.0, 9.9, 0.99])  # of keeping, with equal factors between the heads
+    decays = kept(delta_heads=3, delta_horizons=(100, 1.99))
+    torch.testing.assert_close(decays, odds / (1 + odds))
+
+
+def test_horizons_are_two_numbers():
+    with pytest.raises(ConfigError, match=r"^delta_horizons is .*; it must be two numbers"):
+        tiny_config(delta_memory=True, delta_horizons=(4, 9, 150))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ be what came before and a value what came then.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, logsigmoid, normalize, rms_norm, silu
@@ -16,8 +18,6 @@ from wavelet_lm.kernels.delta_rule import delta_rule
 from wavelet_lm.transforms.history import Ring, carried
 from wavelet_lm.transforms.means import wide
 
-# Heads start with horizons from some positions (σ(1) ≈ 0.73 a position) to some hundred (σ(5)).
-FIRST_DECAY, LAST_DECAY = 1.0, 5.0
 EPSILON = 1e-5
 
 
@@ -54,7 +54,9 @@ class DeltaMemory(nn.Module):
         self.n_products = 3 * n_keys * self.value_dim
         with torch.no_grad():
             self.rates.bias[: self.heads] = 0
-            self.rates.bias[self.heads :] = torch.linspace(FIRST_DECAY, LAST_DECAY, self.heads)
+            # A head of horizon n keeps 1 − 1/n of what it has: σ(log(n − 1)).
+            first, last = (math.log(n - 1) for n in config.delta_horizons)
+            self.rates.bias[self.heads :] = torch.linspace(first, last, self.heads)
 
     @torch.no_grad()
     def start_with(self, past_by_detail: tuple[float, float] | None) -> None:
