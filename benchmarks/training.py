@@ -102,7 +102,7 @@ def measure(config: Config, vocab_size: int) -> dict[str, object]:
         "valid_loss": round(rows[-1]["val_loss"], 4),
         "step_milliseconds": round(float(np.median(step_seconds)) * 1000, 2),
         "tokens_per_second": round(per_step / float(np.median(step_seconds)), 1),
-        "estimated_GiB": round(estimate_bytes(config, n_params(model), vocab_size) / GiB, 2),
+        "estimated_GiB": round(estimate_bytes(model) / GiB, 2),
         "peak_GiB": round(peak_bytes(device) / GiB, 2),
     }
 

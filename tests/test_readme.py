@@ -70,7 +70,7 @@ def test_the_headline_figures_are_those_of_the_code():
     config = Config.from_json(ROOT / "config.json")
     with torch.device("meta"):
         model = build_model(config, 50257)
-    needed = estimate_bytes(config, n_params(model), 50257)
+    needed = estimate_bytes(model)
     assert f"about {needed / GiB:.0f} GiB" in prose
     reach = sum(delay.max_lag for delay in model.wavelets[0].delays)
     assert f"back {reach} positions" in prose

@@ -12,7 +12,7 @@ from wavelet_lm.models.registry import build_model
 from wavelet_lm.models.wavelet_lm import block
 from wavelet_lm.models.wavelet_lm.mlp import MLP
 from wavelet_lm.quantization.quantize import scheme_component
-from wavelet_lm.roles import FACTOR, MAP, Runs, component_of, declared, maps, uses
+from wavelet_lm.roles import FACTOR, MAP, Role, Runs, component_of, declared, maps, n_saved, uses
 
 V = 11
 # What is two-dimensional and no map: tables, and what is kept for each scale.
@@ -45,6 +45,7 @@ class NewMemory(nn.Module):
         self.roles = {"table": FACTOR}
         self.value = declared(nn.Linear(5, config.C, bias=False), "new values")
         self.decay = nn.Parameter(torch.zeros(6))
+        self.n_saved = 23
 
     def runs(self):
         return {self.key: Runs(1, 2)}
@@ -54,10 +55,10 @@ class NewMemory(nn.Module):
 
 
 def test_a_new_module_brings_its_roles_with_it(monkeypatch):
-    """Neither the figures nor the optimizers nor the quantizer have heard of it."""
+    """No figure, estimate, optimizer or quantizer has heard of it."""
     branches = block.feedforward_branches
     config = tiny_config(layers=2)
-    before = breakdown(config, V)
+    before, saved_before = breakdown(config, V), n_saved(build_model(config, V))
     monkeypatch.setattr(
         block, "feedforward_branches", lambda c: branches(c) | {"new": NewMemory(c)}
     )
@@ -79,6 +80,7 @@ def test_a_new_module_brings_its_roles_with_it(monkeypatch):
     name = "blocks.0.feedforward.branches.new.key"
     assert component_of(model, name) == "new memory"
     assert scheme_component(model, name) == "rest"
+    assert n_saved(model) == saved_before + 2 * 23
 
 
 def test_a_part_without_a_component_is_named(monkeypatch):
@@ -94,3 +96,19 @@ def test_a_tied_table_is_no_map():
     assert maps(nn.Sequential(table, layer)) == set()
     assert maps(nn.Sequential(layer)) == {layer.weight}
     assert MAP.is_map and not FACTOR.is_map
+
+
+class Pair(nn.Module):
+    """Two tables, of which the second hangs on a part that knows nothing of rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.direct, self.codes = nn.Embedding(5, 3), nn.Module()
+        self.codes.numbers = nn.Parameter(torch.zeros(7, 4))
+        self.roles = {"codes.numbers": Role(rows=2)}
+
+
+def test_a_holder_declares_the_roles_of_a_part_in_its_own_place_alone():
+    pair = Pair()
+    both = nn.ModuleList([pair, nn.ModuleDict({"again": pair.codes})])
+    assert [use.n_read for use in uses(both)] == [3, 2 * 4, 7 * 4]

@@ -3,15 +3,16 @@
 A module may have these attributes; what it does not declare it has from the module that holds it.
 
     component   the name of what its parameters are a part of, in tables of figures
-    roles       of its own parameters by name, where they are no vectors
+    roles       of its own parameters by name, where they are no vectors; of a part's as `part.name`
     runs()      how often its parts run, for one run of the module itself
     n_products  products of one position beside those with its weights
+    n_saved     numbers of one position that training saves for its backward pass
 
 A linear layer of PyTorch is a `MAP`, an embedding a table of which one row is read, a LayerNorm's
 component "norms".
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple, TypeVar
@@ -78,6 +79,13 @@ class Use(NamedTuple):
     component: str | None
     runs: Runs
 
+    @property
+    def n_read(self) -> int:
+        """How many numbers of the parameter one position reads in each of the runs."""
+        if self.role.rows is None:
+            return self.parameter.numel()
+        return self.role.rows * self.parameter.shape[-1]
+
 
 def declared(module: Module, component: str, **roles: Role) -> Module:
     """The module with a component of its own, and other roles of its parameters."""
@@ -89,7 +97,22 @@ def declared(module: Module, component: str, **roles: Role) -> Module:
 
 def uses(module: nn.Module) -> Iterator[Use]:
     """Every place of every parameter, in the order of the modules; of a tied one each of them."""
-    yield from _uses(module, "", None, ONCE, {})
+    for place in _places(_Place("", module, _component(module, None), ONCE, {}), {}):
+        dot = f"{place.name}." if place.name else ""
+        for key, parameter in place.module._parameters.items():
+            if parameter is not None:
+                role = place.roles.get(key, VECTOR)
+                own = role.component or place.component
+                yield Use(dot + key, place.module, parameter, role, own, place.runs)
+        if n_products := getattr(place.module, "n_products", 0):
+            role = Role(vectors=n_products)
+            yield Use(place.name, place.module, None, role, place.component, place.runs)
+
+
+def n_saved(module: nn.Module) -> int:
+    """Numbers of one position that training saves for the backward pass of module and parts."""
+    places = _places(_Place("", module, None, ONCE, {}), {})
+    return int(sum(getattr(p.module, "n_saved", 0) * p.runs.products for p in places))
 
 
 def component_of(module: nn.Module, name: str) -> str | None:
@@ -115,25 +138,30 @@ def _component(module: nn.Module, inherited: str | None) -> str | None:
     return getattr(module, "component", of_type)
 
 
-def _uses(
-    module: nn.Module, name: str, inherited: str | None, runs: Runs, declared_runs: dict
-) -> Iterator[Use]:
-    component = _component(module, inherited)
+class _Place(NamedTuple):
+    """One place of a module in the tree; `roles` are those of its parameters and its parts'."""
+
+    name: str
+    module: nn.Module
+    component: str | None
+    runs: Runs
+    roles: Mapping[str, Role]
+
+
+def _places(place: _Place, declared_runs: dict[nn.Module, Runs]) -> Iterator[_Place]:
+    module = place.module
     of_type = next((r for kind, r in ROLES_OF.items() if isinstance(module, kind)), {})
-    roles = getattr(module, "roles", of_type)
-    dot = f"{name}." if name else ""
-    for key, parameter in module._parameters.items():
-        if parameter is not None:
-            role = roles.get(key, VECTOR)
-            own = role.component or component
-            yield Use(dot + key, module, parameter, role, own, runs)
-    if n_products := getattr(module, "n_products", 0):
-        yield Use(name, module, None, Role(vectors=n_products), component, runs)
+    roles = {**getattr(module, "roles", of_type), **place.roles}
+    yield place._replace(roles=roles)
     of_parts = dict(declared_runs)
     if hasattr(module, "runs"):
         for part, times in module.runs().items():
             of_parts[part] = of_parts.get(part, ONCE) * times
     for key, part in module._modules.items():
         if part is not None:
-            times = runs * of_parts.get(part, ONCE)
-            yield from _uses(part, dot + key, component, times, of_parts)
+            name = f"{place.name}.{key}" if place.name else key
+            prefix = f"{key}."
+            given = {k.removeprefix(prefix): r for k, r in roles.items() if k.startswith(prefix)}
+            times = place.runs * of_parts.get(part, ONCE)
+            component = _component(part, place.component)
+            yield from _places(_Place(name, part, component, times, given), of_parts)

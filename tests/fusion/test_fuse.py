@@ -6,13 +6,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.conftest import perturb, tiny_config
 from tests.models.test_properties import T, V, configs
 from wavelet_lm import Config, build_model
 from wavelet_lm.fusion import linear as products
 from wavelet_lm.fusion.fuse import fuse, n_bytes, weight_bytes_per_token
+from wavelet_lm.fusion.linear import BatchedLinear
 from wavelet_lm.models.cost import breakdown
+from wavelet_lm.models.wavelet_lm.memory import SubKeys, ValueTable
+from wavelet_lm.roles import uses
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +75,43 @@ def test_bytes_read_per_token_are_at_most_all_of_them_as_often_as_they_run(confi
     runs = config.loop_iterations * (config.looped_blocks_count if config.looped_blocks else 1)
     runs *= 2 * config.layers  # a shared wavelet runs once per block, its update nets twice
     assert 0 < weight_bytes_per_token(fused) <= runs * n_bytes(fused)
+
+
+MATRICES_AND_TABLES = (nn.Linear, BatchedLinear, nn.Embedding, SubKeys, ValueTable)
+
+
+class MatrixReads(TorchDispatchMode):
+    """Counts the bytes of these weights that the products of a step are given, one by one."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.ours = {weight.untyped_storage().data_ptr() for weight in weights}
+        self.n_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        is_view = any(a.alias_info is not None for a in function._schema.arguments)
+        for x in [] if is_view else tree_leaves(args):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self.ours:
+                n_read = x.numel()
+                if "embedding" in str(function):
+                    n_read = args[1].numel() * x.shape[-1]
+                self.n_bytes += n_read * x.element_size()
+        return function(*args, **(kwargs or {}))
+
+
+@settings(**{**RANDOM, "max_examples": 15})
+@given(configs())
+def test_bytes_read_per_token_are_those_of_the_products_of_a_step(config):
+    """Matrices and tables, as an onlooker of the operators counts them."""
+    fused = fuse(sharpened(config.replace(fwpkm_inference_updates=False)))
+    weights = {m.weight for m in fused.modules() if isinstance(m, MATRICES_AND_TABLES)}
+    with torch.no_grad():
+        _, state = fused(torch.randint(V, (1, 3)))
+        with MatrixReads(weights) as seen:
+            fused(torch.randint(V, (1, 1)), state)
+    others = [u for u in uses(fused) if u.parameter is not None and u.parameter not in weights]
+    said = weight_bytes_per_token(fused) - sum(8 * u.n_read * u.runs.reads for u in others)
+    assert seen.n_bytes == said
 
 
 @pytest.mark.parametrize(

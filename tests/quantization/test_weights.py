@@ -21,6 +21,7 @@ from wavelet_lm.quantization.weights import (
     quantize_weight,
     use_cpu_layout,
 )
+from wavelet_lm.roles import TABLE
 
 RANDOM = {"max_examples": 60, "suppress_health_check": list(HealthCheck), "derandomize": True}
 BITS = (8, 4, 2)
@@ -135,7 +136,7 @@ def test_layers_are_those_of_the_dequantized_weight(bits, monkeypatch):
     table = ValueTable(N, K, 3).double()
     table.weight.data = number
     rows, factors = torch.randint(N, (9, 3)), torch.randn(9, 3).double()
-    quantized = QuantizedValueTable(one, torch.float64)
+    quantized = QuantizedValueTable(one, torch.float64, TABLE)
     check(quantized(rows, factors), table(rows, factors))
     check(quantized(rows[:0], factors[:0]), table(rows[:0], factors[:0]))
     monkeypatch.setattr(weights_module, "CHUNK_ELEMENTS", 4 * 3 * K)  # four positions at once
@@ -159,7 +160,7 @@ def test_the_cpu_layout_is_the_same_product_and_leaves_tables_alone():
         QuantizedLinear(quantized(32, 65), None),
         QuantizedLinear(tied, None),
         QuantizedEmbedding(tied, torch.float32),
-        QuantizedValueTable(quantized(32, 64), torch.float32),
+        QuantizedValueTable(quantized(32, 64), torch.float32, TABLE),
     ]
     model = nn.ModuleList(layers)
     exact = copy.deepcopy(model).double()

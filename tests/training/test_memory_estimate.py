@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
-from wavelet_lm.models.registry import build_model
+from wavelet_lm.models.registry import build_model, n_params
 from wavelet_lm.training.memory_estimate import estimate_bytes
+from wavelet_lm.training.optimizers import STATE_BYTES
 
 V = 256
 NETWORK = {
@@ -18,6 +19,12 @@ NETWORK = {
     "micro_batch_size": 2,
     **{f"dropout_{place}": 0.0 for place in ("embedding", "mixer", "projection", "mlp")},
 }
+
+
+def bytes_said(config) -> int:
+    """The estimate without weights, gradients and the optimizer's state."""
+    model = build_model(config, V)
+    return estimate_bytes(model) - n_params(model) * (8 + STATE_BYTES[config.optimizer])
 
 
 def bytes_kept(config) -> int:
@@ -50,5 +57,22 @@ def bytes_kept(config) -> int:
 def test_a_delta_memory_keeps_what_is_said(sizes):
     without = tiny_config(**NETWORK)
     config = without.replace(delta_memory=True, **sizes)
-    said = estimate_bytes(config, 0, V) - estimate_bytes(without, 0, V)
+    said = bytes_said(config) - bytes_said(without)
     assert bytes_kept(config) - bytes_kept(without) == pytest.approx(said, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({"mlp_expansion": 1}, {"mlp_expansion": 6}),
+        ({"mlp_layers": 2}, {"mlp_layers": 4}),
+        ({"lifting_hidden_mult": 1}, {"lifting_hidden_mult": 3}),
+        ({"lifting_data_dependent": 8}, {"lifting_data_dependent": 256}),
+        ({"model": "gpt", "gpt_mlp_expansion": 2}, {"model": "gpt", "gpt_mlp_expansion": 6}),
+        ({"looped_blocks": True, "looped_blocks_count": 1}, {"looped_blocks_count": 3}),
+    ],
+)
+def test_what_a_size_adds_is_what_its_module_says(less, more):
+    less, more = (tiny_config(**NETWORK | less | keys) for keys in ({}, more))
+    said = bytes_said(more) - bytes_said(less)
+    assert bytes_kept(more) - bytes_kept(less) == pytest.approx(said, rel=0.3)

@@ -26,7 +26,7 @@ from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError
 from wavelet_lm.experiments.sweep import forget_the_last_run
 from wavelet_lm.models.cost import breakdown
-from wavelet_lm.models.registry import build_model, n_params
+from wavelet_lm.models.registry import build_model, model_without_weights, n_params
 from wavelet_lm.threads import use_threads
 from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.language import LanguageModelling, total_steps
@@ -150,8 +150,9 @@ def check(configs: Mapping[str, Config], vocab_size: int) -> dict[str, Row]:
     costs = {}
     for name, config in configs.items():
         try:
-            device, counted = resolve_device(config.device), breakdown(config, vocab_size)
-            refuse_what_cannot_train(config, counted.n_params, vocab_size, device)
+            model = model_without_weights(config, vocab_size)
+            refuse_what_cannot_train(model, resolve_device(config.device))
+            counted = breakdown(config, vocab_size)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         costs[name] = {

@@ -1,6 +1,6 @@
 """Fused models, which only read: the same function in fewer and larger products.
 
-`fuse` leaves the model alone and returns another one of fused parts (`fused_layers.py`), which
+`fuse` leaves the model alone and returns another one of fused parts (`fused_….py`), which
 shares the weights that need no change. A part with a switch that stands in the way (a norm between
 transform and product, packets, several bases, nets that depend on their input) runs as it was
 trained.
@@ -16,21 +16,17 @@ from torch import Tensor, nn
 
 from wavelet_lm.errors import UserError
 from wavelet_lm.fusion.fused_delta_memory import FusedDeltaMemory
-from wavelet_lm.fusion.fused_layers import (
-    MIXER_BANDS,
-    FusedFeedForward,
-    FusedMixer,
-    FusedReconstruction,
-    UpdateNets,
-    mixer_band,
-)
+from wavelet_lm.fusion.fused_feedforward import FusedFeedForward
+from wavelet_lm.fusion.fused_mixer import MIXER_BANDS, FusedMixer, mixer_band
+from wavelet_lm.fusion.fused_wavelet import DecomposingWavelet, FusedReconstruction, UpdateNets
 from wavelet_lm.fusion.linear import Cast, cast, computing_dtype, rebuilt, shallow_copy
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.stored_model import StoredModel
 from wavelet_lm.models.wavelet_lm.block import Block
 from wavelet_lm.models.wavelet_lm.ensemble import MultinodalLM
-from wavelet_lm.models.wavelet_lm.memory import FastWeightMemory, ProductKeyMemory
+from wavelet_lm.models.wavelet_lm.memory import FastWeightMemory
 from wavelet_lm.models.wavelet_lm.model import WaveletLM
+from wavelet_lm.roles import uses
 from wavelet_lm.transforms.delays import Crawl, Filter
 from wavelet_lm.transforms.lifting import LiftingWavelet
 
@@ -154,7 +150,7 @@ def _fused_wavelet(wavelet: nn.Module, transform: nn.Module) -> tuple[nn.Module,
         nets = UpdateNets(wavelet, transform)
         if wavelet.own_update is None:
             fused.update = nets.decomposing(fused.update)
-        fused.own_update = None
+        fused = DecomposingWavelet(fused)
     return fused, nets
 
 
@@ -213,35 +209,14 @@ class FusedBlock(Block):
         return self.projection(wavelet.reconstruct(list(mixed.unbind())))
 
 
-def weight_bytes_per_token(model: LanguageModel) -> int:
-    """Bytes of a fused model's weights that one token of one text reads.
+def weight_bytes_per_token(model: nn.Module) -> int:
+    """Bytes of a model's weights that one token of one text reads, as its modules declare it.
 
     As often as they are read: blocks may share a wavelet, and a reconstruction that is not fused
     reads the update nets again. Of tables the rows that are read count.
     """
-    if isinstance(model, MultinodalLM):
-        gates = n_bytes(model.gates) * model.config.loop_iterations
-        return gates + sum(weight_bytes_per_token(cell) for cell in model.cells)
-    if not isinstance(model, WaveletLM):
-        parts = (model.blocks, model.final_norm, model.dense, model.head)
-        rows = n_bytes(model.embedding) // model.vocab_size
-        return sum(map(n_bytes, parts)) + rows + n_bytes(model.position_embedding) // model.longest
-    total = n_bytes(model.final_norm) + n_bytes(model.head)
-    total += n_bytes(model.embedding) // model.vocab_size
-    for i in range(len(model.order) * model.config.loop_iterations):
-        number = model.order[i % len(model.order)]
-        block, wavelet = model.blocks[number], model.wavelets[number % len(model.wavelets)]
-        total += n_bytes(block) + n_bytes(wavelet)
-        if i == 0 and block.bypass is not None:  # nothing comes before it
-            total -= n_bytes(block.bypass.cross_layer_mix)
-        for part in block.modules():
-            if isinstance(part, ProductKeyMemory):
-                unread = part.n_rows - part.heads * part.top_k
-                total -= n_bytes(part.values) // part.n_rows * unread
-        for part in wavelet.modules():
-            if isinstance(part, LiftingWavelet) and block.reconstruction is None:
-                total += n_bytes(part.update) if part.own_update is None else 0
-    return total
+    reads = (use for use in uses(model) if use.parameter is not None)
+    return int(sum(use.n_read * use.parameter.element_size() * use.runs.reads for use in reads))
 
 
 def n_bytes(module: nn.Module) -> int:

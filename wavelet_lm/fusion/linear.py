@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, MutableMapping
+from fractions import Fraction
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.functional import linear
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from wavelet_lm.kernels.step_matmul import batched_matmul, is_step, step_linear, step_matmul
+from wavelet_lm.roles import Runs
 
 
 class FusedLinear(nn.Linear):
@@ -58,9 +60,14 @@ class BatchedLinear(nn.Module):
 class OneOfBatch(nn.Module):
     """One product of a `BatchedLinear`, whose weights it shares."""
 
-    def __init__(self, batch: nn.Module, i: int):
+    def __init__(self, batch: BatchedLinear, i: int):
         super().__init__()
         self.batch, self.i = batch, i
+        self.share = Fraction(1, len(batch.weight))
+
+    def runs(self) -> dict[nn.Module, Runs]:
+        """Of the batch one product runs."""
+        return {self.batch: Runs(self.share, self.share)}
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., T, in] -> [..., T, out], dtype kept."""

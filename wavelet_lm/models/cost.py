@@ -125,10 +125,8 @@ def _cost(use: Use) -> Cost:
     reads, products = use.runs
     if use.parameter is None:
         return Cost(flops=int(BACKWARD * 2 * use.role.vectors * products))
-    size = read = use.parameter.numel()
-    if use.role.rows is not None:
-        read = use.role.rows * use.parameter.shape[-1]
-    flops = BACKWARD * 2 * size * use.role.vectors * products
+    read = use.n_read
+    flops = BACKWARD * 2 * use.parameter.numel() * use.role.vectors * products
     return Cost(flops=int(flops), distinct=read * (reads > 0), read=int(read * reads))
 
 

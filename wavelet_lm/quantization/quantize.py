@@ -122,7 +122,7 @@ class _Quantizer:
             return QuantizedEmbedding(weight, self.dtype)
         if isinstance(module, SubKeys):
             return QuantizedSubKeys(weight)
-        return QuantizedValueTable(weight, self.dtype)
+        return QuantizedValueTable(weight, self.dtype, module.roles["weight"])
 
     def weight(
         self, weight: nn.Parameter, bits: int, moments: InputMoments | None

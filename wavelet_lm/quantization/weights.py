@@ -19,6 +19,7 @@ from wavelet_lm.kernels.quantized_matmul import (
     to_cpu_layout,
 )
 from wavelet_lm.kernels.step_matmul import is_step
+from wavelet_lm.roles import TABLE, Role
 
 # Elements of value rows that are made at once from their codes.
 CHUNK_ELEMENTS = 2**24
@@ -187,6 +188,7 @@ class QuantizedEmbedding(nn.Module):
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype):
         super().__init__()
         self.weight, self.output_dtype = weight, dtype
+        self.roles = _roles_of_rows(TABLE)
 
     def forward(self, idx: Tensor) -> Tensor:
         """idx [...] int64 -> [..., C] in `output_dtype`."""
@@ -206,11 +208,15 @@ class QuantizedSubKeys(nn.Module):
 
 
 class QuantizedValueTable(nn.Module):
-    """The `ValueTable` of a memory, quantized; `output_dtype` is that of what it answers."""
+    """The `ValueTable` of a memory, quantized; `output_dtype` is that of what it answers.
 
-    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype):
+    role: of the rows, as the table had it.
+    """
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype, role: Role):
         super().__init__()
         self.weight, self.output_dtype = weight, dtype
+        self.roles = _roles_of_rows(role)
 
     def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Σ_j weights_ij · W[rows_ij], for rows and weights [N, k] -> [N, C]."""
@@ -225,6 +231,10 @@ class QuantizedValueTable(nn.Module):
         """An empty tensor [*shape, C] like what it answers."""
         size = (*shape, self.weight.K)
         return torch.empty(size, dtype=self.output_dtype, device=self.weight.codes.device)
+
+
+def _roles_of_rows(role: Role) -> dict[str, Role]:
+    return {"weight.codes": role, "weight.scales": role}
 
 
 def use_cpu_layout(model: nn.Module) -> None:

@@ -8,8 +8,10 @@ import torch
 
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
-from wavelet_lm.kernels.delta_rule import CHUNK
+from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.losses import CHUNK_ELEMENTS
+from wavelet_lm.models.registry import n_params
+from wavelet_lm.roles import n_saved
 from wavelet_lm.training.optimizers import STATE_BYTES
 
 GiB = 2**30
@@ -17,43 +19,26 @@ GiB = 2**30
 MAX_CPU_PARAMETERS = 100_000_000
 
 
-def refuse_large_model_on_cpu(config: Config, n_params: int, device: torch.device) -> None:
-    """Stop a large model that landed on the CPU only because there is no GPU."""
-    if device.type == "cpu" and config.device == "auto" and n_params > MAX_CPU_PARAMETERS:
+def refuse_large_model_on_cpu(config: Config, size: int, device: torch.device) -> None:
+    """Stop a model of `size` parameters that landed on the CPU only because there is no GPU."""
+    if device.type == "cpu" and config.device == "auto" and size > MAX_CPU_PARAMETERS:
         raise UserError(
-            f"this config has {n_params / 1e6:.0f}M parameters and there is no CUDA GPU; on a CPU"
+            f"this config has {size / 1e6:.0f}M parameters and there is no CUDA GPU; on a CPU"
             " try --config configs/quickstart.json or --config configs/shakespeare_char.json"
             " (--device cpu insists)"
         )
 
 
-def estimate_bytes(config: Config, n_params: int, vocab_size: int) -> int:
-    """Weights, gradients, optimizer state, activations kept for backward, and one logits chunk.
+def estimate_bytes(model: LanguageModel) -> int:
+    """Weights, gradients, optimizer state, what backward needs, and one chunk of logits.
 
-    The activations count what each block keeps per position, in units of its channels: about 6
-    vectors per split and lifting layer (inputs, hidden and outputs of the nets), 12 per scale
-    (bands, gates, products, transforms, dropout), the MLP's hidden layers, and 10 more; a delta
-    memory its features, 7 vectors of keys and 8 of values, and its state at every chunk. A GPT's
-    block keeps 16 and its MLP's, and its head three times its units.
+    What is saved for the backward pass of a position every module declares (`wavelet_lm/roles.py`).
     """
-    fixed = n_params * (8 + STATE_BYTES[config.optimizer])
-    net_vectors = 1 if config.lifting_linear_only else 2 * config.lifting_hidden_mult
-    per_block = config.padded_channels * (
-        (config.n_scales - 1) * (4 + 3 * net_vectors) + 12 * config.n_scales
-    ) + config.C * (10 + 2 * config.mlp_expansion * (config.mlp_layers - 1))
-    if config.delta_memory:
-        keys, values = (
-            config.delta_heads * d for d in (config.delta_key_dim, config.delta_value_dim)
-        )
-        per_block += config.C + config.delta_bands * config.padded_channels
-        per_block += 7 * keys + 8 * values + keys * config.delta_value_dim // CHUNK
+    config = model.config
+    fixed = n_params(model) * (8 + STATE_BYTES[config.optimizer])
     positions = config.micro_batch_size * config.block_size
-    if config.model != "wavelet_lm":
-        per_block = config.C * (16 + 2 * config.gpt_mlp_expansion)
-        fixed += 4 * positions * 3 * config.head_hidden
-    activations = positions * (config.layers * per_block + 4 * config.C) * 4
-    logits = 3 * 4 * min(CHUNK_ELEMENTS["cuda"], positions * vocab_size)
-    return fixed + activations + logits
+    logits = 3 * 4 * min(CHUNK_ELEMENTS["cuda"], positions * model.vocab_size)
+    return fixed + 4 * positions * n_saved(model) + logits
 
 
 def available_bytes(device: torch.device) -> int:
@@ -63,12 +48,11 @@ def available_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def refuse_what_cannot_train(
-    config: Config, n_params: int, vocab_size: int, device: torch.device
-) -> None:
+def refuse_what_cannot_train(model: LanguageModel, device: torch.device) -> None:
     """Raise UserError where this device is too slow for a model of that size, or too small."""
-    refuse_large_model_on_cpu(config, n_params, device)
-    needed, available = estimate_bytes(config, n_params, vocab_size), available_bytes(device)
+    config = model.config
+    refuse_large_model_on_cpu(config, n_params(model), device)
+    needed, available = estimate_bytes(model), available_bytes(device)
     if needed > available:
         raise UserError(
             f"this config needs about {needed / GiB:.1f} GiB and {device} has"

@@ -153,8 +153,7 @@ def _initial_tokenizer(config: Config) -> Tokenizer | None:
 
 def _build(config: Config, data: TokenizedText, device: torch.device) -> nn.Module:
     vocab_size = data.tokenizer.vocab_size
-    size = n_params(model_without_weights(config, vocab_size))
-    refuse_what_cannot_train(config, size, vocab_size, device)
+    refuse_what_cannot_train(model_without_weights(config, vocab_size), device)
     with device:
         return build_model(config, vocab_size)
 

@@ -14,7 +14,7 @@ def announcement(trainer: Trainer) -> Iterator[str]:
     """The lines of the log before the first step of a language model."""
     config, task, data = trainer.config, trainer.task, trainer.task.data
     size, vocab_size = n_params(task.model), data.tokenizer.vocab_size
-    needed = estimate_bytes(config, size, vocab_size)
+    needed = estimate_bytes(task.model)
     yield f"run folder {trainer.run.path}"
     yield (
         f"{data.name}: {len(data.train.tokens):,} training tokens, vocabulary {vocab_size:,}"

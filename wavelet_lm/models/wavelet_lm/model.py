@@ -60,6 +60,7 @@ class WaveletLM(LanguageModel):
         # One pass through the stack, as block numbers; `loop_iterations` passes make the network.
         self.order = [0] * config.looped_blocks_count if config.looped_blocks else range(n_blocks)
         self.final_norm = nn.LayerNorm(C)
+        self.n_saved = 4 * C
         self.head_dropout = nn.Dropout(config.dropout_lm_head)
         head = nn.Linear(C, vocab_size, bias=False)
         self.head = declared(head, "head", weight=FACTOR)

@@ -1,0 +1,121 @@
+"""What acts on single positions in a fused model: MLP and product-key memories.
+
+The second norm's gain and bias and the learned factors move into the matrices beside them, what
+reads the same input is one product, and a memory's query and sub-keys become one matrix where that
+is smaller. As in all of a fused model, the trained modules are left as they are, and every matrix
+is a module of `linear.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from wavelet_lm.fusion.linear import FusedLinear, shallow_copy
+from wavelet_lm.kernels.step_matmul import is_step
+from wavelet_lm.models.wavelet_lm.block import FeedForward
+from wavelet_lm.models.wavelet_lm.layers import Gain
+from wavelet_lm.models.wavelet_lm.memory import ProductKeyMemory
+from wavelet_lm.roles import declared
+
+
+class FusedFeedForward(nn.Module):
+    """A `FeedForward` whose branches read the normalised input in one product.
+
+    The norm's gain and bias are in that product, and the branches' learned factors in their last
+    matrices or read weights.
+
+    Args:
+        apart: the MLP and the memories have products of their own, for weights of several
+            precisions.
+    """
+
+    def __init__(self, feedforward: FeedForward, apart: bool):
+        super().__init__()
+        branches, gains = feedforward.branches, feedforward.gains
+        rows: list[tuple[Tensor, Tensor]] = []
+        self.mlp = None
+        if "mlp" in branches:
+            first, *middle, last = branches["mlp"].linears
+            rows.append((first.weight, first.bias))
+            last = FusedLinear.of(gains["mlp"](last.weight), gains["mlp"](last.bias))
+            self.mlp = declared(nn.ModuleList([*middle, last]), branches["mlp"].component)
+        self.memories = nn.ModuleList()
+        for name in ("pkm", "fwpkm"):
+            if name in branches:
+                memory = FusedMemory(branches[name], gains[name])
+                weight = memory.input_weight(branches[name])
+                rows.append((weight, weight.new_zeros(len(weight))))
+                self.memories.append(memory)
+        n = 1 if apart and self.mlp is not None else len(rows)
+        norm = feedforward.norm
+        self.first, self.sizes = nn.ModuleList(), []
+        for group in filter(None, (rows[:n], rows[n:])):
+            weight = torch.cat([weight for weight, _ in group])
+            bias = torch.cat([bias for _, bias in group])
+            self.first.append(FusedLinear.of(weight * norm.weight, bias + weight @ norm.bias))
+            self.sizes.append([len(weight) for weight, _ in group])
+        if self.mlp is not None:
+            declared(self.first[0], self.mlp.component)
+
+    def forward(self, x: Tensor, memory: None) -> tuple[Tensor, None]:
+        """[B, T, C] -> [B, T, C]; as `FeedForward` without fast weights."""
+        normal = layer_norm(x, x.shape[-1:])
+        parts = iter(
+            [
+                part
+                for product, sizes in zip(self.first, self.sizes, strict=True)
+                for part in product(normal).split(sizes, dim=-1)
+            ]
+        )
+        total: Tensor | int = 0
+        if self.mlp is not None:
+            h = next(parts)
+            for matrix in self.mlp:
+                # A CPU has another GELU, of other roundings, for what is not contiguous, as the
+                # part of one text is and that of several is not.
+                h = matrix(nn.functional.gelu(h.contiguous() if is_step(h) else h))
+            total = h
+        for branch in self.memories:
+            total = total + branch(next(parts))
+        return total, memory
+
+
+class FusedMemory(nn.Module):
+    """A `ProductKeyMemory` that is given its queries, or its scores where that takes less weights.
+
+    The scores' matrix is K_a Q and K_b Q with 2 · heads · √num_keys rows, in place of Q with C rows
+    and of the keys.
+    """
+
+    def __init__(self, memory: ProductKeyMemory, gain: Gain):
+        super().__init__()
+        C = memory.query.weight.shape[0]
+        n_keys = memory.keys_a.weight.numel() + memory.keys_b.weight.numel()
+        self.gives_scores = 2 * memory.heads * memory.n_subkeys * C <= C * C + n_keys
+        self.gain = gain
+        self.memory = shallow_copy(memory)
+        self.memory.query = None
+        if self.gives_scores:
+            self.memory.keys_a = self.memory.keys_b = None
+
+    def input_weight(self, memory: ProductKeyMemory) -> Tensor:
+        """The matrix [rows, C] whose product `forward` takes."""
+        Q = memory.query.weight
+        if not self.gives_scores:
+            return Q
+        halves = Q.view(memory.heads, 2, -1, Q.shape[1])
+        # [heads, 2, √num_keys, half]
+        keys = torch.stack((memory.keys_a.weight, memory.keys_b.weight), 1)
+        return (keys @ halves).reshape(-1, Q.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores or queries [B, T, rows] -> [B, T, C]."""
+        memory = self.memory
+        if self.gives_scores:
+            a, b = x.view(*x.shape[:2], memory.heads, 2, memory.n_subkeys).unbind(3)
+        else:
+            a, b = memory.scores(x)
+        rows, weights = memory.plan(a, b)
+        return memory.read(rows, self.gain(weights))
