@@ -1,12 +1,16 @@
 """The estimate of memory against what autograd keeps."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.conftest import tiny_config
 from wavelet_lm.models.registry import build_model, n_params
-from wavelet_lm.training.memory_estimate import estimate_bytes
-from wavelet_lm.training.optimizers import STATE_BYTES
+from wavelet_lm.training.memory_estimate import estimate_bytes, step_bytes
+from wavelet_lm.training.optimizers import STATE_BYTES, Optimizer
 
 V = 256
 NETWORK = {
@@ -76,3 +80,53 @@ def test_what_a_size_adds_is_what_its_module_says(less, more):
     less, more = (tiny_config(**NETWORK | less | keys) for keys in ({}, more))
     said = bytes_said(more) - bytes_said(less)
     assert bytes_kept(more) - bytes_kept(less) == pytest.approx(said, rel=0.3)
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes at one time of tensors that were made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        held = {t.untyped_storage() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        for tensor in tree_leaves(result):
+            if torch.is_tensor(tensor) and tensor.untyped_storage() not in held:
+                self._count(tensor)
+        return result
+
+    def _count(self, tensor):
+        n = tensor.untyped_storage().nbytes()
+        self.now += n
+        self.most = max(self.most, self.now)
+        weakref.finalize(tensor, self._freed, n)
+
+    def _freed(self, n):
+        self.now -= n
+
+
+@pytest.mark.parametrize("name", ("Adagrad", "AdamW", "Muon"))
+def test_an_optimizer_takes_what_is_said(name):
+    """Its state, and beside it nothing of the size of the weights but Muon's stacks."""
+    config = tiny_config(**NETWORK, optimizer=name, optimizer_eps=1e-8)
+    model = build_model(config, V)
+    optimizer = Optimizer(model, config)
+
+    def step():
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        with Allocated() as allocated:
+            optimizer.step(torch.tensor(2.0))
+        return allocated.most
+
+    step()  # makes what is kept
+    n = n_params(model)
+    state = sum(t.nbytes for t in optimizer.state()[0].values())
+    assert state <= STATE_BYTES[name] * n * 1.01
+    if name == "Muon":
+        assert step() == pytest.approx(step_bytes(model), rel=0.4)
+    else:
+        assert step() <= 0.05 * n
+        assert step_bytes(model) == 0

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
+from wavelet_lm.errors import UserError
 from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint
 from wavelet_lm.models.registry import build_model
 from wavelet_lm.roles import maps
+from wavelet_lm.training.muon import Muon
 from wavelet_lm.training.optimizers import Optimizer
-from wavelet_lm.training.precision import Precision
 
 VOCAB = 30
 NAMES = ("Adagrad", "AdamW", "Muon", "Adagrad8bit", "AdamW8bit")
@@ -31,8 +32,7 @@ def step(model, optimizer, seed):
     tokens = torch.randint(VOCAB, (2, 17))
     loss, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
-    for part in optimizer.parts:
-        part.step()
+    optimizer.step()
     optimizer.zero_grad()
     return loss.item()
 
@@ -96,7 +96,7 @@ def test_what_is_a_matrix():
 def test_muon_takes_the_matrices_and_adamw_the_rest_each_once(tied):
     model, optimizer = make("Muon", tie_embedding_to_lm_head=tied)
     muon, adamw = optimizer.parts
-    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(muon, Muon)
     assert isinstance(adamw, torch.optim.AdamW)
     groups = [{p for g in part.param_groups for p in g["params"]} for part in (muon, adamw)]
     trained, matrices = {p for p in model.parameters() if p.requires_grad}, maps(model)
@@ -117,8 +117,7 @@ def test_weight_decay_shrinks_what_it_should(name):
             p.fill_(1)
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    for part in optimizer.parts:
-        part.step()
+    optimizer.step()
     matrices = maps(model)
     for key, p in model.named_parameters():
         decays = p.requires_grad and (name == "Adagrad" or p in matrices)
@@ -133,39 +132,65 @@ def test_the_rate_reaches_every_group():
         assert set(rates) == {0.123}
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.05])
-def test_gradients_are_clipped_to_their_common_norm(clip):
-    model, optimizer = make("AdamW")
-    config = model.config
-    tokens = torch.randint(VOCAB, (2, 17))
-    loss, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
-    loss.backward()
-    gradients = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
-    norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
-    assert norm > 0.1
-    Precision(config, torch.device("cpu")).update(optimizer, model, clip)
-    factor = clip / norm if clip else 1
-    for p, g in gradients.items():
-        torch.testing.assert_close(p.grad, g * factor, rtol=1e-4, atol=1e-9)
+@pytest.mark.parametrize("name", ("Adagrad", "Adagrad8bit"))
+def test_decoupled_decay_is_a_geometric_row(name):
+    """In closed form: a row that no token touches is (1 − lr · decay)ⁿ of what it was."""
+    model, optimizer = make(name, weight_decay=0.5, weight_decay_mode="decoupled", lr=0.1)
+    row = model.embedding.weight[-1]
+    before = row.detach().clone()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        tokens = torch.randint(VOCAB - 1, (2, 17))
+        model.loss(tokens[:, :-1], tokens[:, 1:])[0].backward()
+        model.embedding.weight.grad[-1] = 0
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(row.detach(), before * (1 - 0.1 * 0.5) ** 5, rtol=1e-5, atol=0)
+    # Coupled, the same row falls by the whole rate, here by more than there is of it.
+    other, coupled = make(name, weight_decay=1e-3, lr=0.1)
+    other.embedding.weight.grad = torch.zeros_like(other.embedding.weight)
+    coupled.step()
+    moved = before - other.embedding.weight[-1].detach()
+    torch.testing.assert_close(moved.abs(), torch.full_like(before, 0.1), rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_an_overflow_in_one_half_of_muon_leaves_all_weights_finite(clip):
-    """Loss scaling skips a step that overflowed; clipping must not carry it to the other half."""
-    model, optimizer = make("Muon")
-    precision = Precision(model.config, torch.device("cpu"))
-    precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    before = weights(model)
-    tokens = torch.randint(VOCAB, (2, 17))
-    loss, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
-    precision.backward(loss)
-    matrix = next(p for n, p in model.named_parameters() if n.endswith("scales.0.W"))
-    matrix.grad[0, 0] = float("nan")
-    precision.update(optimizer, model, clip)
-    assert all(bool(p.isfinite().all()) for p in model.parameters())
-    after = weights(model)
-    matrices = maps(model)
-    same = [torch.equal(before[n], after[n]) for n, p in model.named_parameters() if p in matrices]
-    assert all(same)
-    assert precision.scaler.get_scale() == 512
-    assert not precision.collapsed
+@pytest.mark.parametrize("name", ("AdamW", "AdamW8bit", "Muon"))
+def test_what_is_decoupled_always_takes_no_mode(name):
+    with pytest.raises(UserError, match=f"optimizer is {name}, whose decay is decoupled always"):
+        tiny_config(optimizer=name, weight_decay_mode="decoupled")
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        lambda groups: torch.optim.Adagrad(groups, lr=0.1, eps=1e-8, foreach=True),
+        lambda groups: torch.optim.Adagrad(groups, lr=0.1, eps=1e-8, fused=True),
+    ],
+)
+def test_a_state_of_pytorchs_adagrad_goes_on_here(reference):
+    """Checkpoints of before hold the state of its multi-tensor form (CUDA) or its fused one."""
+    model, optimizer = make("Adagrad", lr=0.1, weight_decay=1e-4)
+    twin, _ = make("Adagrad")
+    named = [(n, p) for n, p in twin.named_parameters() if p.requires_grad]
+    old = reference([{"params": [p for _, p in named], "weight_decay": 1e-4}])
+
+    def step_old(seed):
+        torch.manual_seed(seed)
+        tokens = torch.randint(VOCAB, (2, 17))
+        twin.loss(tokens[:, :-1], tokens[:, 1:])[0].backward()
+        old.step()
+        old.zero_grad()
+
+    for seed in range(3):
+        step_old(seed)
+    saved = {f"0/{n}/{key}": value.clone() for n, p in named for key, value in old.state[p].items()}
+    model.load_state_dict(twin.state_dict())
+    optimizer.load_state(saved, {})
+    for seed in range(3, 6):
+        step_old(seed)
+        step(model, optimizer, seed)
+    for (key, a), b in zip(weights(model).items(), weights(twin).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=key)
+    now, _ = optimizer.state()
+    assert now.keys() == saved.keys()
+    assert all(now[key].item() == 6 for key in now if key.endswith("/step"))

@@ -205,6 +205,11 @@ def _run(c: Config) -> None:
         "document_separator is empty; give a text such as <|endoftext|>, or leave it out",
     )
     _refuse(len(c.adam_betas) != 2, f"adam_betas is {show(c.adam_betas)}; it must be two numbers")
+    _refuse(
+        c.weight_decay_mode == "decoupled" and not c.optimizer.startswith("Adagrad"),
+        f"weight_decay_mode is for Adagrad and Adagrad8bit and optimizer is {c.optimizer}, whose"
+        " decay is decoupled always; leave weight_decay_mode out",
+    )
     _refuse(c.min_lr > c.lr, f"min_lr ({show(c.min_lr)}) is above lr ({show(c.lr)})")
     _refuse(
         c.benchmark_only and not c.benchmark_run_dir,

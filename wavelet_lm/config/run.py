@@ -73,6 +73,12 @@ class TrainingConfig:
     weight_decay: float = option(
         1e-6, "weight decay: Adagrad's on all parameters, the others' on matrices", minimum=0
     )
+    weight_decay_mode: str = option(
+        "coupled",
+        "Adagrad's: coupled adds the decay to the gradient, as published; decoupled shrinks the"
+        " weights by lr · weight_decay, as AdamW and Muon always do",
+        choices=("coupled", "decoupled"),
+    )
     warmup_fraction: float = option(
         0.3, "share of the steps with a linear warm-up", minimum=0, maximum=1
     )

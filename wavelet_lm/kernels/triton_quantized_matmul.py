@@ -187,7 +187,8 @@ def launch(
     tiles = planned | dict(tiles or {})
     grid = (triton.cdiv(N, tiles["BLOCK_N"]), n, triton.cdiv(M, tiles["BLOCK_M"]))
     sizes = (M, N, K, row_bytes, scales.shape[2])
-    kernel[grid](x, codes, scales, y, *sizes, BITS=bits, GROUP_SIZE=group_size, **tiles)
+    with torch.cuda.device_of(x):  # Triton asks for the current device, not for that of x
+        kernel[grid](x, codes, scales, y, *sizes, BITS=bits, GROUP_SIZE=group_size, **tiles)
     return y
 
 

@@ -83,15 +83,15 @@ class LanguageModelling(Task):
     def validate(self) -> Validation:
         """Mean loss in nats per token over the fixed validation windows."""
         self.model.eval()
-        total, n = 0.0, 0
+        total, n = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for window in self.validation:
             inputs, targets = (to_device(tokens, self.device) for tokens in window)
             with self.autocast():
                 losses = self.model.token_losses(inputs, targets)
-            total += float(losses.sum(dtype=torch.float64))
+            total += losses.sum(dtype=torch.float64)  # read once, after the last one
             n += targets.numel()
         self.model.train()
-        loss, valid = total / n, self.data.valid
+        loss, valid = total.item() / n, self.data.valid
         words, bits_per_byte = [f"valid loss {loss:.4f}"], None
         if valid.n_bytes:  # what is no text has none
             bits_per_byte = loss / math.log(2) * len(valid.tokens) / valid.n_bytes

@@ -4,15 +4,15 @@ import math
 import time
 
 import torch
-from torch import Tensor
 
 from wavelet_lm.config import Config
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint
 from wavelet_lm.training import saved_state
 from wavelet_lm.training.device_batches import DeviceBatches
+from wavelet_lm.training.late_reading import LateReading
 from wavelet_lm.training.optimizers import Optimizer
-from wavelet_lm.training.precision import Precision
+from wavelet_lm.training.precision import Precision, collapsed
 from wavelet_lm.training.report import Report
 from wavelet_lm.training.run_folder import RunFolder
 from wavelet_lm.training.saved_state import Progress
@@ -37,7 +37,7 @@ class Trainer:
         self.batches = DeviceBatches(task.batch, task.device)
         self.progress = Progress(total_steps)
         self.report = Report(config, task, run, self.progress)
-        self._unread: tuple[int, Tensor] | None = None
+        self._unread: tuple[int, LateReading] | None = None
 
     def train(self) -> None:
         """Run from where it stands to the last step, and leave `last` and `best` checkpoints.
@@ -92,16 +92,17 @@ class Trainer:
         self.optimizer.zero_grad()
         # The loss is read one step late, so that the host never waits for the step it has queued.
         self._read_loss()
-        self._unread = (step + 1, total)
+        read = LateReading(torch.stack([total, self.precision.scaler.value]))
+        self._unread = (step + 1, read)
 
     def _stepped(self) -> None:
         """Called after each step, outside of its time."""
 
     def _read_loss(self) -> None:
-        """Read the loss that is still on the device; stop when it is not one to go on from."""
+        """Read the loss that is still on its way; stop when it is not one to go on from."""
         if self._unread is None:
             return
-        step, loss = self._unread[0], float(self._unread[1])
+        step, (loss, scale) = self._unread[0], self._unread[1].read()
         self._unread = None
         if not math.isfinite(loss):
             raise self.report.diverged(f"the loss is {loss} at step {step}")
@@ -109,7 +110,7 @@ class Trainer:
             raise self.report.diverged(f"the loss exploded to {loss:.2f} at step {step}")
         old = loss if self.progress.smooth_loss is None else self.progress.smooth_loss
         self.progress.smooth_loss = SMOOTHING * old + (1 - SMOOTHING) * loss
-        if self.report.is_due(step) and self.precision.collapsed:
+        if self.report.is_due(step) and collapsed(scale):
             raise self.report.diverged(f"every fp16 gradient overflows at step {step}")
         self.report.trained(step, loss)
 
@@ -154,7 +155,8 @@ class Trainer:
         save_checkpoint(self.run.last, self.task.model, *state)
 
     def _require_finite_weights(self) -> None:
-        if not all(bool(p.isfinite().all()) for p in self.task.model.parameters()):
+        finite = torch.stack([p.isfinite().all() for p in self.task.model.parameters()])
+        if not bool(finite.all()):
             raise self.report.diverged(f"the weights are not finite at step {self.progress.step}")
 
     def restore(self, checkpoint: Checkpoint, changed: bool = False) -> None:

@@ -11,7 +11,8 @@ from wavelet_lm.errors import UserError
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.losses import CHUNK_ELEMENTS
 from wavelet_lm.models.registry import n_params
-from wavelet_lm.roles import n_saved
+from wavelet_lm.roles import maps, n_saved
+from wavelet_lm.training.muon import STACK_BYTES, stacks
 from wavelet_lm.training.optimizers import STATE_BYTES
 
 GiB = 2**30
@@ -33,12 +34,20 @@ def estimate_bytes(model: LanguageModel) -> int:
     """Weights, gradients, optimizer state, what backward needs, and one chunk of logits.
 
     What is saved for the backward pass of a position every module declares (`wavelet_lm/roles.py`).
+    What the optimizer's step takes for itself comes when that is gone.
     """
     config = model.config
     fixed = n_params(model) * (8 + STATE_BYTES[config.optimizer])
     positions = config.micro_batch_size * config.block_size
     logits = 3 * 4 * min(CHUNK_ELEMENTS["cuda"], positions * model.vocab_size)
-    return fixed + 4 * positions * n_saved(model) + logits
+    return fixed + max(4 * positions * n_saved(model) + logits, step_bytes(model))
+
+
+def step_bytes(model: LanguageModel) -> int:
+    """What a step of the optimizer takes and gives back: of Muon its largest stack."""
+    if model.config.optimizer != "Muon":
+        return 0
+    return STACK_BYTES * max(sum(p.numel() for p in stack) for stack in stacks([*maps(model)]))
 
 
 def available_bytes(device: torch.device) -> int:

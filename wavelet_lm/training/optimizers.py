@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from wavelet_lm import roles
 from wavelet_lm.config import TrainingConfig
 from wavelet_lm.errors import UserError
+from wavelet_lm.kernels.adagrad import decay_
+from wavelet_lm.training.adagrad import Adagrad
+from wavelet_lm.training.muon import Muon
 
 STATE_BYTES = {"Adagrad": 4, "AdamW": 8, "Muon": 8, "Adagrad8bit": 1, "AdamW8bit": 2}
 
@@ -23,7 +26,8 @@ class Optimizer:
         self.parts: list[torch.optim.Optimizer]
         match config.optimizer:
             case "Adagrad":
-                self.parts = [_adagrad(config, _groups(config, named, {}))]
+                groups = _groups(config, named, {})
+                self.parts = [Adagrad(groups, lr=config.lr, eps=config.optimizer_eps)]
             case "Adagrad8bit":
                 self.parts = [_bitsandbytes(config, _groups(config, named, {}))]
             case "AdamW":
@@ -31,7 +35,10 @@ class Optimizer:
             case "AdamW8bit":
                 self.parts = [_bitsandbytes(config, _groups(config, matrices, others))]
             case "Muon":
-                self.parts = [_muon(config, matrices), _adamw(config, _groups(config, {}, others))]
+                self.parts = [
+                    Muon(list(matrices.items()), lr=config.lr, weight_decay=config.weight_decay),
+                    _adamw(config, _groups(config, {}, others)),
+                ]
         self.names = {p: n for n, p in named.items()}
 
     def set_lr(self, lr: float) -> None:
@@ -44,6 +51,37 @@ class Optimizer:
         """Forget the gradients."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def step(self, divisor: Tensor | None = None, skip: Tensor | None = None) -> None:
+        """Update the weights from their gradients.
+
+        Args:
+            divisor: 0-d float32, what all gradients are divided by first; None = 1.
+            skip: 0-d float32, 1 where this step is to be left out, else 0; None = never.
+        """
+        for part in self.parts:
+            if not getattr(part, "_step_supports_amp_scaling", False):
+                self._step_apart(part, divisor, skip)
+                continue
+            # In the pass of the step itself, and on the device: nothing is waited for.
+            part.grad_scale, part.found_inf = divisor, skip
+            part.step()
+            part.grad_scale = part.found_inf = None
+
+    def _step_apart(
+        self, part: torch.optim.Optimizer, divisor: Tensor | None, skip: Tensor | None
+    ) -> None:
+        """The same in passes of their own, for an optimizer that knows none of it."""
+        if skip is not None and bool(skip):
+            return
+        for group in part.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if divisor is not None and weights:
+                torch._foreach_div_([p.grad for p in weights], divisor)
+            if weights and group.get("decoupled_decay"):
+                decay_(weights, group["lr"] * group["decoupled_decay"])
+        part.step()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the next step depends on: tensors by name, and JSON-ready scalars."""
@@ -73,37 +111,21 @@ class Optimizer:
 
 
 def _groups(config: TrainingConfig, decayed: dict, others: dict) -> list[dict[str, Any]]:
+    apart = config.weight_decay_mode == "decoupled"  # of an optimizer that would couple it
     groups = [
-        {"params": list(decayed.items()), "weight_decay": config.weight_decay},
+        {
+            "params": list(decayed.items()),
+            "weight_decay": 0.0 if apart else config.weight_decay,
+            "decoupled_decay": config.weight_decay if apart else 0.0,
+        },
         {"params": list(others.items()), "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
-def _adagrad(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    # torch has a fused Adagrad for the CPU alone; None lets it choose its multi-tensor form.
-    fused = True if _device(groups) == "cpu" else None
-    return torch.optim.Adagrad(groups, lr=config.lr, eps=config.optimizer_eps, fused=fused)
-
-
 def _adamw(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    fused = _device(groups) in ("cpu", "cuda")
     return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.adam_betas, eps=config.optimizer_eps, fused=fused
-    )
-
-
-def _muon(config: TrainingConfig, matrices: dict[str, Tensor]) -> torch.optim.Optimizer:
-    if not hasattr(torch.optim, "Muon"):
-        raise UserError(
-            f"optimizer Muon needs torch 2.9 or newer, this is {torch.__version__}; use AdamW"
-        )
-    # Matching AdamW's update size lets one learning rate serve both halves.
-    return torch.optim.Muon(
-        list(matrices.items()),
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
+        groups, lr=config.lr, betas=config.adam_betas, eps=config.optimizer_eps, fused=True
     )
 
 
@@ -119,7 +141,3 @@ def _bitsandbytes(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch
     if config.optimizer == "AdamW8bit":
         options["betas"] = config.adam_betas
     return getattr(bitsandbytes.optim, config.optimizer)(groups, **options)
-
-
-def _device(groups: list[dict[str, Any]]) -> str:
-    return groups[0]["params"][0][1].device.type

@@ -1,6 +1,7 @@
 """Number formats of a training run: autocast, loss scaling, TF32."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,47 @@ from wavelet_lm.training.optimizers import Optimizer
 
 # Below this loss scale no gradient is left that fp16 could hold.
 SMALLEST_SCALE = 2.0**-10
+
+
+class LossScale:
+    """What losses are multiplied by so that float16 holds their gradients; never read by the host.
+
+    torch.amp.GradScaler's rule: half after an overflow, twice after `INTERVAL` steps without one.
+
+    Attributes:
+        value: 0-d float32 on the device, 1 where nothing is scaled.
+    """
+
+    FIRST, GROWTH, BACKOFF, INTERVAL = 2.0**16, 2.0, 0.5, 2000
+
+    def __init__(self, device: torch.device, *, enabled: bool):
+        self.enabled = enabled
+        self.value = torch.full((), self.FIRST if enabled else 1.0, device=device)
+        self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, overflow: Tensor) -> None:
+        """After each step; overflow: 0-d float32, 1 where it overflowed, else 0."""
+        torch._amp_update_scale_(
+            self.value, self._good_steps, overflow, self.GROWTH, self.BACKOFF, self.INTERVAL
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As GradScaler has it, JSON-ready; empty where nothing is scaled."""
+        if not self.enabled:
+            return {}
+        return {
+            "scale": self.value.item(),
+            "growth_factor": self.GROWTH,
+            "backoff_factor": self.BACKOFF,
+            "growth_interval": self.INTERVAL,
+            "_growth_tracker": int(self._good_steps.item()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`; where nothing is scaled, nothing is taken over."""
+        if self.enabled:
+            self.value.fill_(state["scale"])
+            self._good_steps.fill_(state["_growth_tracker"])
 
 
 class Precision:
@@ -29,7 +71,7 @@ class Precision:
                 f"amp_dtype fp16 needs a CUDA GPU and the device is {device};"
                 " use --amp_dtype auto (fp32 on a CPU) or bf16"
             )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.scaler = LossScale(device, enabled=self.dtype == torch.float16)
         tf32 = config.allow_tf32 and device.type == "cuda"
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
@@ -39,24 +81,37 @@ class Precision:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a loss (0-d), scaled where float16 needs it."""
-        self.scaler.scale(loss).backward()
+        (loss * self.scaler.value if self.scaler.enabled else loss).backward()
 
     def update(self, optimizer: Optimizer, model: nn.Module, grad_clip: float) -> None:
-        """Clip the gradients and step; with loss scaling a step that overflowed is skipped."""
-        for part in optimizer.parts:
-            self.scaler.unscale_(part)
-        overflow = False
-        if grad_clip:
-            norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-            # An overflow in one optimizer's gradients has now spread to those of the other, for
-            # which the scaler would not know it.
-            overflow = self.scaler.is_enabled() and not bool(norm.isfinite())
-        if not overflow:
-            for part in optimizer.parts:
-                self.scaler.step(part)
-        self.scaler.update()
+        """Clip the gradients and step; with loss scaling a step that overflowed is skipped.
 
-    @property
-    def collapsed(self) -> bool:
-        """Whether the loss scale has shrunk so far that every step overflows."""
-        return self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE
+        One pass reads the gradients for their norm. On a GPU the step's own pass does the rest, and
+        the host waits for none of it; on a CPU the norm says whether anything is to be clipped.
+        """
+        scaler = self.scaler
+        if not grad_clip and not scaler.enabled:
+            optimizer.step()
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.device.type == "cpu" and not scaler.enabled:
+            factor = grad_clip / (norm + 1e-6)
+            if not bool(factor >= 1):  # also where it is NaN, which is not to go unnoticed
+                torch._foreach_mul_(gradients, factor)
+            optimizer.step()
+            return
+        norm = norm / scaler.value
+        divisor = ((norm + 1e-6) / grad_clip).clamp(min=1) if grad_clip else torch.ones_like(norm)
+        if not scaler.enabled:
+            optimizer.step(divisor)
+            return
+        # The norm is of all gradients: an overflow in those of one optimizer stops every one.
+        overflow = (~norm.isfinite()).float()
+        optimizer.step(divisor * scaler.value, overflow)
+        scaler.update(overflow)
+
+
+def collapsed(scale: float) -> bool:
+    """Whether the loss scale has shrunk so far that every step overflows."""
+    return scale < SMALLEST_SCALE

@@ -111,11 +111,11 @@ def put_back(
     try:
         optimizer.load_state(moments, saved["optimizer"])
         torch.set_rng_state(tensors["generator/cpu"])
+        if saved["scaler"]:  # one that had nothing to scale, as on another device, has no state
+            precision.scaler.load_state_dict(saved["scaler"])
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         problem = str(error).strip().split("\n")[0]
         raise checkpoint.damaged(f"its optimizer or generators do not fit: {problem}") from None
     if "generator/cuda" in tensors and device.type == "cuda":
         torch.cuda.set_rng_state(tensors["generator/cuda"], device)
-    if saved["scaler"]:  # one that had nothing to scale, as on another device, has no state
-        precision.scaler.load_state_dict(saved["scaler"])
     return tensors

@@ -1,0 +1,71 @@
+"""Adagrad with the scale of its gradients, its clipping and its decay in the step's own pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wavelet_lm.kernels.adagrad import Rates, adagrad_, decay_
+
+Update = Callable[..., None]
+
+
+class Adagrad(torch.optim.Adagrad):
+    """PyTorch's Adagrad, its state included, with decoupled decay and one pass on CUDA too.
+
+    On a CPU the step is PyTorch's fused one, on CUDA the Triton kernel; where there is no Triton,
+    PyTorch's again, from the version on that has one for CUDA, or the kernel's plain twin.
+
+    Args:
+        groups: the decay of each is `weight_decay` (coupled) or `decoupled_decay`.
+
+    Attributes:
+        grad_scale: 0-d float32, what all gradients are divided by; None = 1.
+        found_inf: 0-d float32, 1 where this step is to be left out, else 0; None = never.
+
+    All of PyTorch's fused optimizers have both of these, under these names.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, eps: float):
+        super().__init__(groups, lr=lr, eps=eps, fused=True)
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+        self._update = _update(self.param_groups[0]["params"][0].device.type)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of all weights that have a gradient, in place."""
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            decoupled = group.get("decoupled_decay", 0.0)
+            if self._update is None:
+                if decoupled:
+                    decay_(weights, group["lr"] * decoupled, self.found_inf)
+                continue
+            rates = Rates(
+                group["lr"], decoupled or group["weight_decay"], bool(decoupled), group["eps"]
+            )
+            gradients, states = [p.grad for p in weights], [self.state[p] for p in weights]
+            sums, steps = ([state[key] for state in states] for key in ("sum", "step"))
+            self._update(weights, gradients, sums, rates, self.grad_scale, self.found_inf)
+            torch._foreach_add_(steps, 1)
+            if self.found_inf is not None:
+                torch._foreach_sub_(steps, [self.found_inf] * len(steps))
+        if self._update is None:
+            super().step()
+
+
+def _update(device: str) -> Update | None:
+    """What steps on this type of device; None = PyTorch's fused kernel."""
+    if device == "cuda":
+        try:
+            from wavelet_lm.kernels.triton_adagrad import Launcher
+        except ImportError:  # there is no Triton for this platform
+            pass
+        else:
+            return Launcher()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return None if has_kernel("aten::_fused_adagrad_", device.upper()) else adagrad_
