@@ -8,7 +8,9 @@ from wavelet_lm.devices import amp_dtype, autocast, reading, resolve_device
 def pretend_gpus(monkeypatch, n):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda n: current.__setitem__(0, n))
 
 
 def test_auto_takes_the_gpu_if_there_is_one(monkeypatch):
@@ -18,6 +20,17 @@ def test_auto_takes_the_gpu_if_there_is_one(monkeypatch):
     assert resolve_device("auto") == torch.device("cuda:0")
     assert resolve_device("cuda:1") == torch.device("cuda:1")
     assert resolve_device("cpu") == torch.device("cpu")
+
+
+def test_a_gpu_that_is_named_is_the_current_one_from_then_on(monkeypatch):
+    """Triton runs its kernels there, whatever their tensors say."""
+    pretend_gpus(monkeypatch, 2)
+    resolve_device("cuda:1")
+    assert torch.cuda.current_device() == 1
+    assert resolve_device("cuda") == torch.device("cuda:1")
+    with pytest.raises(UserError):
+        resolve_device("cuda:2")
+    assert torch.cuda.current_device() == 1
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "", "meta", "cpu:0"])

@@ -12,7 +12,10 @@ from wavelet_lm.errors import UserError
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:N`, as a device that exists."""
+    """`auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:N`, as a device that exists.
+
+    A GPU that is named becomes the current one, where kernels run that are not told where.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -27,6 +30,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     if int(match[1]) >= n_devices:
         raise UserError(f"device is {name}, but the last CUDA GPU here is cuda:{n_devices - 1}")
+    torch.cuda.set_device(int(match[1]))
     return torch.device("cuda", int(match[1]))
 
 

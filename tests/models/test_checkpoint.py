@@ -90,6 +90,22 @@ def test_metadata_and_extra_tensors_come_back_and_do_not_disturb_loading(tmp_pat
     assert_same_weights(load_own_model(path), model)
 
 
+class OnAGpu:
+    """A tensor of an optimizer, in a memory that has no room for a second one."""
+
+    def detach(self):
+        return self
+
+    def to(self, device, copy):
+        assert (device, copy) == ("cpu", True)
+        return torch.arange(3)
+
+
+def test_what_is_saved_is_copied_on_the_cpu(tmp_path):
+    save_checkpoint(tmp_path / "x.safetensors", build_model(tiny_config(), 7), {}, {"a": OnAGpu()})
+    assert Checkpoint(tmp_path / "x.safetensors").extra()["a"].tolist() == [0, 1, 2]
+
+
 def test_a_folder_means_its_best_else_its_last(tmp_path):
     with pytest.raises(UserError, match=r"no best\.safetensors or last\.safetensors"):
         load_own_model(tmp_path)

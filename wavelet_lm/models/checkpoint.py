@@ -44,8 +44,9 @@ def save_checkpoint(
         UserError: the disk is full or the folder cannot be written; an older file is kept.
     """
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    # safetensors refuses tensors that share memory, as some optimizer states do.
-    tensors |= {EXTRA + name: t.detach().clone() for name, t in (extra or {}).items()}
+    # safetensors refuses tensors that share memory, as some optimizer states do. The copies are on
+    # the CPU, for a GPU in training has no room for them.
+    tensors |= {EXTRA + name: t.detach().to("cpu", copy=True) for name, t in (extra or {}).items()}
     header = {
         "format": FORMAT,
         "config": json.dumps(model.config.to_dict()),
