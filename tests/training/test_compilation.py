@@ -10,8 +10,12 @@ from wavelet_lm.training.run import train
 
 
 class Loss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
     def loss(self, x):
-        return (torch.rand(()) * x).sum(), None
+        return (torch.rand(()) * x * self.weight).sum(), None
 
 
 def broken_at_once(function):
@@ -26,19 +30,47 @@ def broken_when_called(function):
     return call
 
 
+class FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        torch.rand(5)
+        broken_at_once(None)
+
+
+def broken_in_backward(function):
+    def call(*args, **kwargs):
+        loss, state = function(*args, **kwargs)
+        return FailsInBackward.apply(loss), state
+
+    return call
+
+
+BROKEN = pytest.mark.parametrize("broken", [broken_at_once, broken_when_called, broken_in_backward])
+
+
 def losses(setting, device="cuda", n=3):
     """The first values of a loss that depends on the generator, and what was logged."""
     lines = []
     config = runs.tiny_config(compile=setting)
     function = compiled(Loss(), config, torch.device(device), lines.append)
     torch.manual_seed(5)
-    return [function(torch.ones(3))[0].item() for _ in range(n)], lines
+    values = []
+    for _ in range(n):
+        loss, _ = function(torch.ones(3))
+        loss.backward()
+        values.append(loss.item())
+    return values, lines
 
 
 @pytest.fixture
 def no_cuda_generator(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
 
 @pytest.mark.parametrize(("setting", "device"), [(False, "cuda"), (False, "cpu"), ("auto", "cpu")])
@@ -47,7 +79,7 @@ def test_false_and_auto_on_a_cpu_do_not_compile(monkeypatch, setting, device):
     assert losses(setting, device)[1] == []
 
 
-@pytest.mark.parametrize("broken", [broken_at_once, broken_when_called])
+@BROKEN
 def test_auto_falls_back_with_a_notice_and_the_same_losses(monkeypatch, no_cuda_generator, broken):
     eager, _ = losses(False)
     monkeypatch.setattr(torch, "compile", broken)
@@ -56,7 +88,7 @@ def test_auto_falls_back_with_a_notice_and_the_same_losses(monkeypatch, no_cuda_
     assert lines[1:] == ["going on without torch.compile, which failed: no C++ compiler found here"]
 
 
-@pytest.mark.parametrize("broken", [broken_at_once, broken_when_called])
+@BROKEN
 def test_true_stops_in_one_line(monkeypatch, broken):
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(UserError, match=r"\(no C\+\+ compiler found here\); use --compile auto"):
@@ -72,7 +104,18 @@ def test_a_compiler_that_works_is_asked_once_and_used(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compiler)
     losses(True, "cpu")
-    assert calls == ["compile", "run", "run", "run"]
+    assert calls == ["compile", "run", "run", "run", "run"]  # once more, to try it
+
+
+def test_the_trial_leaves_no_trace(monkeypatch):
+    """The losses are those without it, and no gradient is left."""
+    eager, _ = losses(False, "cpu")
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert losses(True, "cpu")[0] == eager
+    model = Loss()
+    function = compiled(model, runs.tiny_config(compile=True), torch.device("cpu"), print)
+    function(torch.ones(3))
+    assert model.weight.grad is None
 
 
 def test_failures_after_the_first_step_are_not_taken_for_the_compiler(monkeypatch):
@@ -88,19 +131,20 @@ def test_failures_after_the_first_step_are_not_taken_for_the_compiler(monkeypatc
         function(torch.ones(4))
 
 
-def test_a_run_that_fell_back_has_the_losses_of_an_eager_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("broken", [broken_when_called, broken_in_backward])
+def test_a_run_that_fell_back_has_the_losses_of_an_eager_run(
+    tmp_path, monkeypatch, no_cuda_generator, broken
+):
     folders = [tmp_path / "eager", tmp_path / "fallback"]
     for folder in folders:
         folder.mkdir()
     train(runs.run_config(folders[0], compile=False, max_steps=10))
-    monkeypatch.setattr(torch, "compile", broken_when_called)
+    monkeypatch.setattr(torch, "compile", broken)
     real = compiled
     monkeypatch.setattr(
         "wavelet_lm.training.run.compiled",
         lambda model, config, device, log: real(model, config, torch.device("cuda"), log),
     )
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
     train(runs.run_config(folders[1], compile="auto", max_steps=10))
     log = (runs.only_run(folders[1]) / "log.txt").read_text(encoding="utf-8")
     assert "going on without torch.compile" in log

@@ -16,39 +16,38 @@ def compiled(
     """`model.loss`, compiled or not.
 
     `auto` compiles on CUDA alone: on a CPU the compiler takes a minute and gains 10–20% with these
-    models (their time goes into matrix products either way). The first call decides whether the
-    compiler works here: where it does not, `auto` says so and goes on without, `true` stops.
+    models (their time goes into matrix products either way). The first call tries whether the
+    compiler works here, forward and backward: where it does not, `auto` says so and goes on
+    without, `true` stops.
     """
     if config.compile is False or (config.compile == "auto" and device.type != "cuda"):
         return model.loss
     log("compiling the training step; the first one takes a minute or more")
     function: Callable[..., Any] | None = None
 
+    def tried(loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """The function, after a step whose gradients go nowhere and that draws no random number."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            value = loss(*args, **kwargs)[0]
+            # As in the loop, whose backward pass stands outside of autocast.
+            with torch.autocast(device.type, enabled=False):
+                if value.requires_grad:
+                    torch.autograd.grad(value, trained, allow_unused=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # a kernel that fails says so only then
+        return loss
+
     def loss(*args: Any, **kwargs: Any) -> Any:
-        if function is not None:
-            return function(*args, **kwargs)
-        on_cuda = device.type == "cuda"
-        cpu_state = torch.get_rng_state()
-        cuda_state = torch.cuda.get_rng_state(device) if on_cuda else None
-
-        def first(loss: Callable[..., Any]) -> Any:
-            nonlocal function
-            result = loss(*args, **kwargs)
-            function = loss
-            return result
-
-        def plain() -> Any:
-            torch.set_rng_state(cpu_state)
-            if on_cuda:
-                torch.cuda.set_rng_state(cuda_state, device)
-            return first(model.loss)
-
-        return compiled_or_plain(
-            lambda: first(torch.compile(model.loss)),
-            plain,
-            required=config.compile is True,
-            way_out="--compile auto",
-            log=log,
-        )
+        nonlocal function
+        if function is None:
+            function = compiled_or_plain(
+                lambda: tried(torch.compile(model.loss), *args, **kwargs),
+                lambda: model.loss,
+                required=config.compile is True,
+                way_out="--compile auto",
+                log=log,
+            )
+        return function(*args, **kwargs)
 
     return loss
