@@ -77,6 +77,25 @@ def test_signals_clean_up_before_they_end_the_command(signum, status, word, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_what_is_saved_at_the_end_is_saved_however_often_the_signal_comes(signum, tmp_path):
+    path = tmp_path / "x"
+    process = start(
+        f"import os\n"
+        f"    try:\n"
+        f"        os.kill(os.getpid(), {signum:d})\n"
+        f"        sys.stdin.read()\n"
+        f"    finally:\n"
+        f"        os.kill(os.getpid(), {signal.SIGTERM:d})\n"
+        f"        os.kill(os.getpid(), {signal.SIGHUP:d})\n"
+        f"        open({str(path)!r}, 'w').write('saved')"
+    )
+    _, errors = process.communicate()
+    word = "terminated" if signum == signal.SIGTERM else "hung up"
+    assert (process.returncode, errors) == (128 + signum, f"program.py: {word}\n")
+    assert path.read_text() == "saved"
+
+
 def test_a_defect_shows_its_trace():
     process = start("1 / 0")
     _, errors = process.communicate()

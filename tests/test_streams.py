@@ -130,6 +130,23 @@ def test_figures_are_in_the_file_when_standard_output_is_full(name, tmp_path):
     assert json.loads(file.read_text(encoding="utf-8"))
 
 
+def test_a_comparison_goes_on_for_its_file_when_its_terminal_is_gone(tmp_path):
+    file = tmp_path / "figures.json"
+    words = "--task mqar --model gpt+heads=1,gpt+heads=2 --pairs 2 --keys 4 --values 4 --length 12"
+    words += " --layers 1 --C 8 --steps 2 --batch 2 --examples 4 --device cpu"
+    start = ["-m", "wavelet_lm.evaluation.recall", *words.split(), "--json", file]
+    done = shell(start, ">&- 2>&-", program=None)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert len(json.loads(file.read_text(encoding="utf-8"))["runs"]) == 2
+
+
+@needs_full
+@pytest.mark.parametrize("name", ["cli.reference", "config_reference"])
+def test_pages_that_find_no_room(name):
+    done = shell(["-m", f"wavelet_lm.{name}"], "> /dev/full", program=None)
+    assert (done.returncode, done.stderr) == (2, f"wavelet_lm.{name}: error: {FULL}")
+
+
 @pytest.mark.parametrize(
     "redirections",
     [

@@ -10,6 +10,7 @@ import textwrap
 
 from wavelet_lm.cli.flags import ALIASES
 from wavelet_lm.config import GROUPS, Option, show, type_words
+from wavelet_lm.errors import run_command
 
 SYMBOLS = """\
 The last column is what a key costs in parameters: a switch when it is on, a number or a list by
@@ -84,4 +85,4 @@ def reference() -> str:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    run_command(lambda: print(reference(), end=""))

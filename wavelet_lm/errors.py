@@ -13,6 +13,10 @@ from types import FrameType
 from wavelet_lm import streams
 from wavelet_lm.environment import ready
 
+# Signals within so many seconds are one wish to stop: `timeout`, service managers and terminals
+# that close send two in a moment.
+ONE_STOP = 1.0
+
 
 class UserError(Exception):
     """A mistake in what the user gave; the message is one complete line."""
@@ -47,8 +51,10 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         status, line = 2, f"error: {error}"
     except Interrupted as stop:
+        _no_more_signals()
         status, line = 128 + stop.signum, str(stop)
     except KeyboardInterrupt:
+        _no_more_signals()
         status, line = 128 + signal.SIGINT, "interrupted"
     except streams.OutputFailed:
         pass  # `finish` says why
@@ -67,5 +73,12 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    """End as by Ctrl-C, so that temporary files are removed."""
+    """End as by Ctrl-C, so that temporary files are removed and what can be kept is saved."""
+    _no_more_signals(signal.SIGTERM, signal.SIGHUP)
     raise Interrupted(signum, "terminated" if signum == signal.SIGTERM else "hung up")
+
+
+def _no_more_signals(*numbers: int) -> None:
+    """Ignore these signals, or all that ask to end, while the command ends anyway."""
+    for number in numbers or (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

@@ -16,6 +16,7 @@ from tests.inference.writers import (
     tokens,
 )
 from wavelet_lm import UserError
+from wavelet_lm.inference import interrupts
 from wavelet_lm.inference.completion import CoherenceOptions, Strategy
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import sampled_tokens
@@ -287,13 +288,20 @@ def test_ctrl_c_keeps_what_there_is(strategy, draft):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_ctrl_c_ends_all():
+@pytest.mark.parametrize("seconds", [0, 60])
+def test_a_later_ctrl_c_ends_all_and_one_that_came_twice_the_text(seconds, monkeypatch):
     def show(row, piece):
         signal.raise_signal(signal.SIGINT)
+        then = interrupts.time.monotonic() + seconds
+        monkeypatch.setattr(interrupts.time, "monotonic", lambda: then)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        write(small_writer(), ["bad"], Request(1, 4), show=show)
+    if seconds:
+        with pytest.raises(KeyboardInterrupt):
+            write(small_writer(), ["bad"], Request(1, 4), show=show)
+    else:
+        (done,) = write(small_writer(), ["bad"], Request(1, 4), show=show)
+        assert done.reason == "interrupted"
 
 
 @pytest.mark.parametrize("adapt", [False, True])

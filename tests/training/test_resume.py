@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.training import runs
 from wavelet_lm.data import batches
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.models.checkpoint import Checkpoint
+from wavelet_lm.training import stop_signals
 from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.run import resume, train
 from wavelet_lm.training.run_folder import RunFolder
@@ -239,9 +241,25 @@ def test_ctrl_c_in_the_last_evaluation_or_save_stops(tmp_path, monkeypatch, duri
     resume(runs.only_run(tmp_path))
 
 
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_that_is_signalled_twice_is_one(tmp_path, monkeypatch, second):
+    """As `timeout`, service managers and terminals that close do it."""
+
+    def twice(trainer):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(second)
+
+    before_step(monkeypatch, 25, twice)
+    with pytest.raises(Interrupted, match="stopped and saved at step 26") as stop:
+        train(runs.run_config(tmp_path))
+    assert stop.value.signum == signal.SIGTERM
+
+
 def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     def twice(trainer):
         signal.raise_signal(signal.SIGINT)
+        later = time.monotonic() + 60
+        monkeypatch.setattr(stop_signals.time, "monotonic", lambda: later)
         signal.raise_signal(signal.SIGINT)
 
     before_step(monkeypatch, 25, twice)

@@ -31,6 +31,7 @@ from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.experiments.comparison import Budget, check, compare, summary, tokens_per_step
 from wavelet_lm.experiments.model_names import SYNTAX, model_configs, split_names
 from wavelet_lm.experiments.results import IMAGES, check_plot, check_targets, write_results
+from wavelet_lm.streams import output_is_optional
 from wavelet_lm.tables import aligned
 
 CONFIG = "configs/wavelet_gpt_char.json"
@@ -64,6 +65,8 @@ def main() -> None:
     data = prepare_data(next(iter(configs.values())))
     about = {"config": own["config"], **_settings(configs, data, budget, lrs, seeds)}
     runs: list[dict[str, Any]] = []
+    if own["json"]:
+        output_is_optional()
 
     def finished(run: dict[str, Any]) -> None:
         runs.append(run)

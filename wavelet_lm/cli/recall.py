@@ -39,6 +39,7 @@ from wavelet_lm.experiments.model_names import SYNTAX
 from wavelet_lm.experiments.recall import compare, summary
 from wavelet_lm.experiments.results import IMAGES, check_plot, check_targets, write_results
 from wavelet_lm.experiments.tasks import DEFAULTS as ARENA
+from wavelet_lm.streams import output_is_optional
 from wavelet_lm.tables import aligned
 from wavelet_lm.threads import use_threads
 
@@ -180,8 +181,10 @@ def _train(
         "seeds": seeds,
         "curriculum": options.get("curriculum", 0),
     }
-    print(describe(task), flush=True)
     runs: list[dict[str, Any]] = []
+    if json is not None:
+        output_is_optional()
+    print(describe(task), flush=True)
 
     def finished(run: dict[str, Any]) -> None:
         runs.append(run)

@@ -13,6 +13,7 @@ from importlib import import_module
 
 from wavelet_lm.cli.main import COMMANDS
 from wavelet_lm.config import GROUPS
+from wavelet_lm.errors import run_command
 
 COLUMNS = "86"
 OLDER = {  # what can be typed in place of `wavelet-lm NAME`
@@ -81,4 +82,4 @@ def reference() -> str:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    run_command(lambda: print(reference(), end=""))

@@ -1,13 +1,14 @@
 """Signals that end a loop between two of its steps."""
 
 import signal
+import time
 from typing import Any
 
-from wavelet_lm.errors import Interrupted
+from wavelet_lm.errors import ONE_STOP, Interrupted
 
 
 class StopSignals:
-    """As a context: Ctrl-C, SIGTERM and SIGHUP are noted; a second one stops at once.
+    """As a context: Ctrl-C, SIGTERM and SIGHUP are noted; a later one stops at once.
 
     A terminal that closes hangs up, unless `nohup` has had that ignored.
 
@@ -17,6 +18,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0
+        self._at = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -30,6 +32,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.received:
+        if not self.received:
+            self.received, self._at = number, time.monotonic()
+        elif time.monotonic() - self._at > ONE_STOP:
             raise Interrupted(number, "stopped at once, without saving")
-        self.received = number
