@@ -132,7 +132,7 @@ def test_figures_are_in_the_file_when_standard_output_is_full(name, tmp_path):
 
 def test_a_comparison_goes_on_for_its_file_when_its_terminal_is_gone(tmp_path):
     file = tmp_path / "figures.json"
-    words = "--task mqar --model gpt+heads=1,gpt+heads=2 --pairs 2 --keys 4 --values 4 --length 12"
+    words = "--task mqar --model gpt+heads=1,gpt+heads=2 --pairs 4 --keys 8 --values 8 --length 24"
     words += " --layers 1 --C 8 --steps 2 --batch 2 --examples 4 --device cpu"
     start = ["-m", "wavelet_lm.evaluation.recall", *words.split(), "--json", file]
     done = shell(start, ">&- 2>&-", program=None)

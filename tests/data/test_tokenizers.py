@@ -157,6 +157,16 @@ def test_load_errors(tmp_path):
         ('{"name": "char"}', "its characters are None, not a text"),
         ('{"name": "mulaw", "colour": 1}', "has other keys than a tokenizer 'mulaw'"),
         ('{"name": "sentencepiece:300"}', "sentencepiece.model: cannot be read"),
+        ('{"name": "encodec:x"}', r"tokenizer\.json: tokenizer 'encodec:x': write encodec:N"),
+        ('{"name": "pixels"}', r"tokenizer\.json: .* does not say what its files have in common"),
+        ('{"name": "pixels", "width": 3}', r"tokenizer\.json: .* have in common"),
+        *(
+            (
+                f'{{"name": "pixels_rgb", "width": {side}, "height": 2}}',
+                r"tokenizer\.json: .* width",
+            )
+            for side in ("0", "-3", "2.5", "true", '"8"', "[8]", "9e99", "1" * 300)
+        ),
     ):
         (tmp_path / "tokenizer.json").write_text(broken)
         with pytest.raises(UserError, match=line):

@@ -337,7 +337,11 @@ def _read(file: Path) -> Tokenizer:
         if name.startswith("sentencepiece"):
             return SentencePieceTokenizer((file.parent / "sentencepiece.model").read_bytes())
         if modality := find_modality(**details):
+            if not modality.is_fitted:
+                raise ValueError("it does not say what its files have in common")
             return modality
+    except UserError as error:  # of a modality's name
+        raise UserError(f"{file}: {error}") from error
     except OSError as error:
         raise unreadable(error, file.parent / "sentencepiece.model") from error
     except TypeError as error:  # of a modality's own keys

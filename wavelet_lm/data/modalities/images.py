@@ -14,17 +14,31 @@ import numpy as np
 from wavelet_lm.atomic_files import atomic_path
 from wavelet_lm.data.modalities.modality import Modality, needed
 from wavelet_lm.errors import UserError
+from wavelet_lm.json_files import brief
+
+MOST_PIXELS = 1 << 20  # of a row or a column
 
 
 class Pixels(Modality):
-    """Images of one size. width, height: None until `fitted` has seen the files."""
+    """Images of one size. width, height: None until `fitted` has seen the files.
+
+    Raises:
+        ValueError: a width or height that no image has.
+    """
 
     kind, output, vocab_size = "image", ".png", 256
     suffixes = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
     def __init__(self, name: str = "pixels", width: int | None = None, height: int | None = None):
+        for side in (width, height):
+            if side is not None and (type(side) is not int or not 1 <= side <= MOST_PIXELS):
+                raise ValueError(f"width and height are whole numbers of pixels, not {brief(side)}")
         self.name, self.width, self.height = name, width, height
         self.channels = 3 if name == "pixels_rgb" else 1
+
+    @property
+    def is_fitted(self) -> bool:
+        return self.width is not None and self.height is not None
 
     @property
     def fingerprint(self) -> str:

@@ -50,6 +50,11 @@ class Modality(Tokenizer):
         """The same with what it must know of the files, such as the size of images."""
         return self
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it knows that."""
+        return True
+
     def check(self, path: Path) -> Path:
         """The path, if it is one that can be read here.
 
