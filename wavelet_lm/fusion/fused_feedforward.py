@@ -48,6 +48,8 @@ class FusedFeedForward(nn.Module):
                 weight = memory.input_weight(branches[name])
                 rows.append((weight, weight.new_zeros(len(weight))))
                 self.memories.append(memory)
+        shapes = {(m.memory.heads, m.memory.num_keys, m.memory.top_k) for m in self.memories}
+        self.memories_are_alike = len(shapes) == 1
         n = 1 if apart and self.mlp is not None else len(rows)
         norm = feedforward.norm
         self.first, self.sizes = nn.ModuleList(), []
@@ -77,8 +79,15 @@ class FusedFeedForward(nn.Module):
                 # part of one text is and that of several is not.
                 h = matrix(nn.functional.gelu(h.contiguous() if is_step(h) else h))
             total = h
-        for branch in self.memories:
-            total = total + branch(next(parts))
+        scores = [branch.scores(next(parts)) for branch in self.memories]
+        if len(scores) > 1 and self.memories_are_alike:
+            # The rows to read are looked for in all of them at once.
+            together = self.memories[0].memory.plan(torch.stack(scores, 2))
+            plans = list(zip(*(part.unbind(2) for part in together), strict=True))
+        else:
+            plans = [m.memory.plan(s) for m, s in zip(self.memories, scores, strict=True)]
+        for branch, plan in zip(self.memories, plans, strict=True):
+            total = total + branch(*plan)
         return total, memory
 
 
@@ -101,7 +110,7 @@ class FusedMemory(nn.Module):
             self.memory.keys_a = self.memory.keys_b = None
 
     def input_weight(self, memory: ProductKeyMemory) -> Tensor:
-        """The matrix [rows, C] whose product `forward` takes."""
+        """The matrix [rows, C] whose product `scores` takes."""
         Q = memory.query.weight
         if not self.gives_scores:
             return Q
@@ -110,12 +119,12 @@ class FusedMemory(nn.Module):
         keys = torch.stack((memory.keys_a.weight, memory.keys_b.weight), 1)
         return (keys @ halves).reshape(-1, Q.shape[1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores or queries [B, T, rows] -> [B, T, C]."""
-        memory = self.memory
+    def scores(self, x: Tensor) -> Tensor:
+        """The product with `input_weight`, [B, T, rows] -> [B, T, heads, 2, √num_keys]."""
         if self.gives_scores:
-            a, b = x.view(*x.shape[:2], memory.heads, 2, memory.n_subkeys).unbind(3)
-        else:
-            a, b = memory.scores(x)
-        rows, weights = memory.plan(a, b)
-        return memory.read(rows, self.gain(weights))
+            return x.view(*x.shape[:2], self.memory.heads, 2, self.memory.n_subkeys)
+        return self.memory.scores(x)
+
+    def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """What is read by a plan, rows int64 and weights [B, T, heads, top_k] -> [B, T, C]."""
+        return self.memory.read(rows, self.gain(weights))

@@ -116,18 +116,19 @@ class MixerGroups(nn.Module):
             declared(MixerGroup([mixers[s] for s in g], weights[g], rotate), mixer_band(g[0]))
             for g in self.scales
         )
-        order = [s for group in self.scales for s in group]
-        self.order = None if order == sorted(order) else [order.index(s) for s in range(len(order))]
+        # Slices and not indices: a list would be copied to the device in every step.
+        self.runs_of_groups = [_runs(group) for group in self.scales]
 
     def forward(self, bands: Tensor, routing: Tensor | None) -> Tensor:
         """Bands [S, B, T, Cp] -> mixed bands; gates are routed as in `mix_scales`."""
         gates = bands if routing is None else routed(routing, bands)
-        mixed = [
-            mix(_take(bands, scales), _take(gates, scales))
-            for mix, scales in zip(self.groups, self.scales, strict=True)
-        ]
-        y = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-        return y if self.order is None else y[self.order]
+        pieces: list[tuple[int, Tensor]] = []
+        for mix, runs in zip(self.groups, self.runs_of_groups, strict=True):
+            x = _joined([bands[run] for run in runs])
+            gate = x if routing is None else _joined([gates[run] for run in runs])
+            parts = mix(x, gate).split([run.stop - run.start for run in runs])
+            pieces += [(run.start, part) for run, part in zip(runs, parts, strict=True)]
+        return _joined([piece for _, piece in sorted(pieces, key=lambda piece: piece[0])])
 
 
 class MixerGroup(nn.Module):
@@ -165,10 +166,10 @@ class MixerGroup(nn.Module):
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """x and gate input [n, B, T, Cp] -> [n, B, T, Cp]."""
         B = x.shape[1]
-        if self.down is not None and self.gate is not None:
+        if self.down is not None and self.gate is not None and gate is not x:
             x, gate = self.down(torch.cat((x, gate), 1)).split(B, dim=1)
         elif self.down is not None:
-            x = self.down(x)
+            x = gate = self.down(x)
         value = self.value(x)
         y = value[..., : self.width]
         if self.gate is not None:
@@ -201,8 +202,13 @@ def routed(routing: Tensor, bands: Tensor) -> Tensor:
     return gates.reshape(S, B, T, Cp)
 
 
-def _take(x: Tensor, scales: list[int]) -> Tensor:
-    """x[scales], as a view where they follow each other."""
-    if scales == list(range(scales[0], scales[0] + len(scales))):
-        return x[scales[0] : scales[0] + len(scales)]
-    return x[scales]
+def _runs(scales: list[int]) -> list[slice]:
+    """Ascending numbers as the slices of those that follow each other."""
+    starts = [s for s in scales if s - 1 not in scales]
+    stops = [s + 1 for s in scales if s + 1 not in scales]
+    return list(map(slice, starts, stops))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Tensors [n, B, T, C] one after the other; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -72,9 +72,10 @@ def apply_context(model: LanguageModel, context: str) -> nn.Module:
             raise UserError(
                 f"context {context} limits the running mean and this model has none; use stream"
             )
+        average = WindowedMean(N)
         for network in model.networks():
             for block in network.blocks:
-                block.bypass.average = WindowedMean(N)
+                block.bypass.average = average
     return model
 
 

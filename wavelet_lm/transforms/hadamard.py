@@ -8,10 +8,11 @@ log2(n) passes over memory.
 """
 
 import math
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+
+from wavelet_lm.transforms.means import without_autocast
 
 # Largest Kronecker factor: small enough that its product stays memory-bound on a GPU, and large
 # enough that every width up to 16,384 takes two products.
@@ -63,8 +64,7 @@ class HadamardTransform(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """H x over the last dimension: [..., n] -> [..., n], dtype kept."""
         shape = x.shape
-        # The meta device has no autocast to switch off.
-        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             outer = 1
             for i, size in enumerate(self.sizes):
                 factor = getattr(self, f"factor_{i}").to(x.dtype)

@@ -21,10 +21,12 @@ came.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # Up to this many taps a sum of shifted views is quickest (and fuses into its neighbours under
 # torch.compile); above, a banded product reads each position once per block instead of once a tap.
@@ -207,11 +209,19 @@ def correlate(x: Tensor, taps: Tensor, length: int) -> Tensor:
 
 
 class Clock(Count):
-    """A count that is moved in place, one for all rings of a batch."""
+    """A count that is moved in place, one for all rings of a batch.
+
+    What rings ask in a step is the same for many of them, and on a GPU every answer is a launch: it
+    is computed once a step, the places of all rings in one go.
+    """
 
     def __init__(self, position: Tensor):
         super().__init__(position)
-        self._known: dict[tuple[str, int, int], Tensor] = {}
+        self._places: dict[tuple[int, int], int] = {}  # (size, lag) -> row of the two below
+        self._sizes = self._lags = position.new_zeros(0, 1, 1)
+        # Weak, since the taps of a filter that still learns are others in every step.
+        self._kernels = WeakTensorKeyDictionary()
+        self._known: dict[tuple, Tensor] = {}
 
     def after(self, T: int) -> Clock:
         """Itself: its owner moves it when the whole model has read the T positions."""
@@ -231,28 +241,54 @@ class Clock(Count):
         self.position.copy_(position)
         self._known.clear()
 
-    def slots(self, size: int, T: int) -> Tensor:
-        """[B, T]: where a ring of `size` holds the next T positions."""
-        return self._once("slots", size, T)
+    def serve(self, size: int, lags: Iterable[int]) -> None:
+        """Expect to be asked for `slots` of a ring of this size, these lags back."""
+        places = [*self._places, *((size, lag) for lag in lags)]
+        self._places = {place: i for i, place in enumerate(dict.fromkeys(places))}
+        columns = self.position.new_tensor([*self._places]).view(-1, 2, 1, 1)
+        self._sizes, self._lags = columns.unbind(1)
+
+    def up_to(self, T: int) -> Tensor:
+        return self._once(("up to", T), lambda: super(Clock, self).up_to(T))
+
+    def slots(self, size: int, T: int, lag: int = 0) -> Tensor:
+        """[B, T] int64: where a ring of `size` has what is `lag` before each of the next T."""
+        if torch.compiler.is_compiling() or (size, lag) not in self._places:
+            return (self.up_to(T) - (lag + 1)) % size
+        slots = self._once(("slots", T), lambda: (self.up_to(T) - (self._lags + 1)) % self._sizes)
+        return slots[self._places[size, lag]]
 
     def lags(self, size: int, T: int) -> Tensor:
-        """[B, T, size]: how far each slot lies back, seen from each of the next T positions."""
-        return self._once("lags", size, T)
+        """[B, T, size] int64: how far each slot lies back, seen from each of the next T."""
 
-    def _once(self, what: str, size: int, T: int) -> Tensor:
-        """All rings of one size need the same numbers in one step."""
+        def compute() -> Tensor:
+            slots = self.slots(size, T)
+            return (slots[..., None] - torch.arange(size, device=slots.device)) % size
+
+        return self._once(("lags", size, T), compute)
+
+    def weights(self, taps: Tensor, min_lag: int, size: int, dtype: torch.dtype, T: int) -> Tensor:
+        """[B, T, size]: what each slot counts for in a filter of taps [K] from `min_lag` on."""
+
+        def by_lag() -> Tensor:
+            return nn.functional.pad(taps, (min_lag, size - min_lag - len(taps))).to(dtype)
+
         if torch.compiler.is_compiling():
-            return self._compute(what, size, T)
-        key = (what, size, T)
-        if key not in self._known:
-            self._known[key] = self._compute(what, size, T)
-        return self._known[key]
+            return by_lag()[self.lags(size, T)]
+        kernels = self._kernels.setdefault(taps, {})
+        what = (min_lag, size, dtype)
+        if what not in kernels:
+            kernels[what] = by_lag()
+        key = ("weights", taps, *what, T)
+        return self._once(key, lambda: kernels[what][self.lags(size, T)])
 
-    def _compute(self, what: str, size: int, T: int) -> Tensor:
-        device = self.position.device
-        if what == "slots":
-            return (self.position[:, None] + torch.arange(T, device=device)) % size
-        return (self.slots(size, T)[..., None] - torch.arange(size, device=device)) % size
+    def _once(self, key: tuple, compute: Callable[[], Tensor]) -> Tensor:
+        """All rings need the same numbers in one step."""
+        if torch.compiler.is_compiling():
+            return compute()
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
 
 
 class Ring:
@@ -272,6 +308,7 @@ class Ring:
         self.clock = clock
         self.buffer = history.new_zeros(B, self.max_lag + max_step, C)
         self._rows = torch.arange(B, device=history.device)[:, None]
+        clock.serve(self.size, {0, 1, self.max_lag})
         self.load(history)
 
     @property
@@ -296,7 +333,7 @@ class Ring:
 
     def at(self, lag: int, T: int) -> Tensor:
         """What stands `lag` ≤ max_lag positions before each of the next T: [B, T, C]."""
-        return self.buffer[self._rows, (self.clock.slots(self.size, T) - lag) % self.size]
+        return self.buffer[self._rows, self.clock.slots(self.size, T, lag)]
 
     def before(self) -> Tensor:
         last = self.at(1, 1)
@@ -322,9 +359,8 @@ class RingSignal:
 
     def filtered(self, taps: Tensor, min_lag: int = 0) -> Tensor:
         ring = self.state
-        kernel = nn.functional.pad(taps, (min_lag, ring.size - min_lag - len(taps)))
-        weights = kernel.to(ring.buffer.dtype)[ring.clock.lags(ring.size, self._T)]
-        return weights @ ring.buffer
+        dtype = ring.buffer.dtype
+        return ring.clock.weights(taps, min_lag, ring.size, dtype, self._T) @ ring.buffer
 
     def whole(self) -> Tensor:
         ring = self.state

@@ -6,6 +6,7 @@ are taken in float32 at least.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,7 @@ class WindowedMean:
 
     def __init__(self, N: int):
         self.N = N
+        self._taps = torch.ones(0)
 
     def __call__(
         self, x: Tensor, state: WindowedMeanState | None = None
@@ -82,10 +84,21 @@ class WindowedMean:
         T, x_wide = x.shape[1], wide(x)
         history, before = (None, _no_positions(x)) if state is None else state
         signal, count = remember(x_wide, history, self.N - 1), counted(before)
-        sums = signal.filtered(x_wide.new_ones(self.N))
+        sums = signal.filtered(self._ones(x_wide))
         n = count.up_to(T).clamp(max=self.N)
         state = WindowedMeanState(signal.state, count.after(T))
         return (sums / n[..., None]).to(x.dtype), state
+
+    def _ones(self, like: Tensor) -> Tensor:
+        """The taps, one tensor for every call: what a clock makes of it once serves all steps."""
+        if torch.compiler.is_compiling():
+            return like.new_ones(self.N)
+        if len(self._taps) == 0 or (self._taps.dtype, self._taps.device) != (
+            like.dtype,
+            like.device,
+        ):
+            self._taps = like.new_ones(self.N)
+        return self._taps
 
 
 class ExponentialMeanState(NamedTuple):
@@ -151,6 +164,12 @@ def linear_recurrence(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """x of any shape in the dtype that sums are taken in: float32 at least."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Products in x's own dtype, x of any shape, where autocast would take another."""
+    # The meta device has no autocast to switch off.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _no_positions(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wavelet_lm.errors import UserError
 from wavelet_lm.transforms.history import MAX_SHIFTED_TAPS, Ring, carried, remember
-from wavelet_lm.transforms.means import linear_recurrence, wide
+from wavelet_lm.transforms.means import linear_recurrence, wide, without_autocast
 
 MIN_BLOCK = 64
 NO_PYWAVELETS = (
@@ -259,7 +259,7 @@ def filtered(x: Tensor, kernels: Tensor) -> Tensor:
     taps = kernels.flip(0).T[:, None].expand(C, block, K)
     band = kernels.new_zeros(C, block, block + K - 1).scatter(2, columns.expand(C, -1, -1), taps)
     windows = x.unfold(1, block + K - 1, block)  # [B, n_blocks, C, block + K − 1]
-    with torch.autocast(x.device.type, enabled=False):  # a long sum in half precision loses digits
+    with without_autocast(x):  # a long sum in half precision loses digits
         y = band @ windows.permute(2, 3, 0, 1).reshape(C, block + K - 1, B * n_blocks)
     return y.view(C, block, B, n_blocks).permute(2, 3, 1, 0).reshape(B, -1, C)[:, :T]
 

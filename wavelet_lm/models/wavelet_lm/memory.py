@@ -82,25 +82,28 @@ class ProductKeyMemory(nn.Module):
             rows [B, T, heads, top_k] int64 into `values`, and weights of the same shape, a softmax
             over top_k per head (in float32 at least).
         """
-        return self.plan(*self.scores(self.query(x)))
+        return self.plan(self.scores(self.query(x)))
 
-    def scores(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of all sub-keys for queries [B, T, C]: two tensors [B, T, heads, √num_keys]."""
+    def scores(self, q: Tensor) -> Tensor:
+        """Scores of all sub-keys for queries [B, T, C]: [B, T, heads, 2, √num_keys]."""
         a, b = q.view(*q.shape[:2], self.heads, 2, -1).unbind(3)
-        return self.keys_a(a), self.keys_b(b)
+        return torch.stack((self.keys_a(a), self.keys_b(b)), 3)
 
-    def plan(self, scores_a: Tensor, scores_b: Tensor) -> tuple[Tensor, Tensor]:
-        """`read_plan` from the scores of the sub-keys, each [..., heads, √num_keys]."""
-        best_a, index_a = scores_a.topk(self.n_best)
-        best_b, index_b = scores_b.topk(self.n_best)
+    def plan(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """`read_plan` from the scores of the sub-keys, [..., heads, 2, √num_keys].
+
+        Returns rows [..., heads, top_k] int64, and weights of this shape in float32 at least.
+        """
+        best, index = scores.topk(self.n_best)
+        (best_a, best_b), (index_a, index_b) = best.unbind(-2), index.unbind(-2)
         candidates = best_a[..., self.ranks_a] + best_b[..., self.ranks_b]
         scores, chosen = candidates.topk(self.top_k)
-        rows = (index_a[..., self.ranks_a] * self.n_subkeys + index_b[..., self.ranks_b]).gather(
-            -1, chosen
+        pairs = torch.add(
+            index_b[..., self.ranks_b], index_a[..., self.ranks_a], alpha=self.n_subkeys
         )
-        head_offset = torch.arange(self.heads, device=rows.device)[:, None] * self.num_keys
+        first = torch.arange(0, self.n_rows, self.num_keys, device=pairs.device)
         wide = scores if scores.dtype == torch.float64 else scores.float()
-        return rows + head_offset, wide.softmax(-1)
+        return pairs.gather(-1, chosen) + first[:, None], wide.softmax(-1)
 
 
 class SubKeys(nn.Module):
