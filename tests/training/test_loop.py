@@ -261,6 +261,17 @@ def test_a_loss_that_explodes_stops(tmp_path, monkeypatch):
     assert " at step 13 " in message
 
 
+def test_a_loss_scale_that_collapsed_stops(tmp_path, monkeypatch):
+    """The scale comes to the host with the loss: what is read is that of the step."""
+
+    def collapse(trainer):
+        trainer.precision.scaler.value.fill_(2.0**-11)
+
+    before_step(monkeypatch, 4, collapse)
+    with pytest.raises(Diverged, match="every fp16 gradient overflows at step 5"):
+        trained(tmp_path, max_steps=10)
+
+
 def test_a_validation_loss_that_is_not_finite_stops(tmp_path, monkeypatch):
     losses = {0: 3.0, 10: 2.0}
     monkeypatch.setattr(Trainer, "validate", found(lambda step: losses.get(step, math.inf)))

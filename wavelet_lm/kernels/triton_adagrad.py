@@ -1,8 +1,9 @@
 """`adagrad_` as one Triton kernel for all weights: each number is read once and written once.
 
-20 bytes a weight (weight and sum read and written, gradient read), where PyTorch's multi-tensor
-form moves 64, and clipping 8 more. A program takes one chunk of one tensor; where the tensors lie
-is a table in the GPU's memory, which changes only when gradients get other places.
+20 bytes a weight (weight and sum read and written, gradient read), and 4 before it for the norm,
+where PyTorch's multi-tensor form moves 64, clipping 12 more and fp16 another 8. A program takes one
+chunk of one tensor; where the tensors lie is a table in the GPU's memory, which changes only when
+gradients get other places.
 """
 
 from collections.abc import Sequence

@@ -29,6 +29,7 @@ class Adagrad(torch.optim.Adagrad):
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, eps: float):
         super().__init__(groups, lr=lr, eps=eps, fused=True)
+        self._step_supports_amp_scaling = True  # PyTorch's name for the two attributes below
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
         self._update = _update(self.param_groups[0]["params"][0].device.type)
