@@ -1,0 +1,313 @@
+"""What a compiled training step launches and moves on a CUDA GPU, counted on a machine without one.
+
+    python benchmarks/step_cost.py --configs tiny,lifting
+    python benchmarks/step_cost.py --configs headline --json headline.json
+    python benchmarks/step_cost.py --configs tiny --check benchmarks/results/step_cost.json
+
+torch.compile writes the code of a step in bfloat16 for a device that is not there (`fake_cuda.py`);
+its kernels are counted and nothing runs. Counts, not times:
+
+- kernels: nodes of the compiler's schedule, each a launch, forward and backward;
+- in products, outside: bytes that they read and write, in the library's kernels (matrix products
+  above all) and in those that the compiler writes;
+- kept: bytes that the backward pass reads and the forward pass has made;
+- optimizer: bytes a parameter of clipping and the update, operation by operation.
+
+A config is one of the table's names or a file. The headline takes two minutes of a CPU, `tiny` half
+of one.
+`--check` fails where kernels or bytes are a tenth above those of a file that was stored before.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from wavelet_lm.environment import start
+
+    start()  # before the imports below, which take seconds
+
+if __name__ == "__main__":
+    from fake_cuda import pretend
+
+    from wavelet_lm.errors import run_command
+
+    run_command(pretend)  # before PyTorch asks for devices
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from report import check_targets, table, write_results
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from wavelet_lm.cli.flags import OneLineParser
+from wavelet_lm.config import Config, read_json_object
+from wavelet_lm.errors import UserError, run_command
+from wavelet_lm.models.registry import model_without_weights, n_params
+from wavelet_lm.training.optimizers import Optimizer
+from wavelet_lm.training.precision import Precision
+
+ROOT = Path(__file__).resolve().parents[1]
+GROWTH = 1.1  # that a change may bring unseen
+
+# Name: file, vocabulary, keys that differ.
+CONFIGS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "headline": ("config.json", 50257, {}),
+    "mini": ("configs/mini.json", 50257, {}),
+    "quickstart": ("configs/quickstart.json", 256, {}),
+    # The quick start of before: two-layer nets on six levels, product keys.
+    "lifting": (
+        "configs/quickstart.json",
+        256,
+        {
+            "levels": 6,
+            "block_size": 128,
+            "micro_batch_size": 8,
+            "lifting_linear_only": False,
+            "wavelet_crawl": True,
+            "mixer_transform": "fwht",
+            "per_scale_mixer_widths": (1, 1, 1, 0.5, 0.5, 0.5, 0.5),
+            "delta_memory": False,
+            "pkm_enabled": True,
+            "pkm_num_keys": 1024,
+            "pkm_top_k": 8,
+        },
+    ),
+    # The headline's parts, as small as they come.
+    "tiny": (
+        "config.json",
+        250,
+        {
+            "C": 32,
+            "layers": 1,
+            "levels": 2,
+            "block_size": 32,
+            "mlp_expansion": 2,
+            "per_scale_mixer_widths": (1, 0.5, 0.5),
+            "pkm_num_keys": 64,
+            "pkm_top_k": 4,
+            "fwpkm_enabled": False,
+        },
+    ),
+}
+
+
+def config_of(name: str) -> tuple[Config, int]:
+    """A config of the table or of a file, in bfloat16 on CUDA, and its vocabulary."""
+    file, vocab_size, keys = CONFIGS.get(name, (name, 50257, {}))
+    path = ROOT / file if name in CONFIGS else Path(file)
+    if name not in CONFIGS and not path.exists():
+        raise UserError(f"{name} is neither a file nor one of {', '.join(CONFIGS)}")
+    keys = {**read_json_object(str(path)), **keys, "device": "cuda", "amp_dtype": "bf16"}
+    return Config.from_dict(keys, source=name), vocab_size
+
+
+def count(config: Config, vocab_size: int) -> dict[str, Any]:
+    """The figures of one step of a config."""
+    device = torch.device("cuda", 0)
+    with FakeTensorMode(allow_non_fake_inputs=True), captured() as graphs:
+        model = without_storage(model_without_weights(config, vocab_size), device)
+        B, T = config.micro_batch_size, config.block_size
+        idx = torch.zeros(B, T, dtype=torch.int64, device=device)
+        precision = Precision(config, device)
+        torch._dynamo.reset()
+        try:
+            with precision.autocast():
+                torch.compile(model.loss, fullgraph=True)(idx, idx, model.first_window(B, device))
+        except Ready:
+            pass
+        optimizer = optimizer_bytes(model, config, precision)
+    n = n_params(model)
+    forward, backward = graphs[False], graphs[True]
+    row = {"parameters": n, "tokens": B * T}
+    for key in ("kernels", "in_products", "outside"):
+        row[key] = [forward[key], backward[key]]
+    return {**row, "kept": backward["kept"], "optimizer": round(optimizer / n, 1)}
+
+
+def optimizer_bytes(model: nn.Module, config: Config, precision: Precision) -> int:
+    """Bytes that clipping and the update of a model of fake tensors read and write."""
+    from wavelet_lm.kernels import triton_adagrad
+
+    for p in model.parameters():
+        p.grad = torch.empty_like(p) if p.requires_grad else None
+    traffic = Traffic()
+
+    class OnePass(triton_adagrad.Launcher):
+        """The kernel by its arguments: each read once, weights and sums written."""
+
+        def __call__(self, weights: list, gradients: list, sums: list, *_: Any) -> None:
+            traffic.n_bytes += _bytes([*weights, *gradients, *sums]) + _bytes([*weights, *sums])
+
+    original, triton_adagrad.Launcher = triton_adagrad.Launcher, OnePass
+    try:
+        optimizer = Optimizer(model, config)
+        precision.update(optimizer, model, config.grad_clip)  # which makes the state
+        traffic.n_bytes = 0
+        with traffic:
+            precision.update(optimizer, model, config.grad_clip)
+    finally:
+        triton_adagrad.Launcher = original
+    return traffic.n_bytes
+
+
+def without_storage(model: nn.Module, device: torch.device) -> nn.Module:
+    """A model of fake tensors on the device in place of its tensors on the meta device."""
+    memo: dict[Tensor, Tensor] = {}
+
+    def fake(x: Tensor) -> Tensor:
+        if x not in memo:
+            new = torch.empty_like(x, device=device)
+            is_parameter = isinstance(x, nn.Parameter)
+            memo[x] = nn.Parameter(new, x.requires_grad) if is_parameter else new
+        return memo[x]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: fake(x) for name, x in tensors.items() if x is not None})
+    return model
+
+
+class Ready(Exception):
+    """Both graphs are compiled, and the forward one is about to run."""
+
+
+@contextmanager
+def captured() -> Iterator[dict[bool, dict[str, Any]]]:
+    """What the compiler's graphs cost, by whether they are backward ones, in place of running."""
+    from torch._inductor.graph import GraphLowering
+
+    graphs: dict[bool, dict[str, Any]] = {}
+
+    def run(*_: Any) -> None:
+        raise Ready
+
+    def written(graph: GraphLowering) -> SimpleNamespace:
+        graph.codegen()
+        graphs[graph.is_backward] = graph_cost(graph)
+        return SimpleNamespace(call=run, __file__=None)
+
+    original = GraphLowering.compile_to_module
+    GraphLowering.compile_to_module = written
+    try:
+        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+            yield graphs
+    finally:
+        GraphLowering.compile_to_module = original
+
+
+def graph_cost(graph: Any) -> dict[str, Any]:
+    """Kernels and bytes of a graph that has been scheduled."""
+    nodes = [
+        (node.is_extern(), node.get_read_write_buffers_sizes()) for node in graph.scheduler.nodes
+    ]
+    inputs = zip(graph.graph_input_names, graph.example_inputs, strict=True)
+    return {
+        "kernels": len(nodes),
+        "in_products": sum(n for is_extern, n in nodes if is_extern),
+        "outside": sum(n for is_extern, n in nodes if not is_extern),
+        "kept": sum(
+            x.numel() * x.element_size()
+            for name, x in inputs
+            if isinstance(x, Tensor) and not name.startswith(("primals", "tangents"))
+        ),
+    }
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that every operation reads and writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.is_view or func.namespace == "prim":  # which move nothing
+            return result
+        written = tree_leaves(result)
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written += tree_leaves(value)
+        self.n_bytes += _bytes(tree_leaves((args, kwargs))) + _bytes(written)
+        return result
+
+
+def _bytes(values: list[Any]) -> int:
+    tensors = {id(x): x for x in values if isinstance(x, Tensor)}
+    return sum(x.numel() * x.element_size() for x in tensors.values())
+
+
+# --- what is stored ------------------------------------------------------------------------------
+
+
+def grown(row: dict[str, Any], stored: dict[str, Any]) -> list[str]:
+    """What of a row is more than `GROWTH` times that of the stored one, in words."""
+    found = []
+    for key in ("kernels", "in_products", "outside", "kept", "optimizer"):
+        now, before = (sum(tree_leaves(r[key])) for r in (row, stored))
+        if now > GROWTH * before:
+            found.append(f"{key} grew from {before:,} to {now:,}")
+    return found
+
+
+def check(rows: list[dict[str, Any]], file: str) -> None:
+    """Raise `UserError` where a row has grown, or the file has none to compare."""
+    stored = {row["config"]: row for row in read_json_object(file)["rows"]}
+    for row in rows:
+        name = row["config"]
+        if name not in stored:
+            raise UserError(f"{file} has no row for {name}; it has {', '.join(stored)}")
+        found = grown(row, stored[name])
+        if found:
+            raise UserError(
+                f"a step of {name} costs more than {file} says: {'; '.join(found)}; where that is"
+                f" meant, store it with --json {file}"
+            )
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--configs", default=",".join(CONFIGS), metavar="LIST")
+    parser.add_argument("--check", metavar="FILE", help="compare with what is stored there")
+    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    args = parser.parse_args()
+    check_targets([args.json])
+    configs = {name: config_of(name) for name in args.configs.split(",")}
+    rows = []
+    for name, (config, vocab_size) in configs.items():
+        rows.append({"config": name, "vocab_size": vocab_size, **count(config, vocab_size)})
+    print(as_table(rows))
+    if args.json:
+        write_results(args.json, rows)
+    if args.check:
+        check(rows, args.check)
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    head = ["config", "kernels", "in products MB", "outside MB", "kept MB", "optimizer B/parameter"]
+
+    def megabytes(*values: int) -> str:
+        return " + ".join(f"{value / 1e6:,.1f}" for value in values)
+
+    cells = [
+        [
+            row["config"],
+            " + ".join(f"{n:,}" for n in row["kernels"]),
+            megabytes(*row["in_products"]),
+            megabytes(*row["outside"]),
+            megabytes(row["kept"]),
+            row["optimizer"],
+        ]
+        for row in rows
+    ]
+    return table(head, cells)
+
+
+if __name__ == "__main__":
+    run_command(main)
