@@ -9,7 +9,8 @@ from wavelet_lm.models import losses
 @pytest.fixture(params=[1, 40, 10**6])
 def chunk_elements(request, monkeypatch):
     """One position at a time, a few, all at once."""
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", {"cpu": request.param})
+    for name in ("CHUNK_ELEMENTS", "GRADIENT_CHUNK_ELEMENTS"):
+        monkeypatch.setattr(losses, name, {"cpu": request.param})
 
 
 def data(N=13, C=5, V=7, dtype=torch.float64):
@@ -28,6 +29,32 @@ def test_value_and_gradients_equal_torch(chunk_elements):
     torch.testing.assert_close(value, plain)
     for a, b in zip(got, torch.autograd.grad(3 * plain, (hidden, weight)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_padded_vocabulary_changes_nothing(chunk_elements, monkeypatch):
+    """What a GPU does for its tiles; the rows that are added get no probability."""
+    hidden, weight, targets = data()
+    plain = losses.mean_cross_entropy(hidden, weight, targets)
+    expected = plain, *torch.autograd.grad(plain, (hidden, weight))
+    monkeypatch.setattr(losses, "VOCAB_MULTIPLE", {"cpu": 64})
+    value = losses.mean_cross_entropy(hidden, weight, targets)
+    got = value, *torch.autograd.grad(value, (hidden, weight))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_targets_are_taken_off_the_same_compiled_or_not(monkeypatch):
+    p, targets = torch.rand(5, 7), torch.randint(7, (5,))
+    expected = p - torch.nn.functional.one_hot(targets, 7)
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda answer=compiling: answer)
+        torch.testing.assert_close(losses._less_one_hot(p.clone(), targets), expected)
+
+
+def test_chunks_are_of_equal_lengths():
+    hidden = torch.zeros(2048, 1)
+    chunks = losses._chunks(hidden, 50257, hidden[:, 0], {"cpu": 2**25})
+    assert [len(h) for h, _ in chunks] == [512] * 4
 
 
 def test_gradcheck(chunk_elements):
@@ -54,7 +81,7 @@ def test_small_gradients_survive_half_precision():
 
 
 def test_logits_never_stand_in_memory_at_once(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", {"cpu": 1000})
+    monkeypatch.setattr(losses, "GRADIENT_CHUNK_ELEMENTS", {"cpu": 1000})
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

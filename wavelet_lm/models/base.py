@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from wavelet_lm.config import Config
 from wavelet_lm.models.losses import mean_cross_entropy, token_cross_entropy
@@ -71,7 +72,7 @@ class LanguageModel(nn.Module):
         """Mean cross-entropy in nats per token over `targets` [B, T], a 0-d tensor; the state.
 
         In training it is the mean over all passes, each with its own prediction; the state may then
-        be one of `first_window` and `next_window`.
+        be one of `first_window` and `next_window`. The state that is returned has no gradient.
 
         Args:
             at: [B, Q] int64, the positions that have a target, then [B, Q]; None = all.
@@ -83,7 +84,7 @@ class LanguageModel(nn.Module):
             mean_cross_entropy(x.flatten(0, 1), self.output_weight(), targets.flatten())
             for x in (passes if self.training else passes[-1:])
         ]
-        return sum(losses) / len(losses), state
+        return sum(losses) / len(losses), detached(state)
 
     @torch.no_grad()
     def token_losses(self, idx: Tensor, targets: Tensor, state: Any = None) -> Tensor:
@@ -121,6 +122,11 @@ class LanguageModel(nn.Module):
     def first_block(self) -> list[nn.Module]:
         """The modules that one block is made of."""
         return [part for network in self.networks() for part in network.first_block()]
+
+
+def detached(state: Any) -> Any:
+    """A state without gradients, which a compiled step would else prepare to receive."""
+    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, state)
 
 
 def picked(x: Tensor, at: Tensor) -> Tensor:

@@ -4,14 +4,19 @@ The logits of all positions never stand in memory: each chunk is projected, redu
 training, differentiated at once, which costs no recomputation.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 # Logits that may stand at once, in elements: on a CPU what its caches hold, on a GPU enough rows
-# for full matrix tiles (128 MiB in float32).
+# for full matrix tiles (128 MiB in float32). With gradients there are more of them on a GPU (256
+# MiB in bfloat16), since every further chunk reads and writes the head's whole gradient again.
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
+GRADIENT_CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+# A GPU multiplies matrices of whole tiles; the rows that are added to the head are never an answer.
+VOCAB_MULTIPLE = {"cpu": 1, "cuda": 64}
 
 
 def token_cross_entropy(
@@ -27,7 +32,7 @@ def token_cross_entropy(
     """
     losses = [
         nn.functional.cross_entropy(_wide(project(h)), t, reduction="none")
-        for h, t in _chunks(hidden, n_vocab, targets)
+        for h, t in _chunks(hidden, n_vocab, targets, CHUNK_ELEMENTS)
     ]
     return torch.cat(losses)
 
@@ -56,38 +61,59 @@ class _MeanCrossEntropy(torch.autograd.Function):
         dtype = hidden.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        w = weight.to(dtype)
+        n_vocab = len(weight)
+        w = nn.functional.pad(weight.to(dtype), (0, 0, 0, -n_vocab % VOCAB_MULTIPLE.get(device, 1)))
         total = torch.zeros((), dtype=_wide(hidden).dtype, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
-        start = 0
+        grads_hidden: list[Tensor] = []
+        grad_weight = None
         with torch.autocast(device, enabled=False):
-            for h, t in _chunks(hidden.to(dtype), len(weight), targets):
+            chunks = _chunks(hidden.to(dtype), n_vocab, targets, GRADIENT_CHUNK_ELEMENTS)
+            for h, t in chunks:
                 logits = _wide(h @ w.T)
+                if len(w) > n_vocab:
+                    logits[:, n_vocab:] = -torch.inf
                 log_norm = logits.logsumexp(-1, keepdim=True)
                 total += (log_norm - logits.gather(-1, t[:, None])).sum()
-                grad = logits.sub_(log_norm).exp_()
-                grad.scatter_add_(-1, t[:, None], -torch.ones_like(log_norm))
-                grad = grad.to(dtype)
-                grad_hidden[start : start + len(t)] = grad @ w
-                if dtype == grad_weight.dtype:
-                    grad_weight.addmm_(grad.T, h)
-                else:
-                    grad_weight += grad.T @ h
-                start += len(t)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.n = len(targets)
+                grad = _less_one_hot(logits.sub_(log_norm).exp_(), t).to(dtype)
+                grads_hidden.append(grad @ w)
+                grad_weight = _plus_product(grad_weight, grad.T, h, weight.dtype)
+        ctx.save_for_backward(torch.cat(grads_hidden), grad_weight)
+        ctx.n, ctx.n_vocab, ctx.dtypes = len(targets), n_vocab, (hidden.dtype, weight.dtype)
         return total / ctx.n
 
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_output / ctx.n
-        return grad_hidden * scale, grad_weight * scale, None
+        of_hidden, of_weight = ctx.dtypes
+        grad_weight = grad_weight[: ctx.n_vocab].to(of_weight) * scale
+        return grad_hidden.to(of_hidden) * scale, grad_weight, None
 
 
-def _chunks(hidden: Tensor, n_vocab: int, targets: Tensor):
-    n = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 2**23) // n_vocab)
+def _less_one_hot(p: Tensor, targets: Tensor) -> Tensor:
+    """p [n, V] less 1 at the targets [n]; it may change p."""
+    if (
+        torch.compiler.is_compiling()
+    ):  # a comparison becomes part of what made p, a scatter does not
+        columns = torch.arange(p.shape[1], device=p.device)
+        return p - (columns == targets[:, None]).to(p.dtype)
+    return p.scatter_add_(-1, targets[:, None], -torch.ones_like(p[:, :1]))
+
+
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a b, of several products in `dtype`; one alone stays in its own."""
+    if total is None:
+        return a @ b
+    if a.dtype == dtype:
+        return total.addmm_(a, b)
+    return total.to(dtype) + a @ b
+
+
+def _chunks(hidden: Tensor, n_vocab: int, targets: Tensor, elements: dict[str, int]):
+    """As few chunks as there can be, of equal lengths."""
+    most = max(1, elements.get(hidden.device.type, 2**23) // n_vocab)
+    n_chunks = max(1, math.ceil(len(targets) / most))
+    n = max(1, math.ceil(len(targets) / n_chunks))
     return zip(hidden.split(n), targets.split(n), strict=True)
 
 

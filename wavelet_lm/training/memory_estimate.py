@@ -9,7 +9,7 @@ import torch
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.base import LanguageModel
-from wavelet_lm.models.losses import CHUNK_ELEMENTS
+from wavelet_lm.models.losses import GRADIENT_CHUNK_ELEMENTS
 from wavelet_lm.models.registry import n_params
 from wavelet_lm.roles import maps, n_saved
 from wavelet_lm.training.muon import STACK_BYTES, stacks
@@ -39,7 +39,7 @@ def estimate_bytes(model: LanguageModel) -> int:
     config = model.config
     fixed = n_params(model) * (8 + STATE_BYTES[config.optimizer])
     positions = config.micro_batch_size * config.block_size
-    logits = 3 * 4 * min(CHUNK_ELEMENTS["cuda"], positions * model.vocab_size)
+    logits = 2 * 4 * min(GRADIENT_CHUNK_ELEMENTS["cuda"], positions * model.vocab_size)
     return fixed + max(4 * positions * n_saved(model) + logits, step_bytes(model))
 
 
