@@ -206,7 +206,7 @@ class FusedBlock(Block):
         mixed = self.mixer(self.phase_gate(bands))
         if self.reconstruction is not None:
             return self.reconstruction(mixed)
-        return self.projection(wavelet.reconstruct(list(mixed.unbind())))
+        return self.projection(wavelet.reconstruct(mixed))
 
 
 def weight_bytes_per_token(model: nn.Module) -> int:

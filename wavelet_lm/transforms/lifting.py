@@ -98,8 +98,29 @@ class LiftingWavelet(Wavelet):
         return (x + self.update[k](detail)) / math.sqrt(2), detail, history
 
     def merge(self, k: int, approximation: Tensor, detail: Tensor) -> Tensor:
-        updates = self.update if self.own_update is None else self.own_update
-        return math.sqrt(2) * approximation - updates[k](detail)
+        return math.sqrt(2) * approximation - self._updates[k](detail)
+
+    def reconstruct(self, bands: Sequence[Tensor] | Tensor) -> Tensor:
+        """As `Wavelet.reconstruct`, with the update nets in one product where they are alike.
+
+        None of them waits for another: c_0 = √2^L a − Σ_k √2^k U_k(d_k).
+        """
+        if not all(map(is_plain, self._updates)):
+            return super().reconstruct(bands)
+        if isinstance(bands, Tensor):
+            approximation, details = bands.split((1, self.levels))
+        else:
+            approximation, details = bands[:1], torch.stack(list(bands[1:]))
+        x = 2 ** (self.levels / 2) * approximation[0]
+        updates = side_by_side(list(reversed(self._updates)), details)
+        for k, update in zip(reversed(range(self.levels)), updates.unbind(), strict=True):
+            x = torch.sub(x, update, alpha=2 ** (k / 2))
+        return x
+
+    @property
+    def _updates(self) -> nn.ModuleList:
+        """Of the reconstruction."""
+        return self.update if self.own_update is None else self.own_update
 
 
 class MultiBasisWavelet(nn.Module):
@@ -147,7 +168,7 @@ class MultiBasisWavelet(nn.Module):
         ]
         return bands, tuple(state for _, state in results)
 
-    def reconstruct(self, bands: list[Tensor]) -> Tensor:
+    def reconstruct(self, bands: Sequence[Tensor] | Tensor) -> Tensor:
         """Bands, coarse to fine, back to [B, T, C]."""
         weights = self.weights[:, 0].softmax(0).to(bands[0].dtype)
         return sum(
@@ -200,6 +221,28 @@ def lifting_net(
         if level_scaling:
             layers[-1].weight.mul_(1 / (1 + 0.1 * level))
     return DataDependentNet(net, channels, rank) if rank else net
+
+
+def is_plain(net: nn.Module) -> bool:
+    """Whether a net is of ordinary layers, as in training, and draws no random numbers."""
+    layers = list(net) if isinstance(net, nn.Sequential) else [net]
+    dropped = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in layers)
+    return not dropped and {type(layer) for layer in layers} <= {nn.Linear, nn.GELU, nn.Dropout}
+
+
+def side_by_side(nets: list[nn.Module], x: Tensor) -> Tensor:
+    """n plain nets of one shape, each on its part of x [n, B, T, C], in products of n at once."""
+    if isinstance(nets[0], nn.Linear):
+        return _linears(nets, x)
+    firsts, lasts = [net[0] for net in nets], [net[-1] for net in nets]
+    return _linears(lasts, nn.functional.gelu(_linears(firsts, x)))
+
+
+def _linears(layers: list[nn.Linear], x: Tensor) -> Tensor:
+    weights = torch.stack([layer.weight for layer in layers])
+    biases = torch.stack([layer.bias for layer in layers])
+    y = torch.baddbmm(biases[:, None], x.flatten(1, -2), weights.mT)
+    return y.unflatten(1, x.shape[1:-1])
 
 
 class DataDependentNet(nn.Module):

@@ -8,6 +8,8 @@ that L levels make a full tree of 2^L bands, undecimated and causal as the wavel
 All nodes of a level are split by the same step, with the lag of that level.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -64,9 +66,9 @@ class WaveletPackets(nn.Module):
             histories.append(history)
         return list(nodes.unbind(2)), tuple(histories)
 
-    def reconstruct(self, bands: list[Tensor]) -> Tensor:
+    def reconstruct(self, bands: Sequence[Tensor] | Tensor) -> Tensor:
         """Bands back to [B, T, C], pointwise in time; exact where the wavelet's own way is."""
-        nodes = torch.stack(bands, 2)
+        nodes = torch.stack(list(bands), 2)
         for k in reversed(range(self.wavelet.levels)):
             nodes = self.wavelet.merge(k, nodes[:, :, 0::2], nodes[:, :, 1::2])
         return nodes[:, :, 0]

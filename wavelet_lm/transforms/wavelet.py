@@ -10,6 +10,8 @@ from which decomposition and reconstruction follow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from wavelet_lm.transforms.history import Ring
@@ -70,8 +72,11 @@ class Wavelet(nn.Module):
             histories.append(history)
         return [x, *reversed(details)], tuple(histories)
 
-    def reconstruct(self, bands: list[Tensor]) -> Tensor:
-        """Bands, coarse to fine, back to [B, T, C]: exact where `merge` inverts `split`."""
+    def reconstruct(self, bands: Sequence[Tensor] | Tensor) -> Tensor:
+        """Bands, coarse to fine, each [B, T, C], back to a signal; exact where `merge` is.
+
+        They may be one tensor [levels + 1, B, T, C].
+        """
         x, *details = bands
         for k, detail in zip(reversed(range(self.levels)), details, strict=True):
             x = self.merge(k, x, detail)

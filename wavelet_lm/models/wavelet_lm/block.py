@@ -129,7 +129,7 @@ class Block(nn.Module):
         """Bands [S, B, T, Cp], gated and mixed, and the signal [B, T, C] that they make."""
         mixed = self.mixer_dropout(self.mixed_norm(self.mixer(self.phase_gate(bands))))
         mixed = mixed * self.scale_weights[:, None, None, None]
-        signal = self.projection(wavelet.reconstruct(list(mixed.unbind())))
+        signal = self.projection(wavelet.reconstruct(mixed))
         return self.projection_dropout(signal)
 
 

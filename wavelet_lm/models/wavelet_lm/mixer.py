@@ -1,11 +1,13 @@
 """The gated spectral mixer: one learned channel mixing per scale, in the Hadamard domain."""
 
+from __future__ import annotations
+
 import math
+from itertools import groupby
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.models.wavelet_lm.layers import Gain, ScaleNorm
@@ -15,6 +17,7 @@ from wavelet_lm.transforms.hadamard import HadamardTransform
 IDENTITY_NOISE = 1e-3
 GATE_NOISE = 0.02
 LOW_RANK_NOISE = 0.01
+MOST_SUMMED = 8  # summands that the compiler writes one after the other
 
 ACTIVATIONS = {
     "silu": nn.functional.silu,
@@ -133,16 +136,97 @@ def mix_scales(
 ) -> Tensor:
     """Every scale through its mixer, gated by X̂_r = Σ_s R_rs X_s (R = `routing`, or X̂ = X).
 
-    Bands [S, B, T, Cp], routing [S, S] -> [S, B, T, Cp].
+    Bands [S, B, T, Cp], routing [S, S] -> [S, B, T, Cp]. Neighbours of one width are computed
+    together.
     """
-    gates = bands if routing is None else torch.tensordot(routing, bands, dims=1)
-    return torch.stack(
-        [mixer(x, g, rotate) for mixer, x, g in zip(mixers, bands, gates, strict=True)]
-    )
+    bands = as_factor(bands)  # once for all that reads them
+    gates = bands if routing is None else Routed.apply(as_factor(routing), bands)
+    groups = [list(group) for _, group in groupby(mixers, key=lambda mixer: mixer.width)]
+    if len(groups) == 1:
+        return mix_alike(groups[0], bands, gates, rotate)
+    sizes = [len(group) for group in groups]
+    parts = zip(groups, bands.split(sizes), gates.split(sizes), strict=True)
+    return torch.cat([mix_alike(group, x, gate, rotate) for group, x, gate in parts])
+
+
+def mix_alike(
+    mixers: list[GatedMixer | NarrowMixer], x: Tensor, gate: Tensor, rotate: nn.Module
+) -> Tensor:
+    """The mixers of n scales of one width w: Y = (W X) ⊙ φ(G X̂) + U Vᵀ X, between A and B.
+
+    x and gate input X̂ [n, B, T, Cp] -> [n, B, T, Cp]; `rotate` acts on the rows of the weights
+    that read them.
+    """
+    cores, narrow = mixers, isinstance(mixers[0], NarrowMixer)
+    if narrow:
+        A = rotate(torch.stack([mixer.A for mixer in mixers]))
+        x, gate = batched_linear(x, A), batched_linear(gate, A)
+        cores, rotate = [mixer.mixer for mixer in mixers], nn.Identity()
+    first = cores[0]
+    readers = {"W": [core.matrix() for core in cores]}
+    if first.V is not None:
+        readers["V"] = [core.V.T for core in cores]
+    if first.G is not None:
+        readers["G"] = [core.G for core in cores]
+    weights = rotated({name: torch.stack(rows) for name, rows in readers.items()}, rotate)
+    y = batched_linear(x, weights["W"])
+    if first.G is not None:
+        y = y * first.activation(batched_linear(gate, weights["G"]))
+    if first.V is not None:
+        U = torch.stack([core.U for core in cores])
+        y = y + batched_linear(batched_linear(x, weights["V"]), U)
+    return batched_linear(y, torch.stack([mixer.B for mixer in mixers])) if narrow else y
+
+
+def rotated(weights: dict[str, Tensor], rotate: nn.Module) -> dict[str, Tensor]:
+    """Weights [n, ·, w] after H on their rows, in one transform."""
+    if isinstance(rotate, nn.Identity):
+        return weights
+    sizes = [rows.shape[1] for rows in weights.values()]
+    parts = rotate(torch.cat(list(weights.values()), 1)).split(sizes, 1)
+    return dict(zip(weights, parts, strict=True))
+
+
+def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [n, B, T, in], weight [n, out, in] -> [n, B, T, out]."""
+    return torch.bmm(x.flatten(1, 2), weight.mT).unflatten(1, x.shape[1:3])
+
+
+def as_factor(x: Tensor) -> Tensor:
+    """x of any shape in the dtype in which autocast would multiply it."""
+    device = x.device.type
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+class Routed(torch.autograd.Function):
+    """Σ_s R_rs X_s for R [S, S] and X [S, B, T, Cp].
+
+    A compiled step takes it as weighted sums, which become part of what reads or wrote them, and
+    not as a product with an inner size of S.
+    """
+
+    @staticmethod
+    def forward(ctx, routing: Tensor, bands: Tensor) -> Tensor:
+        ctx.save_for_backward(routing, bands)
+        return weighted_sums(routing, bands)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        routing, bands = ctx.saved_tensors
+        return grad.flatten(1) @ bands.flatten(1).T, weighted_sums(routing.T, grad)
+
+
+def weighted_sums(weights: Tensor, x: Tensor) -> Tensor:
+    """Σ_s weights_rs x_s, for [S, S] and [S, B, T, Cp]."""
+    if torch.compiler.is_compiling() and len(x) <= MOST_SUMMED:
+        return (weights[:, :, None, None, None] * x).sum(1)
+    return torch.tensordot(weights, x, dims=1)
 
 
 class GatedMixer(nn.Module):
-    """Y = (W X) ⊙ φ(G X̂) + (X V) Uᵀ over `width` channels.
+    """The weights of Y = (W X) ⊙ φ(G X̂) + (X V) Uᵀ over `width` channels; `mix_alike` computes it.
 
     W starts at I + 1e-3 N(0, 1) (1e-3/√Cp with `stab_mixer_eps_scaling`; divided by its spectral
     norm with `stab_spectral_norm`), G at N(0, 0.02), U and V (of rank `low_rank`) at N(0, 0.01).
@@ -178,15 +262,6 @@ class GatedMixer(nn.Module):
         """W [width, width]."""
         return self.W() if isinstance(self.W, ExponentialMatrix) else self.W
 
-    def forward(self, x: Tensor, gate: Tensor, rotate: nn.Module) -> Tensor:
-        """x and gate input X̂ [B, T, width] -> [B, T, width]; `rotate` acts on weight rows."""
-        y = linear(x, rotate(self.matrix()))
-        if self.G is not None:
-            y = y * self.activation(linear(gate, rotate(self.G)))
-        if self.U is not None:
-            y = y + linear(linear(x, rotate(self.V.T)), self.U)
-        return y
-
 
 class ExponentialMatrix(nn.Module):
     """W = I + diag(exp θ) N with fixed unit noise N, so that updates of θ act multiplicatively.
@@ -220,8 +295,3 @@ class NarrowMixer(nn.Module):
         # A narrows the signal and, apart, what the gates read.
         narrowed = 2 if config.cross_scale_gating else 1
         self.roles = {"A": Role(is_map=True, vectors=narrowed), "B": MAP}
-
-    def forward(self, x: Tensor, gate: Tensor, rotate: nn.Module) -> Tensor:
-        """x and gate input [B, T, Cp] -> [B, T, Cp]."""
-        A = rotate(self.A)
-        return linear(self.mixer(linear(x, A), linear(gate, A), nn.Identity()), self.B)
