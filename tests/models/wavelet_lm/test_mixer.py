@@ -1,0 +1,44 @@
+"""Scales mixed together against every scale alone, as the formula says."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.nn.functional import silu
+
+from wavelet_lm.config import ModelConfig
+from wavelet_lm.models.wavelet_lm.mixer import NarrowMixer, Routed, mix_scales, scale_mixers
+from wavelet_lm.transforms.hadamard import HadamardTransform
+
+WIDTHS = [(1, 1, 1, 0.5), (1, 0.5, 1, 0.5), (0.5, 0.5, 0.5, 0.5), None]
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("switches", [{}, {"low_rank": 0}, {"use_mixer_gate": False}])
+def test_mixing_together_is_mixing_alone(widths, switches):
+    keys = {"C": 8, "levels": 3, "per_scale_mixer_widths": widths, "low_rank": 2, **switches}
+    config = ModelConfig(**keys)
+    mixers, H = scale_mixers(config, 0).double(), HadamardTransform(8).double()
+    bands = torch.randn(4, 2, 5, 8, dtype=torch.float64)
+    routing = torch.randn(4, 4, dtype=torch.float64)
+    got = mix_scales(mixers, bands, routing, H)
+    for s, mixer in enumerate(mixers):
+        x, gate = H(bands[s]), H(sum(routing[s, r] * bands[r] for r in range(4)))
+        core = mixer
+        if isinstance(mixer, NarrowMixer):
+            x, gate, core = x @ mixer.A.T, gate @ mixer.A.T, mixer.mixer
+        y = x @ core.W.T
+        if core.G is not None:
+            y = y * silu(gate @ core.G.T)
+        if core.U is not None:
+            y = y + (x @ core.V) @ core.U.T
+        torch.testing.assert_close(got[s], y @ mixer.B.T if core is not mixer else y)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_routing_is_a_weighted_sum_with_its_gradients(compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    routing = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    bands = torch.randn(3, 2, 2, 4, dtype=torch.float64, requires_grad=True)
+    expected = torch.einsum("rs,sbtc->rbtc", routing, bands)
+    torch.testing.assert_close(Routed.apply(routing, bands), expected)
+    assert gradcheck(Routed.apply, (routing, bands))
