@@ -126,6 +126,22 @@ def test_every_forward_says_what_comes_in_and_what_goes_out():
     assert not bare, "\n".join(bare)
 
 
+# What is no floating-point tensor wherever it comes in.
+WHOLE_NUMBERS = {"idx", "tokens", "targets", "rows", "index", "at", "codes", "seen"}
+WITH_DTYPES = re.compile(r"wavelet_lm\.(models|transforms|kernels|fusion|inference|quantization)\.")
+
+
+def test_tensors_that_are_not_of_floating_point_have_dtypes():
+    missing = [
+        name
+        for name, thing, doc in PUBLIC
+        if WITH_DTYPES.match(name) and isinstance(thing, types.FunctionType)
+        if any(TENSOR.search(str(thing.__annotations__.get(word, ""))) for word in WHOLE_NUMBERS)
+        if not re.search(r"\bu?int(8|32|64)\b|\bbool\b", doc or "")
+    ]
+    assert not missing, "\n".join(missing)
+
+
 def examples() -> Iterator[doctest.DocTest]:
     """The `>>>` examples of every docstring; each sees its module, torch and the package."""
     for module in modules():

@@ -98,7 +98,7 @@ class Recomputed(nn.Module):
     def forward(
         self, idx: Tensor, state: RecentTokens | None = None, *, last_only: bool = False
     ) -> tuple[Tensor, RecentTokens]:
-        """Logits [B, T, V] ([B, 1, V] with `last_only`) for tokens [B, T], and the state."""
+        """Logits [B, T, V] ([B, 1, V] with `last_only`) for tokens [B, T] int64; the state."""
         B, T = idx.shape
         if state is None:
             state = RecentTokens(idx.new_zeros(B, self.N), idx.new_zeros(B))

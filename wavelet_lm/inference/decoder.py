@@ -211,7 +211,7 @@ class Session:
     max_step: int
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Read the next tokens [B, T], T ≤ max_step: logits after each of them, [B, T, V]."""
+        """Read the next tokens [B, T] int64, T ≤ max_step: logits after each, [B, T, V]."""
         raise NotImplementedError
 
     def rollback(self, n: int) -> None:

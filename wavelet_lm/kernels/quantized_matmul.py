@@ -53,7 +53,10 @@ def unpack(codes: Tensor, K: int, bits: int) -> Tensor:
 def dequantize(
     codes: Tensor, scales: Tensor, K: int, bits: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """W [n, N, K] in `dtype`, rounded to it once if the scales have that dtype or float32."""
+    """W [n, N, K] in `dtype`, rounded to it once if the scales have that dtype or float32.
+
+    codes: [n, N, …], int8 of 8 bits, else uint8.
+    """
     if bits == 8:
         return (codes.to(dtype) * scales).to(dtype)
     # Exact in every floating dtype: halves of small odd numbers.
@@ -67,7 +70,7 @@ def reference_quantized_matmul(
 ) -> Tensor:
     """The operation, column by column: x [n, M, K] -> y [n, M, N], slow.
 
-    Computed in float64, returned in x's dtype.
+    Codes are int8 or uint8; computed in float64, returned in x's dtype.
     """
     columns = []
     for k in range(x.shape[2]):
@@ -87,8 +90,8 @@ def quantized_matmul(
 ) -> Tensor:
     """x [n, M, K] times the matrices of `codes` and `scales`, transposed: y [n, M, N] in x's dtype.
 
-    x is floating, the sums are float32 (float64 for float64, which is exact). On a CPU every other
-    x is rounded to bfloat16. Traced by torch.compile as one graph.
+    x is floating, codes are int8 or uint8, the sums are float32 (float64 for float64, which is
+    exact). On a CPU every other x is rounded to bfloat16. Traced by torch.compile as one graph.
 
     Args:
         step: the rows are positions of different texts: on a CPU each becomes what it would be
@@ -156,8 +159,8 @@ def fits_cpu_layout(N: int, K: int, group_size: int) -> bool:
 def to_cpu_layout(codes: Tensor, scales: Tensor, K: int, group_size: int) -> tuple[Tensor, Tensor]:
     """One matrix of 4 bits for `quantized_matmul_cpu4`.
 
-    codes [N, K / 2] and scales [N, K / group_size] -> what torch calls packed, as many bytes, and
-    scales_and_zeros [K / group_size, N, 2] bfloat16, where W = (u − 8) · scale + zero.
+    codes [N, K / 2] uint8 and scales [N, K / group_size] -> what torch calls packed, as many
+    bytes, and scales_and_zeros [K / group_size, N, 2] bfloat16, where W = (u − 8) · scale + zero.
 
     Raises:
         ValueError: if `fits_cpu_layout` is false for it.

@@ -174,7 +174,7 @@ def launch(
 ) -> Tensor:
     """`quantized_matmul` for M ≤ `MAX_ROWS`, x in float32, bfloat16 or float16.
 
-    x: [n, M, K]; the result is [n, M, N].
+    x: [n, M, K], codes int8 or uint8; the result is [n, M, N].
     tiles: to try others than `plan` has chosen.
     """
     x, codes, scales = x.contiguous(), codes.contiguous(), scales.contiguous()

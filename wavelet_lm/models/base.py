@@ -35,7 +35,7 @@ class LanguageModel(nn.Module):
         self.config, self.vocab_size = config, vocab_size
 
     def passes(self, idx: Tensor, state: Any) -> tuple[list[Tensor], Any]:
-        """Hidden vectors [B, T, H] ready for the head, after each pass through the network.
+        """Vectors [B, T, H] ready for the head after each pass, for tokens idx [B, T] int64.
 
         The last one is the model's prediction, the others are trained beside it; there is one
         state for all of them.
@@ -88,14 +88,14 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def token_losses(self, idx: Tensor, targets: Tensor, state: Any = None) -> Tensor:
-        """Cross-entropy of every target [B, T] in nats, float32, without gradients."""
+        """Cross-entropy of every target [B, T] int64 in nats, float32, without gradients."""
         x, _ = self.hidden(idx, state)
         project, n_vocab = self.project, self.vocab_size
         losses = token_cross_entropy(x.flatten(0, 1), project, n_vocab, targets.flatten())
         return losses.view_as(targets)
 
     def hidden(self, idx: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """The last pass's vectors [B, T, H], normalised and ready for the head; the state."""
+        """The last pass's vectors [B, T, H] of tokens [B, T] int64, for the head; the state."""
         passes, state = self.passes(idx, state)
         return passes[-1], state
 
@@ -130,5 +130,5 @@ def detached(state: Any) -> Any:
 
 
 def picked(x: Tensor, at: Tensor) -> Tensor:
-    """The vectors of x [B, T, H] at the positions `at` [B, Q]: [B, Q, H]."""
+    """The vectors of x [B, T, H] at the positions `at` [B, Q] int64: [B, Q, H]."""
     return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))

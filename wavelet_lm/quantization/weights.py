@@ -70,7 +70,7 @@ class QuantizedWeight(nn.Module):
         return y.reshape(*x.shape[:-1], -1)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of the only matrix, as numbers: index [...] -> [..., K]."""
+        """Rows of the only matrix, as numbers: index [...] int64 -> [..., K]."""
         codes, scales = self.codes[0][index], self.scales[0][index]
         flat = dequantize(
             codes.view(1, -1, codes.shape[-1]),
@@ -219,7 +219,7 @@ class QuantizedValueTable(nn.Module):
         self.roles = _roles_of_rows(role)
 
     def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Σ_j weights_ij · W[rows_ij], for rows and weights [N, k] -> [N, C]."""
+        """Σ_j weights_ij · W[rows_ij], for rows (int64) and weights [N, k] -> [N, C]."""
         n = max(1, CHUNK_ELEMENTS // (rows.shape[1] * self.weight.K))
         sums = [
             torch.bmm(w[:, None], self.weight.rows(r, w.dtype))[:, 0]

@@ -92,7 +92,7 @@ def draw_from(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 def probabilities(
     logits: Tensor, seen: Tensor, options: SamplingOptions, top_p: Tensor | None = None
 ) -> Tensor:
-    """The distribution that tokens are drawn from, [B, V]; arguments as for `adjusted`."""
+    """The distribution that tokens are drawn from, [B, V]; `seen` [B, V] bool; see `adjusted`."""
     return adjusted(logits, seen, options, top_p).softmax(-1)
 
 

@@ -83,7 +83,7 @@ class GPT(LanguageModel):
         return [self.head_dropout(self.dense(x))], state
 
     def encode(self, idx: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Tokens [B, T] -> normalised vectors [B, T, C] in front of the head, and the state.
+        """Tokens [B, T] int64 -> normalised vectors [B, T, C] before the head, and the state.
 
         Raises:
             UserError: the text is longer than the context.

@@ -52,7 +52,7 @@ class MultinodalLM(LanguageModel):
     def loss(
         self, idx: Tensor, targets: Tensor, state: Any = None, at: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        """As every model's, of [B, T]; the gradient is scaled by 1/√cells, the value is not."""
+        """As every model's, of [B, T] int64; the gradient alone is scaled by 1/√cells."""
         loss, state = super().loss(idx, targets, state, at)
         value = loss.detach()
         return value + (loss - value) / math.sqrt(len(self.cells)), state
@@ -60,7 +60,7 @@ class MultinodalLM(LanguageModel):
     def passes(
         self, idx: Tensor, state: tuple[State, ...] | Carry | None
     ) -> tuple[list[Tensor], tuple[State, ...]]:
-        """All cells side by side, block by block: hidden vectors [B, T, cells · cell_dim].
+        """All cells side by side: idx [B, T] int64 -> vectors [B, T, cells · cell_dim].
 
         The state is a tuple of the cells' states; a carry has the cells' means side by side.
         """

@@ -71,7 +71,7 @@ class ProductKeyMemory(nn.Module):
         return self.read(*self.read_plan(x))
 
     def read(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sums of value rows, [B, T, C], for a plan [B, T, heads, top_k]."""
+        """Weighted sums of value rows, [B, T, C], for a plan of int64 [B, T, heads, top_k]."""
         B, T = rows.shape[:2]
         return self.values(rows.reshape(B * T, -1), weights.reshape(B * T, -1)).view(B, T, -1)
 
@@ -129,7 +129,7 @@ class ValueTable(nn.Module):
         self.weight = nn.Parameter(torch.randn(n_rows, C) * KEY_NOISE)
 
     def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Σ_j weights_ij · weight[rows_ij], for rows and weights [N, k] -> [N, C]."""
+        """Σ_j weights_ij · weight[rows_ij], for rows (int64) and weights [N, k] -> [N, C]."""
         weights = weights.to(self.weight.dtype)
         return nn.functional.embedding_bag(
             rows, self.weight, mode="sum", per_sample_weights=weights
@@ -249,7 +249,7 @@ def _with_fast_weights(state: Any, change: Callable[[FastWeights], FastWeights])
 
 
 def merge_rows(rows: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted distinct rows [M] and the sums of their deltas [M, C]."""
+    """Sorted distinct rows [M] int64 and the sums of their deltas [M, C]."""
     distinct, place = rows.unique(return_inverse=True)
     summed = deltas.new_zeros(len(distinct), deltas.shape[1]).index_add_(0, place, deltas)
     return distinct, summed

@@ -115,7 +115,7 @@ class WaveletLM(LanguageModel):
         return passes, tuple(new)
 
     def start(self, idx: Tensor, carry: Carry | None = None) -> Stream:
-        """What the first block reads, for tokens [B, T] and the carry of the last window."""
+        """What the first block reads, for tokens [B, T] int64 and a window's carry."""
         embedding = self.bag(self.embedding(idx) * self.embedding_scale)
         mean = None if carry is None else carry.mean[:, None]
         return Stream(self.embedding_dropout(embedding), embedding, mean)
