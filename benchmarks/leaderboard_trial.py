@@ -388,8 +388,8 @@ def recalled(
     with device:
         model = build_row(trial.row, task.vocab_size, task.length)
     optimizer, precision = Optimizer(model, config), Precision(config, device)
-    recall = Recall(config.replace(eval_batches=16), model, task, device)
     steps = int(trial.amount)
+    recall = Recall(config.replace(eval_batches=16, max_steps=steps), model, task, device)
     for step in range(steps):
         progress = (step + 1) / steps
         optimizer.set_lr(learning_rate_at(progress, trial.lr, settings.warmup, settings.final_lr))

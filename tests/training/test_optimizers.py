@@ -184,13 +184,14 @@ def test_a_state_of_pytorchs_adagrad_goes_on_here(reference):
     for seed in range(3):
         step_old(seed)
     saved = {f"0/{n}/{key}": value.clone() for n, p in named for key, value in old.state[p].items()}
-    model.load_state_dict(twin.state_dict())
     optimizer.load_state(saved, {})
     for seed in range(3, 6):
+        # From the same weights each time: a gradient that is nothing but rounding has a sign.
+        model.load_state_dict(twin.state_dict())
         step_old(seed)
         step(model, optimizer, seed)
-    for (key, a), b in zip(weights(model).items(), weights(twin).values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=key)
+        for (key, a), b in zip(weights(model).items(), weights(twin).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=key)
     now, _ = optimizer.state()
     assert now.keys() == saved.keys()
     assert all(now[key].item() == 6 for key in now if key.endswith("/step"))

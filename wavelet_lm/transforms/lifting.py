@@ -101,9 +101,10 @@ class LiftingWavelet(Wavelet):
         return math.sqrt(2) * approximation - self._updates[k](detail)
 
     def reconstruct(self, bands: Sequence[Tensor] | Tensor) -> Tensor:
-        """As `Wavelet.reconstruct`, with the update nets in one product where they are alike.
+        """As `Wavelet.reconstruct`: bands, each [B, T, C], back to [B, T, C].
 
-        None of them waits for another: c_0 = √2^L a − Σ_k √2^k U_k(d_k).
+        The update nets are one product where they are alike. None of them waits for another:
+        c_0 = √2^L a − Σ_k √2^k U_k(d_k).
         """
         if not all(map(is_plain, self._updates)):
             return super().reconstruct(bands)

@@ -209,11 +209,13 @@ class Routed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, routing: Tensor, bands: Tensor) -> Tensor:
+        """[S, S], [S, B, T, Cp] -> [S, B, T, Cp]."""
         ctx.save_for_backward(routing, bands)
         return weighted_sums(routing, bands)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """[S, B, T, Cp] -> [S, S], [S, B, T, Cp]."""
         routing, bands = ctx.saved_tensors
         return grad.flatten(1) @ bands.flatten(1).T, weighted_sums(routing.T, grad)
 
