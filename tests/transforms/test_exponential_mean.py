@@ -58,3 +58,16 @@ def test_gradient():
     b = torch.randn(2, 1, 7, 2, dtype=torch.float64, requires_grad=True)
     initial = torch.randn(2, 1, 2, dtype=torch.float64, requires_grad=True)
     assert gradcheck(linear_recurrence, (a, b, initial))
+
+
+def test_decays_that_are_one_leave_the_plain_mean():
+    """Weights of which none is left in float32, from the first position on."""
+    mean = ExponentialMean(3)
+    with torch.no_grad():
+        mean.decay.weight.zero_()
+        mean.decay.bias.fill_(200.0)
+    x = torch.randn(2, 9, 3)
+    expected = x.cumsum(1) / torch.arange(1, 10)[:, None]
+    found, state = mean(x[:, :4])
+    torch.testing.assert_close(found, expected[:, :4])
+    torch.testing.assert_close(mean(x[:, 4:], state)[0], expected[:, 4:])

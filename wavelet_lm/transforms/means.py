@@ -113,6 +113,10 @@ class ExponentialMeanState(NamedTuple):
         return self.total / self.weight
 
 
+# From σ(−104) on a weight is zero in float32; where all are, their mean is 0 / 0.
+MOST_DECAY = 80.0
+
+
 class ExponentialMean(nn.Module):
     """μ_t = α_t μ_{t−1} + (1 − α_t) x_t with α = σ(A x + b) per channel.
 
@@ -130,7 +134,7 @@ class ExponentialMean(nn.Module):
         self, x: Tensor, state: ExponentialMeanState | None = None
     ) -> tuple[Tensor, ExponentialMeanState]:
         """Means [B, T, C] of x [B, T, C], a signal or its next chunk, and the state after it."""
-        decay = wide(self.decay(x))
+        decay = wide(self.decay(x)).clamp(max=MOST_DECAY)
         wide_x = x.to(decay.dtype)
         if state is None:
             state = ExponentialMeanState(*wide_x.new_zeros(2, *x[:, 0].shape))
