@@ -147,6 +147,35 @@ def test_commands_are_parsed_in_one_place():
             assert "argparse" not in imported_by(SOURCES[file]), file
 
 
+# Of the standard library after Python 3.10, which the README says is enough.
+NEWER = {
+    "tomllib",
+    *(f"typing.{name}" for name in ("Self", "Never", "LiteralString", "assert_never", "override")),
+    *(f"typing.{name}" for name in ("reveal_type", "Required", "NotRequired", "Unpack")),
+    *(
+        "enum.StrEnum",
+        "datetime.UTC",
+        "contextlib.chdir",
+        "itertools.batched",
+        "hashlib.file_digest",
+    ),
+}
+
+
+def test_the_oldest_python_has_what_is_imported():
+    for file, tree in SOURCES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                names = {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names}
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                names = {f"{node.value.id}.{node.attr}"}
+            else:
+                continue
+            assert not names & NEWER, (file, node.lineno)
+
+
 def test_doors_are_thin():
     doors = [
         "train.py",

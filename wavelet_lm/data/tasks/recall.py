@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ class RecallTask:
         """inputs [n, T], asked [n, Q] and where the answers stand [n, Q]."""
         raise NotImplementedError
 
-    def shorter(self, doublings: int) -> list[tuple[int, Self]]:
+    def shorter(self, doublings: int) -> list[tuple[int, RecallTask]]:
         """Sequences to begin with: a 2^doublings-th of the length and of what it holds, …, a half.
 
         Returns:
