@@ -6,13 +6,11 @@ kernel is compiled for the GPUs that it is meant for, which needs none.
 
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.kernels.interpreter import in_the_interpreter
 from wavelet_lm.kernels.adagrad import Rates, adagrad_, decay_
 
 triton = pytest.importorskip("triton")
@@ -139,9 +137,5 @@ def test_compiles_for_every_gpu_and_moves_16_bytes_at_once(capability):
     INTERPRETED or torch.cuda.is_available(), reason="the tests above run in this process"
 )
 def test_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parents[2]
-    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert re.search(r"1\d passed", run.stdout), run.stdout[-400:]
+    said = in_the_interpreter(__file__)
+    assert re.search(r"1\d passed", said), said[-400:]

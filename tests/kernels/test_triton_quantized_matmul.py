@@ -5,13 +5,11 @@ of their own, which `test_in_the_interpreter` starts.
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.kernels.interpreter import in_the_interpreter
 from tests.kernels.test_quantized_matmul import largest_error, quantized
 from wavelet_lm.kernels.quantized_matmul import quantized_matmul
 
@@ -110,8 +108,4 @@ def test_of_the_size_of_a_model_compiled_and_captured_in_a_cuda_graph(M, bits, g
     INTERPRETED or torch.cuda.is_available(), reason="the tests above run in this process"
 )
 def test_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parents[2]
-    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
+    in_the_interpreter(__file__)
