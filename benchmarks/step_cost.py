@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
     run_command(pretend)  # before PyTorch asks for devices
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,13 +256,21 @@ def grown(row: dict[str, Any], stored: dict[str, Any]) -> list[str]:
     return found
 
 
-def check(rows: list[dict[str, Any]], file: str) -> None:
-    """Raise `UserError` where a row has grown, or the file has none to compare."""
+def stored_rows(file: str, names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The rows of a file by their configs; `UserError` where one of `names` is not there."""
     stored = {row["config"]: row for row in read_json_object(file)["rows"]}
+    for name in names:
+        if name not in stored:
+            raise UserError(
+                f"{file} has no row for {name}; give --configs some of {','.join(stored)}"
+            )
+    return stored
+
+
+def check(rows: list[dict[str, Any]], stored: dict[str, dict[str, Any]], file: str) -> None:
+    """Raise `UserError` where a row has grown beyond that of the file."""
     for row in rows:
         name = row["config"]
-        if name not in stored:
-            raise UserError(f"{file} has no row for {name}; it has {', '.join(stored)}")
         found = grown(row, stored[name])
         if found:
             raise UserError(
@@ -279,6 +287,7 @@ def main() -> None:
     args = parser.parse_args()
     check_targets([args.json])
     configs = {name: config_of(name) for name in args.configs.split(",")}
+    stored = stored_rows(args.check, configs) if args.check else {}  # before minutes of counting
     rows = []
     for name, (config, vocab_size) in configs.items():
         rows.append({"config": name, "vocab_size": vocab_size, **count(config, vocab_size)})
@@ -286,7 +295,7 @@ def main() -> None:
     if args.json:
         write_results(args.json, rows)
     if args.check:
-        check(rows, args.check)
+        check(rows, stored, args.check)
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
