@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from wavelet_lm.kernels.step_matmul import batched_matmul, is_step, step_linear, step_matmul
+from wavelet_lm.kernels.step_matmul import (
+    batched_matmul,
+    is_step,
+    is_tiled,
+    step_linear,
+    step_matmul,
+)
 from wavelet_lm.roles import Runs
 
 
@@ -44,13 +50,13 @@ class BatchedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, ..., T, in] -> [n, ..., T, out], dtype kept."""
-        rows = x.flatten(1, -2)
+        rows = x.reshape(len(x), -1, x.shape[-1])  # dearer: `flatten`, and `unflatten` below
         if self.bias is not None and bias_apart(x):
             y = torch.bmm(rows, self.weight.mT) + self.bias[:, None]
         else:
-            product = step_matmul if is_step(x) else batched_matmul
+            product = step_matmul if is_tiled(x) and is_step(x) else batched_matmul
             y = product(rows, self.weight, self.bias)
-        return y.unflatten(1, x.shape[1:-1])
+        return y.view(*x.shape[:-1], -1)
 
     def one(self, i: int, x: Tensor) -> Tensor:
         """The i-th product alone: [..., T, in] -> [..., T, out]."""
@@ -94,7 +100,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., T, in] -> [..., T, out]."""
     if bias is not None and bias_apart(x):
         return linear(x, weight) + bias
-    if is_step(x):
+    if is_tiled(x) and is_step(x):
         return step_linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     return linear(x, weight, bias)
 

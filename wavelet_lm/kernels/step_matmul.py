@@ -27,14 +27,14 @@ def is_step(x: Tensor) -> bool:
 def step_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` of rows x [M, K], each as it would be alone."""
     tile = ROW_TILE if x.shape[-1] >= TILED_COLUMNS else 1
-    if len(x) <= tile or not _is_tiled(x):
+    if len(x) <= tile or not is_tiled(x):
         return linear(x, weight, bias)
     return torch.cat([linear(rows, weight, bias) for rows in x.split(tile)])
 
 
 def step_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """n products at once, x [n, M, K] with weights [n, N, K] and biases [n, N] -> [n, M, N]."""
-    if x.shape[1] > 1 and _is_tiled(x):
+    if x.shape[1] > 1 and is_tiled(x):
         biases = [None] * len(x) if bias is None else bias
         return torch.stack([step_linear(*one) for one in zip(x, weight, biases, strict=True)])
     return batched_matmul(x, weight, bias)
@@ -47,5 +47,6 @@ def batched_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return torch.baddbmm(bias[:, None], x, weight.mT)
 
 
-def _is_tiled(x: Tensor) -> bool:
+def is_tiled(x: Tensor) -> bool:
+    """Whether a step of rows x, of any shape, is cut into tiles."""
     return x.is_cpu and x.dtype == torch.bfloat16

@@ -23,10 +23,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 # Up to this many taps a sum of shifted views is quickest (and fuses into its neighbours under
 # torch.compile); above, a banded product reads each position once per block instead of once a tap.
@@ -219,8 +219,7 @@ class Clock(Count):
         super().__init__(position)
         self._places: dict[tuple[int, int], int] = {}  # (size, lag) -> row of the two below
         self._sizes = self._lags = position.new_zeros(0, 1, 1)
-        # Weak, since the taps of a filter that still learns are others in every step.
-        self._kernels = WeakTensorKeyDictionary()
+        self._kernels: dict[int, tuple[ref[Tensor], dict[tuple, Tensor]]] = {}  # by id(taps)
         self._known: dict[tuple, Tensor] = {}
 
     def after(self, T: int) -> Clock:
@@ -275,12 +274,24 @@ class Clock(Count):
 
         if torch.compiler.is_compiling():
             return by_lag()[self.lags(size, T)]
-        kernels = self._kernels.setdefault(taps, {})
+        kernels = self._kernels_of(taps)
         what = (min_lag, size, dtype)
         if what not in kernels:
             kernels[what] = by_lag()
         key = ("weights", taps, *what, T)
         return self._once(key, lambda: kernels[what][self.lags(size, T)])
+
+    def _kernels_of(self, taps: Tensor) -> dict[tuple, Tensor]:
+        """What is known of the taps while they live: of a filter that still learns, for one step.
+
+        A dictionary of tensors' own would take as long as the product itself.
+        """
+        key = id(taps)
+        known = self._kernels.get(key)
+        if known is None or known[0]() is not taps:
+            kernels = self._kernels
+            kernels[key] = known = (ref(taps, lambda _: kernels.pop(key, None)), {})
+        return known[1]
 
     def _once(self, key: tuple, compute: Callable[[], Tensor]) -> Tensor:
         """All rings need the same numbers in one step."""
