@@ -9,7 +9,9 @@ same time: on a CPU that of its process, with one thread. The learning rate warm
 the part of the time that is spent, whatever number of steps that turns out to be. First the same
 sweep for every row, each trial a shorter run of the first seed; the setting with the lowest
 validation loss at its end is then trained for the whole time with every seed, and reads the test
-split once. With --flops there is a second table, for equal FLOPs of matrix products.
+split once. Short trials favour high rates: with --finalists 2 the two best settings of every row
+are trained for the whole time, and the validation loss at its end decides between them. With
+--flops there is a second table, for equal FLOPs of matrix products.
 
 Every finished run is kept in the JSON file at once; started again, the program goes on with what is
 missing there, and so do more rows, seeds or rates. A row may be changed: efficient+levels=3.
@@ -124,6 +126,7 @@ class Plan:
     batches: tuple[int, ...]
     seeds: tuple[int, ...]
     recall_steps: int | None = None
+    finalists: int = 1
 
     def grid(self) -> list[tuple[str, float, int]]:
         return list(itertools.product(self.optimizers, self.lrs, self.batches))
@@ -135,27 +138,35 @@ class Plan:
         common = (row, budget.kind, budget.trial)
         return [Trial(*common, *setting, self.seeds[0], False) for setting in self.grid()]
 
-    def chosen(self, row: str, budget: Budget, runs: dict[str, Record]) -> Setting | None:
-        """The best setting of a row, None while trials are missing, or where none ended."""
-        trials = self.sweep(row, budget)
-        if not trials:
-            return self.grid()[0]
-        found = [(runs.get(key_of(trial)), trial) for trial in trials]
-        if any(run is None or "failed" in run for run, _ in found):
-            return None
-        ended = [(run["valid_bits_per_byte"], t) for run, t in found if "diverged" not in run]
-        if not ended:
-            return None
-        _, best = min(ended, key=lambda pair: pair[0])
-        return best.optimizer, best.lr, best.batch
-
-    def finals(self, row: str, budget: Budget, runs: dict[str, Record]) -> list[Trial]:
-        """The whole runs of a row, one for each seed; none before its setting is known."""
-        setting = self.chosen(row, budget, runs)
-        if setting is None:
-            return []
+    def whole(self, row: str, budget: Budget, setting: Setting) -> list[Trial]:
+        """The whole runs of a row at a setting, one for each seed."""
         common = (row, budget.kind, budget.amount)
         return [Trial(*common, *setting, seed, True) for seed in self.seeds]
+
+    def candidates(self, row: str, budget: Budget, runs: dict[str, Record]) -> list[Setting]:
+        """The `finalists` best settings of a row by its trials; none while some are missing."""
+        trials = self.sweep(row, budget)
+        if not trials:
+            return self.grid()
+        return _best_first(trials, runs)[: self.finalists] if _all_ran(trials, runs) else []
+
+    def deciding(self, row: str, budget: Budget, runs: dict[str, Record]) -> list[Trial]:
+        """The whole runs, of the first seed, that decide between the candidates of a row."""
+        candidates = self.candidates(row, budget, runs)
+        return [self.whole(row, budget, setting)[0] for setting in candidates]
+
+    def counted(self, row: str, budget: Budget, runs: dict[str, Record]) -> list[Trial]:
+        """The whole runs that a row of the table is the mean of: its best candidate's so far."""
+        settings = self.candidates(row, budget, runs)
+        if len(settings) > 1:
+            settings = _best_first(self.deciding(row, budget, runs), runs)
+        return self.whole(row, budget, settings[0]) if settings else []
+
+    def finals(self, row: str, budget: Budget, runs: dict[str, Record]) -> list[Trial]:
+        """The whole runs of a row: with the first seed of all candidates, then of the best."""
+        deciding = self.deciding(row, budget, runs)
+        decided = len(deciding) == 1 or _all_ran(deciding, runs)
+        return deciding + (self.counted(row, budget, runs)[1:] if decided else [])
 
     def jobs(self, runs: dict[str, Record]) -> list[Trial]:
         """What can be run now and is not in `runs`, in turns over the rows.
@@ -189,13 +200,25 @@ class Plan:
         return None if best is None else best["test_accuracy"]
 
     def n_runs(self) -> int:
-        per_row = len(self.seeds) + (len(self.grid()) if len(self.grid()) > 1 else 0)
+        grid = len(self.grid())
+        per_row = (grid if grid > 1 else 0) + min(self.finalists, grid) + len(self.seeds) - 1
         recalls = sum(len(self.recalls(row)) for row in self.rows)
         return per_row * len(self.rows) * len(self.budgets) + recalls
 
 
 Setting = tuple[str, float, int]
 RECALL_BATCH = 16
+
+
+def _all_ran(trials: Sequence[Trial], runs: dict[str, Record]) -> bool:
+    return all(key_of(trial) in runs and "failed" not in runs[key_of(trial)] for trial in trials)
+
+
+def _best_first(trials: Sequence[Trial], runs: dict[str, Record]) -> list[Setting]:
+    """The settings of those that ran to their end, by their last validation loss."""
+    ended = [(runs[key_of(t)].get("valid_bits_per_byte"), t) for t in trials if key_of(t) in runs]
+    ranked = sorted((pair for pair in ended if pair[0] is not None), key=lambda pair: pair[0])
+    return [(t.optimizer, t.lr, t.batch) for _, t in ranked]
 
 
 def key_of(trial: Trial) -> str:
@@ -323,24 +346,20 @@ def summary(plan: Plan, runs: dict[str, Record]) -> list[Record]:
     for budget in plan.budgets:
         rows = []
         for row in plan.rows:
-            done = [runs[key_of(t)] for t in plan.finals(row, budget, runs) if key_of(t) in runs]
+            done = [runs[key_of(t)] for t in plan.counted(row, budget, runs) if key_of(t) in runs]
             ended = [run for run in done if "diverged" not in run]
             if ended:
-                rows.append(
-                    _summary_of(plan, row, budget, ended, len(done), plan.recall(row, runs))
-                )
+                about = {
+                    "diverged": len(done) - len(ended),
+                    "recall": plan.recall(row, runs),
+                    "undecided": not _all_ran(plan.deciding(row, budget, runs), runs),
+                }
+                rows.append(_summary_of(plan, row, budget, ended) | about)
         found += sorted(rows, key=lambda row: row["sliding"])
     return found
 
 
-def _summary_of(
-    plan: Plan,
-    row: str,
-    budget: Budget,
-    runs: Sequence[Record],
-    n_done: int,
-    recall: float | None,
-) -> Record:
+def _summary_of(plan: Plan, row: str, budget: Budget, runs: Sequence[Record]) -> Record:
     def mean(values: Sequence[float | None]) -> float | None:
         return None if None in values else statistics.fmean(values)
 
@@ -355,8 +374,6 @@ def _summary_of(
         "kind": budget.kind,
         "amount": budget.amount,
         "seeds": [run["seed"] for run in runs],
-        "diverged": n_done - len(runs),
-        "recall": recall,
         "needles": _mean_needles([run["needles"] for run in runs]),
         **{key: first[key] for key in ("optimizer", "lr", "batch", "n_params", "body_params")},
         # A better rate may lie outside of those that were tried.
@@ -406,12 +423,13 @@ def table(rows: Sequence[Record]) -> str:
 
     lines = [HEAD, ("---", *("---:" for _ in HEAD[1:]))]
     for row in rows:
-        memory, edge = row["training_bytes"], "*" if row["at_the_edge"] else ""
+        memory = row["training_bytes"]
+        marks = "*" * row["at_the_edge"] + "†" * row["undecided"]
         lines.append(
             (
                 row["row"] + (f" ({row['diverged']} diverged)" if row["diverged"] else ""),
                 f"{row['body_params']:,}",
-                f"{row['optimizer']} {row['lr']:g}{edge} × {row['batch']}",
+                f"{row['optimizer']} {row['lr']:g}{marks} × {row['batch']}",
                 plus(row, "sliding"),
                 plus(row, "streaming"),
                 f"{row['valid_bits_per_byte']:.4f}",
@@ -450,6 +468,8 @@ def report(plan: Plan, runs: dict[str, Record]) -> str:
         parts.append(f"\n{title}:\n\n{table(chosen) if chosen else 'no row is finished'}")
         if any(row["at_the_edge"] for row in chosen):
             parts.append("* the lowest or highest rate that was tried: give more --lrs")
+        if any(row["undecided"] for row in chosen):
+            parts.append("† whole runs of its other finalists are missing")
     return "\n".join(parts)
 
 
@@ -462,7 +482,7 @@ def plot(path: str, plan: Plan, runs: dict[str, Record]) -> None:
     for budget, panel in zip(plan.budgets, panels, strict=True):
         axis = budget.kind
         for number, row in enumerate(plan.rows):
-            for trial in plan.finals(row, budget, runs):
+            for trial in plan.counted(row, budget, runs):
                 run = runs.get(key_of(trial), {})
                 if "curve" not in run:
                     continue
@@ -556,6 +576,14 @@ def parser() -> OneLineParser:
         metavar="N",
         help="train each row on multi-query recall as well, at every rate [no]",
     )
+    add(
+        "--finalists",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="settings of each row, the best of its sweep, that are trained for the whole time"
+        " with the first seed [%(default)s]",
+    )
     add("--optimizers", type=names, default=("AdamW",), metavar="LIST", help="to try [AdamW]")
     add(
         "--lrs",
@@ -641,6 +669,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         args.batches,
         args.seeds,
         args.recall_steps,
+        args.finalists,
     )
 
 

@@ -243,6 +243,53 @@ def test_rows_take_turns_and_the_best_setting_is_trained():
     assert [t.row for t in plan.jobs(runs)] == ["linear", "gpt", "gpt"]
 
 
+def test_whole_runs_decide_between_finalists():
+    """Three rates: the trials drop the worst, whole runs of the first seed turn the others round."""
+    budget = leaderboard.Budget("seconds", 60, 10)
+    plan = leaderboard.Plan(
+        ("gpt",), (budget,), ("AdamW",), (1e-4, 1e-3, 1e-2), (8,), (3, 4), finalists=2
+    )
+    assert plan.n_runs() == 3 + 2 + 1
+    runs = {}
+    for trial in plan.jobs({}):
+        runs[leaderboard.key_of(trial)] = {"valid_bits_per_byte": 3.0 - math.log10(trial.lr)}
+    whole = plan.jobs(runs)
+    assert [(t.lr, t.seed, t.final) for t in whole] == [(1e-2, 3, True), (1e-3, 3, True)]
+    first, second = map(leaderboard.key_of, whole)
+    runs[first] = {"valid_bits_per_byte": 2.0}
+    assert plan.jobs(runs) == whole[1:]  # the other seed waits for the decision
+    assert [t.lr for t in plan.counted("gpt", budget, runs)] == [1e-2, 1e-2]
+    runs[second] = {"valid_bits_per_byte": 1.9}
+    assert [(t.lr, t.seed) for t in plan.jobs(runs)] == [(1e-3, 4)]
+    assert [(t.lr, t.seed) for t in plan.counted("gpt", budget, runs)] == [(1e-3, 3), (1e-3, 4)]
+    runs[second] = {"diverged": "the validation loss is nan"}
+    assert [(t.lr, t.seed) for t in plan.jobs(runs)] == [(1e-2, 4)]
+
+
+def test_a_table_says_which_rows_wait_for_finalists(command, tmp_path):
+    file = tmp_path / "board.json"
+    flags = ("--minutes", 0.003, "--trial_minutes", 0.001, "--lrs", "1e-4,1e-2", "--seeds", 0)
+    flags += ("--json", file)
+    command(*flags)
+    kept = json.loads(file.read_text())["runs"]
+    out = command(*flags, "--finalists", 2).out
+    both = json.loads(file.read_text())
+    assert len(both["runs"]) == len(kept) + 2 and "†" not in out
+    for row in both["rows"]:
+        ends = {
+            run["lr"]: run["valid_bits_per_byte"]
+            for run in both["runs"].values()
+            if run["row"] == row["row"] and run["final"]
+        }
+        assert len(ends) == 2 and row["lr"] == min(ends, key=ends.get) and not row["undecided"]
+    plan = leaderboard.Plan(
+        tuple(TINY), (leaderboard.Budget("seconds", 0.18, 0.06),), ("AdamW",), (1e-4, 1e-2), (2,),
+        (0,), finalists=2,
+    )  # fmt: skip
+    text = leaderboard.report(plan, kept)
+    assert text.count("†") == 3 and "† whole runs of its other finalists are missing" in text
+
+
 def test_a_row_that_has_changed_has_other_runs(monkeypatch):
     before = leaderboard.key_of(trial_of("gpt"))
     assert leaderboard.key_of(trial_of("gpt")) == before
