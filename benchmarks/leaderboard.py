@@ -114,6 +114,10 @@ class Budget:
     amount: float
     trial: float
 
+    def text(self, amount: float) -> str:
+        """An amount in a unit for people."""
+        return f"{amount / 60:g} minutes" if self.kind == "seconds" else f"{amount:g}"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -413,7 +417,7 @@ HEAD += ("GFLOP/s of the machine",)
 
 
 def table(rows: Sequence[Record]) -> str:
-    """The rows as Markdown; a dash where there is no figure."""
+    """The rows as Markdown with aligned columns; a dash where there is no figure."""
 
     def plus(row: Record, key: str) -> str:
         if row[key] is None:
@@ -421,7 +425,7 @@ def table(rows: Sequence[Record]) -> str:
         spread = row[f"{key}_spread"]
         return f"{row[key]:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
 
-    lines = [HEAD, ("---", *("---:" for _ in HEAD[1:]))]
+    lines = []
     for row in rows:
         memory = row["training_bytes"]
         marks = "*" * row["at_the_edge"] + "†" * row["undecided"]
@@ -444,7 +448,15 @@ def table(rows: Sequence[Record]) -> str:
                 f"{row['matrix_rate']:,.0f}",
             )
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    widths = [max(map(len, column)) for column in zip(HEAD, *lines, strict=True)]
+
+    def padded(line: Sequence[str]) -> list[str]:
+        return [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(
+        f"| {' | '.join(line)} |" for line in (padded(HEAD), rule, *map(padded, lines))
+    )
 
 
 def _needle_cells(rows: Sequence[Record] | None) -> list[str]:
@@ -460,17 +472,24 @@ def report(plan: Plan, runs: dict[str, Record]) -> str:
         chosen = [
             row for row in rows if (row["kind"], row["amount"]) == (budget.kind, budget.amount)
         ]
-        title = (
-            f"Equal time, {budget.amount / 60:g} minutes a run"
-            if budget.kind == "seconds"
-            else f"Equal FLOPs, {budget.amount:g} a run"
-        )
+        what = "time" if budget.kind == "seconds" else "FLOPs"
+        title = f"Equal {what}, {budget.text(budget.amount)} a run{_how_chosen(plan, budget)}"
         parts.append(f"\n{title}:\n\n{table(chosen) if chosen else 'no row is finished'}")
         if any(row["at_the_edge"] for row in chosen):
             parts.append("* the lowest or highest rate that was tried: give more --lrs")
         if any(row["undecided"] for row in chosen):
             parts.append("† whole runs of its other finalists are missing")
     return "\n".join(parts)
+
+
+def _how_chosen(plan: Plan, budget: Budget) -> str:
+    n = len(plan.grid())
+    if n == 1:
+        return ""
+    words = f"; the best of {n} settings by trials of {budget.text(budget.trial)}"
+    if plan.finalists > 1:
+        words += f", then of {min(n, plan.finalists)} by whole runs"
+    return words
 
 
 def plot(path: str, plan: Plan, runs: dict[str, Record]) -> None:

@@ -244,7 +244,7 @@ def test_rows_take_turns_and_the_best_setting_is_trained():
 
 
 def test_whole_runs_decide_between_finalists():
-    """Three rates: the trials drop the worst, whole runs of the first seed turn the others round."""
+    """Of three rates the trials drop the worst; whole runs of one seed turn the others round."""
     budget = leaderboard.Budget("seconds", 60, 10)
     plan = leaderboard.Plan(
         ("gpt",), (budget,), ("AdamW",), (1e-4, 1e-3, 1e-2), (8,), (3, 4), finalists=2
