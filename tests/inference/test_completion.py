@@ -324,6 +324,30 @@ def test_a_saved_text_goes_on_as_if_it_had_just_been_read(tmp_path, adapt):
         other.load(tmp_path / "0.state")
 
 
+def test_a_text_that_is_known_by_its_end_goes_on_as_the_whole(tmp_path):
+    """Also by what the repetition penalty has seen, long ago."""
+    strategy = Strategy(SamplingOptions(temperature=0, repetition_penalty=3.0))
+    text = tokens("." + "bad cab\n" * 50)  # a stop that was seen once, 400 tokens ago
+    for options in ({}, {"lookahead_k": 2, "lookahead_depth": 1}):
+        writer = small_writer(replaced(strategy, **options))
+        reading = writer.read([text])
+        writer.save(tmp_path / "state", reading)
+        loaded = writer.load(tmp_path / "state")
+        assert (loaded.texts, loaded.lengths) == ([text[-256:]], [len(text)])
+        a, b = (
+            writer.write(writer.fork(r, [0, 0]), [Request(1, 8)] * 2) for r in (loaded, reading)
+        )
+        assert [c.tokens for c in a] == [c.tokens for c in b]
+        again = writer.read([tokens("e.")], loaded)
+        assert again.lengths == [len(text) + 2]
+        writer.save(tmp_path / "more", again)
+        assert writer.load(tmp_path / "more").lengths == again.lengths
+    drafted = small_writer(strategy, draft=small_model(1))
+    found = drafted.write(drafted.load(tmp_path / "state"), [Request(1, 8)])
+    plain = small_writer(strategy)
+    assert found[0].tokens == plain.write(plain.read([text]), [Request(1, 8)])[0].tokens
+
+
 class Uncompilable(Decoder):
     """Compiles nothing, and says so when the first step runs."""
 

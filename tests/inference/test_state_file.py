@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure
 from tests.conftest import perturb, tiny_config
 from wavelet_lm import UserError, build_model
 from wavelet_lm.inference.decoder import Decoder
-from wavelet_lm.inference.state_file import fingerprint, load_state, save_state
+from wavelet_lm.inference.state_file import LAST, Past, fingerprint, load_state, save_state
 from wavelet_lm.models.checkpoint import save_checkpoint
 from wavelet_lm.models.wavelet_lm.memory import learning, resting
 
@@ -72,8 +72,8 @@ def load(path, model):
 def test_a_text_goes_on_from_the_file_as_from_memory(tmp_path, options):
     model = tiny_model(**options)
     logits, state = save(tmp_path / "book", model)
-    again, restored, tokens = load(tmp_path / "book", model)
-    assert tokens == TEXT
+    again, restored, tokens, past = load(tmp_path / "book", model)
+    assert (tokens, past) == (TEXT, Past())
     assert torch.equal(again, logits)
     assert same(restored, state)
     expected, _ = read(model, [2, 7, 1], state)
@@ -97,7 +97,7 @@ def test_a_decoder_goes_on_after_a_prompt_and_after_what_it_wrote(tmp_path, opti
         session.decode(torch.tensor([[token]]))
     for state in (prompted, session.state()):
         save_state(tmp_path / "book", state, logits, TEXT, model)
-        _, restored, _ = load_state(tmp_path / "book", model, reading_of_one(decoder), "cpu")
+        restored = load_state(tmp_path / "book", model, reading_of_one(decoder), "cpu")[1]
         for read_on in (
             lambda state: decoder.prefill([[2, 7, 1]], state)[0],
             lambda state: decoder.start(state).decode(torch.tensor([[2]])),
@@ -125,7 +125,7 @@ def test_every_precision_is_kept(tmp_path, dtype):
         torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, state
     )
     save_state(tmp_path / "book", state, logits, TEXT, model)
-    _, restored, _ = load_state(tmp_path / "book", model, state, "cpu")
+    restored = load_state(tmp_path / "book", model, state, "cpu")[1]
     assert same(restored, state)
 
 
@@ -217,20 +217,29 @@ def test_what_is_no_state_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tokens", None),
+        ("last", None),
         ("logits", None),
-        ("tokens", torch.tensor([])),
-        ("tokens", torch.tensor([1.0, 2.0])),
-        ("tokens", torch.tensor([[1, 2]])),
-        ("tokens", torch.tensor(1)),
-        ("tokens", torch.tensor([1, V])),
-        ("tokens", torch.tensor([-1])),
+        ("seen", None),
+        ("count", None),
+        ("last", torch.tensor([])),
+        ("last", torch.tensor([1.0, 2.0])),
+        ("last", torch.tensor([[1, 2]])),
+        ("last", torch.tensor(1)),
+        ("last", torch.tensor([1, V])),
+        ("last", torch.tensor([-1])),
+        ("seen", torch.zeros(1, dtype=torch.uint8)),
+        ("seen", torch.zeros(2)),
+        ("seen", torch.tensor(0, dtype=torch.uint8)),
+        ("count", torch.tensor(15)),
+        ("count", torch.tensor([14])),
+        ("count", torch.tensor([16])),
+        ("count", torch.tensor([-1])),
         ("logits", torch.zeros(V)),
         ("logits", torch.zeros(1, V + 1)),
         ("logits", torch.zeros(1, V, dtype=torch.int32)),
         ("logits", torch.full((1, V), torch.nan)),
     ],
-    ids=range(12),
+    ids=range(21),
 )
 def test_text_and_logits_of_a_damaged_file_are_one_line(tmp_path, name, value):
     path, model = tmp_path / "s.safetensors", tiny_model()
@@ -242,6 +251,45 @@ def test_text_and_logits_of_a_damaged_file_are_one_line(tmp_path, name, value):
     save_file(tensors, path, metadata=header)
     with pytest.raises(UserError, match=f"its {name} are missing or damaged"):
         load(path, model)
+
+
+LONG = [(i * i) % 7 for i in range(5000)] + [9, 8] * 200  # first some tokens, then others
+
+
+def test_a_file_has_one_size_for_texts_of_any_length(tmp_path):
+    model = tiny_model()
+    for n in (LAST, 1000, 5000, len(LONG)):
+        save(tmp_path / str(n), model, LONG[:n])
+    assert len({path.stat().st_size for path in tmp_path.iterdir()}) == 1
+    tokens, past = load(tmp_path / str(len(LONG)), model)[2:]
+    assert tokens == LONG[-LAST:]
+    assert past.n + len(tokens) == len(LONG)
+    assert past.seen | set(tokens) == set(LONG)
+    # What was loaded grows and is saved again.
+    _, state, tokens, past = load(tmp_path / "1000", model)
+    logits, state = read(model, [10], state)
+    save_state(tmp_path / "on", state, logits, [*tokens, 10], model, past)
+    tokens, past = load(tmp_path / "on", model)[2:]
+    assert tokens == [*LONG[1001 - LAST : 1000], 10]
+    assert past.n + LAST == 1001
+    save_state(tmp_path / "whole", state, logits, LONG, model, whole=True)
+    assert load(tmp_path / "whole", model)[2:] == (LONG, Past())
+
+
+def test_files_of_before_are_read(tmp_path):
+    """They held all tokens of the text, and neither their set nor their number."""
+    path, model = tmp_path / "book", tiny_model()
+    logits, state = save(path, model, LONG[:400])
+    with safe_open(str(path), framework="pt") as file:
+        header = {**file.metadata(), "format": "wavelet_lm.state.1"}
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    for name in ("last", "seen", "count"):
+        del tensors[name]
+    save_file({**tensors, "tokens": torch.tensor(LONG[:400])}, path, metadata=header)
+    again, restored, tokens, past = load(path, model)
+    assert torch.equal(again, logits)
+    assert same(restored, state)
+    assert (tokens, past) == (LONG[:400], Past())
 
 
 def test_a_failure_keeps_the_older_file_and_is_one_line(tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 
 from wavelet_lm.cli.terminal import Output, speed
 from wavelet_lm.errors import UserError
-from wavelet_lm.inference.completion import Reading, Writer
+from wavelet_lm.inference.completion import Writer
 from wavelet_lm.inference.generation import encode_prompt
+from wavelet_lm.inference.reading import Reading
 from wavelet_lm.inference.rows import Request
 
 PROMPT_LINE = "> "
@@ -73,7 +74,7 @@ def _turns(
             now = writer.read([line_tokens(writer, line, reading)], reading)
             # All of the answer is read, unlike that of a text which ends there.
             whole = dataclasses.replace(asked, num_tokens=asked.num_tokens + 1)
-            writer.check_lengths(now.texts, [whole])
+            writer.check_lengths(now.lengths, [whole])
         except EOFError:
             return
         except KeyboardInterrupt:

@@ -10,8 +10,9 @@ from wavelet_lm.cli.terminal import Output, speed, stop_if_interrupted
 from wavelet_lm.data.modalities import Modality
 from wavelet_lm.data.tokenizers import load_modality
 from wavelet_lm.errors import UserError
-from wavelet_lm.inference.completion import Reading, Writer
+from wavelet_lm.inference.completion import Writer
 from wavelet_lm.inference.generation_options import GenerationOptions
+from wavelet_lm.inference.reading import Reading
 
 TEXT_FLAGS = ("prompt", "prompts", "interactive", "stop", "clean_spacing")
 
@@ -87,7 +88,7 @@ def continue_file(
     else:
         reading, n_hidden = writer.read([[modality.start]]), 1
     if options.save_state is not None:
-        writer.save(options.save_state, reading)
+        writer.save(options.save_state, reading, whole=True)
     requests = [r for r in options.requests(writer.model.config) if r.num_tokens]
     if not requests:
         output.log(speed(reading, []))

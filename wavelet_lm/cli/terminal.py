@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from wavelet_lm.errors import UserError
-from wavelet_lm.inference.completion import Reading, Writer
+from wavelet_lm.inference.completion import Writer
 from wavelet_lm.inference.generation import NonFiniteOutput, encode_prompt, start_token
+from wavelet_lm.inference.reading import Reading
 from wavelet_lm.inference.rows import Completion, Request
 from wavelet_lm.inference.sampling.logits import SamplingOptions
 from wavelet_lm.inference.text.metrics import format_metrics
@@ -109,7 +110,7 @@ def write_samples(
     if not any(request.num_tokens for request in requests):
         output.log(f"prompt: {_rate(reading.n_tokens, reading.seconds)}")
         return
-    writer.check_lengths([reading.texts[0]] * len(requests), requests)
+    writer.check_lengths(reading.lengths[:1] * len(requests), requests)
     n, shown_prompt = len(requests), prompt if echo else ""
 
     def begin(i: int) -> None:

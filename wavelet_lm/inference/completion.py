@@ -12,19 +12,20 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from wavelet_lm.compiler import compiled_or_plain
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import Drawn, check_vocabulary, sampled_tokens
 from wavelet_lm.inference.interrupts import ctrl_c_as_flag
+from wavelet_lm.inference.reading import Reading
 from wavelet_lm.inference.rows import Completion, Request, Row
 from wavelet_lm.inference.sampling.coherence import CoherenceOptions, WaveletCoherence
 from wavelet_lm.inference.sampling.logits import SamplingOptions
-from wavelet_lm.inference.state_file import ModelRecord, load_state, save_state
+from wavelet_lm.inference.state_file import ModelRecord, Past, load_state, save_state
 from wavelet_lm.inference.strategies.lookahead import lookahead_tokens
 from wavelet_lm.inference.strategies.speculative import Counts, speculative_tokens
 from wavelet_lm.models.wavelet_lm.memory import learning
@@ -69,25 +70,6 @@ class Strategy:
     ignore_eot: bool = False
 
 
-class Reading(NamedTuple):
-    """B texts that have been read.
-
-    Attributes:
-        texts: their tokens.
-        logits: [B, V], of the tokens that come next.
-        state: the model's, as `Decoder.prefill` returns it.
-        draft: logits and state of the draft model, where there is one.
-        n_tokens, seconds: how many tokens the last reading took in, and how long that took.
-    """
-
-    texts: list[list[int]]
-    logits: Tensor
-    state: Any
-    draft: tuple[Tensor, Any] | None = None
-    n_tokens: int = 0
-    seconds: float = 0.0
-
-
 class Writer:
     """A model, its tokenizer and a strategy, ready to read and to write.
 
@@ -128,8 +110,9 @@ class Writer:
         started = time.perf_counter()
         old = [[]] * len(texts) if before is None else before.texts
         whole = [[*a, *b] for a, b in zip(old, texts, strict=True)]
+        pasts = () if before is None else before.pasts
         for decoder in filter(None, (self.decoder, self.draft)):
-            decoder.check_length(max(map(len, whole)))
+            decoder.check_length(max(Reading(whole, None, None, pasts=pasts).lengths))
         logits, state = self.decoder.prefill(texts, None if before is None else before.state)
         draft = None
         if self.draft is not None:
@@ -137,7 +120,8 @@ class Writer:
             draft = self.draft.prefill(texts, None if known is None else known[1])
         self._synchronize()
         n_tokens = sum(map(len, texts))
-        return Reading(whole, logits, state, draft, n_tokens, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return Reading(whole, logits, state, draft, n_tokens, seconds, pasts)
 
     def read_written(self, before: Reading, tokens: Sequence[int]) -> Reading:
         """A text of one row after it has been continued by `tokens` (1 or more).
@@ -152,7 +136,8 @@ class Writer:
             logits = session.decode(torch.tensor([[token]], device=self.decoder.device))
         seconds = time.perf_counter() - started
         text = [*before.texts[0], *tokens]
-        return Reading([text], logits[:, -1], session.state(), None, len(tokens), seconds)
+        read = [text], logits[:, -1], session.state(), None, len(tokens), seconds
+        return Reading(*read, before.pasts)
 
     def fork(self, reading: Reading, rows: Sequence[int]) -> Reading:
         """These rows of a reading; a row may come more than once."""
@@ -164,23 +149,27 @@ class Writer:
             logits=reading.logits[list(rows)],
             state=self.decoder.rows(reading.state, rows),
             draft=draft,
+            pasts=tuple(reading.pasts[row] for row in rows) if reading.pasts else (),
         )
 
-    def save(self, path: str | Path, reading: Reading) -> None:
-        """Keep the state of one text that was read."""
+    def save(self, path: str | Path, reading: Reading, whole: bool = False) -> None:
+        """Keep the state of one text that was read; with `whole` all of its tokens."""
         state = self._in_use(reading.state)
-        save_state(path, state, reading.logits, reading.texts[0], self.model)
+        past = reading.pasts[0] if reading.pasts else Past()
+        save_state(path, state, reading.logits, reading.texts[0], self.model, past, whole)
 
     def load(self, path: str | Path) -> Reading:
-        """A text that was read and saved by the same model.
+        """A text that was read and saved by the same model, which may be known by its end alone.
+
+        A draft, whose proposals are checked anyway, reads that end.
 
         Raises:
             UserError: the file is no state, or one of another model or of other options.
         """
         template = self._in_use(self.decoder.prefill([[0]])[1])
-        logits, state, text = load_state(path, self.model, template, self.decoder.device)
+        logits, state, text, past = load_state(path, self.model, template, self.decoder.device)
         draft = None if self.draft is None else self.draft.prefill([text])
-        return Reading([text], logits, state, draft)
+        return Reading([text], logits, state, draft, pasts=(past,) if past.n else ())
 
     def _in_use(self, state: Any) -> Any:
         """The state with fast weights where they will learn, whether or not they have begun to."""
@@ -220,16 +209,19 @@ class Writer:
 
         pressed: all texts end where they are once there is something in it.
         """
-        self.check_lengths(reading.texts, requests)
+        self.check_lengths(reading.lengths, requests)
         if self.strategy.best_of_n > 1:
             return self._write_best(reading, requests, pressed)
         return self._write_rows(reading, requests, pressed)
 
-    def check_lengths(self, texts: Sequence[Sequence[int]], requests: Sequence[Request]) -> None:
-        """Raise `UserError` where a text and what is asked for is more than the models can read."""
-        for text, request in zip(texts, requests, strict=True):
+    def check_lengths(self, lengths: Sequence[int], requests: Sequence[Request]) -> None:
+        """Raise `UserError` where a text and what is asked for is more than the models can read.
+
+        lengths: how many tokens each text has so far.
+        """
+        for length, request in zip(lengths, requests, strict=True):
             # The last token is not read any more; looking ahead reads on after it.
-            n_read = len(text) + request.num_tokens - 1 + self.strategy.lookahead_depth
+            n_read = length + request.num_tokens - 1 + self.strategy.lookahead_depth
             for decoder in filter(None, (self.decoder, self.draft)):
                 decoder.check_length(n_read)
 
@@ -351,6 +343,7 @@ class Writer:
     ) -> Iterator[list[Drawn]]:
         strategy, seeds = self.strategy, [request.seed for request in requests]
         source = coherence if strategy.coherence else None
+        seen = [past.seen for past in reading.pasts]
         if self.draft is not None:
             tokens = speculative_tokens(
                 self.decoder,
@@ -363,13 +356,14 @@ class Writer:
                 strategy.draft_tokens,
                 counts,
                 source,
+                seen,
             )
             return ([drawn] for drawn in tokens)
         start = self.decoder, reading.logits, reading.state, reading.texts
         if strategy.lookahead_k:
             k, depth = strategy.lookahead_k, strategy.lookahead_depth
-            return lookahead_tokens(*start, strategy.sampling, seeds, k, depth, source)
-        return sampled_tokens(*start, strategy.sampling, seeds, source)
+            return lookahead_tokens(*start, strategy.sampling, seeds, k, depth, source, seen)
+        return sampled_tokens(*start, strategy.sampling, seeds, source, seen)
 
     def _synchronize(self) -> None:
         if self.decoder.device.type == "cuda":

@@ -23,11 +23,12 @@ from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError
 from wavelet_lm.inference.build_engine import open_checkpoint
 from wavelet_lm.inference.checks import check_seed, check_whole
-from wavelet_lm.inference.completion import Reading, Strategy, Writer
+from wavelet_lm.inference.completion import Strategy, Writer
 from wavelet_lm.inference.declarations import DTYPES, FLAGS
 from wavelet_lm.inference.generation import check_vocabulary, encode_prompt
 from wavelet_lm.inference.generation_options import GenerationOptions
 from wavelet_lm.inference.live_decoder import LiveDecoder, live_decoder_of
+from wavelet_lm.inference.reading import Reading
 from wavelet_lm.inference.rows import Completion, Request
 from wavelet_lm.json_files import brief
 from wavelet_lm.models.base import LanguageModel
@@ -283,7 +284,7 @@ class Engine:
 
     def _read(self, writer: Writer, prompts: Sequence[str], requests: Sequence[Request]) -> Reading:
         texts = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        writer.check_lengths(texts, requests)
+        writer.check_lengths([len(text) for text in texts], requests)
         return writer.read(texts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -62,6 +62,7 @@ def sampled_tokens(
     options: SamplingOptions,
     seeds: Sequence[int],
     top_p_source: TopPSource | None = None,
+    seen: Sequence[Collection[int]] = (),
 ) -> Iterator[list[Drawn]]:
     """Continue B texts in step, for as long as the caller asks.
 
@@ -72,6 +73,7 @@ def sampled_tokens(
         texts: their tokens, which the repetition penalty counts as seen.
         seeds: one per row; a row draws the same numbers in any batch.
         top_p_source: looked at before tokens 0, `every`, 2 · `every`, …
+        seen: for each row the tokens that its text held before those, where there were any.
 
     Yields:
         One `Drawn` per row.
@@ -80,7 +82,7 @@ def sampled_tokens(
         NonFiniteOutput: where a row's logits are.
     """
     texts = [list(text) for text in texts]
-    sampler = Sampler(decoder, texts, options, seeds, top_p_source is not None)
+    sampler = Sampler(decoder, texts, options, seeds, top_p_source is not None, seen)
     session = decoder.start(state)
     step = decoder.accelerate(
         lambda: sampler.draw(session.decode(sampler.tokens)[:, -1]), (session, sampler)
@@ -123,12 +125,13 @@ class Sampler:
         options: SamplingOptions,
         seeds: Sequence[int],
         moving_top_p: bool,
+        seen: Sequence[Collection[int]] = (),
     ):
         B, device = len(texts), decoder.device
         self.options = options
         self.seeds = torch.tensor([check_seed(seed) for seed in seeds], device=device)
         self.count = torch.zeros(B, dtype=torch.int64, device=device)
-        self.seen = seen_tokens(texts, decoder.vocab_size, device)
+        self.seen = seen_tokens(texts, decoder.vocab_size, device, seen)
         self.top_p = torch.full((B,), options.top_p, device=device) if moving_top_p else None
         self.tokens = torch.zeros(B, 1, dtype=torch.int64, device=device)
         self.record = torch.zeros(B, 3, dtype=torch.float64, device=device)
@@ -183,11 +186,16 @@ def step_record(codes: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
     return torch.stack([figure.double() for figure in figures], dim=-1)
 
 
-def seen_tokens(texts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
-    """[B, V] bool: which tokens each text holds."""
+def seen_tokens(
+    texts: Sequence[Sequence[int]],
+    vocab_size: int,
+    device: torch.device,
+    before: Sequence[Collection[int]] = (),
+) -> Tensor:
+    """[B, V] bool: which tokens each text holds, or held `before`."""
     seen = torch.zeros(len(texts), vocab_size, dtype=torch.bool)
-    for row, text in zip(seen, texts, strict=True):
-        row[torch.tensor(list(text), dtype=torch.int64)] = True
+    for row, text, older in zip(seen, texts, before or [()] * len(texts), strict=True):
+        row[torch.tensor([*text, *older], dtype=torch.int64)] = True
     return seen.to(device)
 
 

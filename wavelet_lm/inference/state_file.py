@@ -1,8 +1,10 @@
 """A read text on disk: what a model remembers of it, so that it need not be read again.
 
-One safetensors file. Its tensors are the next-token logits, the tokens that were read, and the
+One safetensors file, of one size for texts of any length. Its tensors are the next-token logits,
+what is known of the text (its last tokens, which tokens it holds, how many they were), and the
 leaves of the state, each under its place in it (`state[0].mean.total`); its header names the format
-and has the fingerprint of the model, since a state means nothing to another one.
+and has the fingerprint of the model, since a state means nothing to another one. Files of the older
+format, which have all tokens of the text, are read as well.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
@@ -24,7 +28,10 @@ from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.checkpoint import write_tensors
 from wavelet_lm.models.wavelet_lm.memory import FastWeights
 
-FORMAT = "wavelet_lm.state.1"
+FORMAT = "wavelet_lm.state.2"
+WITH_ALL_TOKENS = "wavelet_lm.state.1"
+# Tokens of the end of a text that are kept.
+LAST = 256
 STATE = "state"
 # Values of every parameter that go into a model's fingerprint.
 N_SAMPLES = 4096
@@ -32,8 +39,21 @@ N_SAMPLES = 4096
 READING = "fwpkm_inference_updates"
 
 
+class Past(NamedTuple):
+    """What is left of the beginning of a text: how many tokens it had, and which."""
+
+    n: int = 0
+    seen: frozenset[int] = frozenset()
+
+
 def save_state(
-    path: str | Path, state: Any, logits: Tensor, tokens: list[int], model: nn.Module | ModelRecord
+    path: str | Path,
+    state: Any,
+    logits: Tensor,
+    tokens: Sequence[int],
+    model: nn.Module | ModelRecord,
+    past: Past = Past(),  # noqa: B008  (nothing changes it)
+    whole: bool = False,
 ) -> None:
     """Write the state of one text, atomically.
 
@@ -42,13 +62,22 @@ def save_state(
         logits: [1, V], of the token that comes next.
         tokens: the text so far, one or more.
         model: what read it, as its checkpoint gives it (not a decoder's fused model).
+        past: of the text before these tokens.
+        whole: keep all of these tokens, for a text that is to be written out from its beginning.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; an older file is kept.
     """
     leaves, _ = tree_flatten_with_path(state)
     tensors = {STATE + keystr(place): leaf for place, leaf in leaves if leaf is not None}
-    tensors |= {"logits": logits, "tokens": torch.tensor(tokens)}
+    seen = torch.zeros(model.vocab_size, dtype=torch.bool)
+    seen[torch.tensor([*past.seen, *tokens])] = True
+    tensors |= {
+        "logits": logits,
+        "last": torch.tensor(tokens if whole else tokens[-LAST:]),
+        "seen": packed_bits(seen),
+        "count": torch.tensor([past.n + len(tokens)]),
+    }
     # Cloned, since safetensors refuses tensors that share memory.
     tensors = {
         name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
@@ -56,9 +85,19 @@ def save_state(
     write_tensors(path, tensors, {"format": FORMAT, "model": fingerprint(model)})
 
 
+def packed_bits(flags: Tensor) -> Tensor:
+    """Flags [n] bool as bits, [⌈n / 8⌉] uint8."""
+    return torch.from_numpy(np.packbits(flags.numpy()))
+
+
+def unpacked_bits(bits: Tensor, n: int) -> Tensor:
+    """What `packed_bits` was given, [n] bool, of its bits [⌈n / 8⌉] uint8."""
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=n)).bool()
+
+
 def load_state(
     path: str | Path, model: nn.Module | ModelRecord, template: Any, device: str | torch.device
-) -> tuple[Tensor, Any, list[int]]:
+) -> tuple[Tensor, Any, list[int], Past]:
     """Read what `save_state` wrote.
 
     Args:
@@ -69,7 +108,8 @@ def load_state(
         device: where logits and state go.
 
     Returns:
-        Logits [1, V], the state, and the tokens of the text.
+        Logits [1, V], the state, the last tokens of the text (one or more), and what is left of
+        those before.
 
     Raises:
         UserError: there is no such file, it is truncated or no state, or it belongs to another
@@ -77,6 +117,7 @@ def load_state(
     """
     from safetensors import safe_open
 
+    formats = (FORMAT, WITH_ALL_TOKENS)
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such state")
     try:
@@ -85,13 +126,13 @@ def load_state(
             # Copied, since what safetensors returns is a view of the mapped file.
             tensors = {
                 name: file.get_tensor(name).clone()
-                for name in (file.keys() if header.get("format") == FORMAT else ())
+                for name in (file.keys() if header.get("format") in formats else ())
             }
     except Exception as error:
         raise UserError(
             f"{path}: truncated or not a safetensors file ({error}); save the state again"
         ) from None
-    if header.get("format") != FORMAT:
+    if header.get("format") not in formats:
         raise UserError(
             f"{path}: no saved state ({said_format(header)}, not {FORMAT!r}); give a file that"
             " --save_state wrote"
@@ -100,20 +141,39 @@ def load_state(
         raise UserError(
             f"{path}: belongs to another model; use the checkpoint that it was saved with"
         )
-    logits, tokens = _text(path, tensors, model.vocab_size)
+    whole = header["format"] == WITH_ALL_TOKENS
+    logits, tokens, past = _text(path, tensors, model.vocab_size, "tokens" if whole else "last")
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return logits.to(device), _restored(path, tensors, template), tokens
+    return logits.to(device), _restored(path, tensors, template), tokens, past
+
+
+def text_length(path: str | Path) -> int:
+    """How many tokens the text of a saved state has, without reading the state.
+
+    Raises:
+        UserError: the file cannot be opened, or is none.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            if "tokens" in file.keys():  # noqa: SIM118  (no mapping)
+                return file.get_slice("tokens").get_shape()[0]
+            return int(file.get_tensor("count"))
+    except Exception as error:
+        raise UserError(f"{path}: no saved state ({error})") from None
 
 
 def _text(
-    path: str | Path, tensors: dict[str, Tensor], vocab_size: int
-) -> tuple[Tensor, list[int]]:
-    """Logits [1, V] and tokens, taken out of what a file holds.
+    path: str | Path, tensors: dict[str, Tensor], vocab_size: int, name_of_tokens: str
+) -> tuple[Tensor, list[int], Past]:
+    """Logits [1, V], tokens and what came before them, taken out of what a file holds.
 
     Raises:
         UserError: they are missing or cannot be what they should.
     """
-    logits, tokens = tensors.pop("logits", None), tensors.pop("tokens", None)
+    logits, tokens = tensors.pop("logits", None), tensors.pop(name_of_tokens, None)
+    seen, count = tensors.pop("seen", None), tensors.pop("count", None)
     has_logits = (
         logits is not None
         and logits.shape == (1, vocab_size)
@@ -127,10 +187,30 @@ def _text(
         and len(tokens) > 0
         and 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size
     )
-    for name, found in (("logits", has_logits), ("tokens", has_tokens)):
+    n = len(tokens) if has_tokens else 0
+    whole = name_of_tokens == "tokens"
+    n_bytes = -(-vocab_size // 8)
+    has_seen = whole or (
+        seen is not None and seen.dtype == torch.uint8 and seen.shape == (n_bytes,)
+    )
+    has_count = whole or (
+        count is not None
+        and count.dtype == torch.int64
+        and count.shape == (1,)
+        and min(LAST, int(count)) <= n <= int(count)
+    )
+    for name, found in (
+        ("logits", has_logits),
+        (name_of_tokens, has_tokens),
+        ("seen", has_seen),
+        ("count", has_count),
+    ):
         if not found:
             raise UserError(f"{path}: its {name} are missing or damaged; save the state again")
-    return logits, tokens.tolist()
+    if whole or n == int(count):
+        return logits, tokens.tolist(), Past()
+    known = unpacked_bits(seen, vocab_size).nonzero()[:, 0].tolist()
+    return logits, tokens.tolist(), Past(int(count) - n, frozenset(known))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ the more often; the rest of the roll-outs is forgotten, and the search starts ag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ def lookahead_tokens(
     k: int,
     depth: int,
     top_p_source: TopPSource | None = None,
+    seen: Sequence[Collection[int]] = (),
 ) -> Iterator[list[Drawn]]:
     """Continue B texts in step, for as long as the caller asks.
 
@@ -69,6 +70,7 @@ def lookahead_tokens(
         k: candidates, 1 or more (beyond V: all tokens).
         depth: tokens that each is continued by, 0 or more.
         top_p_source: looked at before tokens 0, `every`, 2 · `every`, …
+        seen: for each row the tokens that its text held before those, where there were any.
 
     Yields:
         One `Drawn` per row.
@@ -81,7 +83,7 @@ def lookahead_tokens(
         if value < least:
             raise UserError(f"{name} is {value}; it must be {least} or more")
     texts = [list(text) for text in texts]
-    search = Search(decoder, texts, options, seeds, min(k, decoder.vocab_size), depth)
+    search = Search(decoder, texts, options, seeds, min(k, decoder.vocab_size), depth, seen)
     forked = [row for row in range(len(texts)) for _ in range(search.k)]
     session = decoder.start(state)
     if depth > 0:
@@ -134,13 +136,14 @@ class Search:
         seeds: Sequence[int],
         k: int,
         depth: int,
+        seen: Sequence[Collection[int]] = (),
     ):
         B, V, device = len(texts), decoder.vocab_size, decoder.device
         self.k, self.options, self.top_p = k, options, None
         self._share = 1 / (depth + 1)
         self._seeds = torch.tensor([check_seed(seed) for seed in seeds], device=device)
         self._count = torch.zeros(B, dtype=torch.int64, device=device)
-        self._text_seen = seen_tokens(texts, V, device)
+        self._text_seen = seen_tokens(texts, V, device, seen)
         self._seen = torch.zeros(B * k, V, dtype=torch.bool, device=device)
         self._candidates = torch.zeros(B, k, dtype=torch.int64, device=device)
         self._scores = torch.zeros(B, k, dtype=torch.float64, device=device)

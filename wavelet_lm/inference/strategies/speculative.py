@@ -9,7 +9,7 @@ is then distributed as the target's own; only the speed depends on the draft.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -71,6 +71,7 @@ def speculative_tokens(
     gamma: int,
     counts: Counts | None = None,
     top_p_source: TopPSource | None = None,
+    seen: Sequence[Collection[int]] = (),
 ) -> Iterator[Drawn]:
     """Continue one text for as long as the caller asks, up to gamma + 1 tokens per round.
 
@@ -87,6 +88,7 @@ def speculative_tokens(
         counts: is added to as tokens are verified.
         top_p_source: looked at before tokens 0, `every`, 2 · `every`, …: a round ends there at the
             latest, so that the text keeps its distribution.
+        seen: one element, the tokens that the text held before those, or none.
 
     Raises:
         UserError: the models do not fit each other, gamma or seed are out of range.
@@ -103,7 +105,7 @@ def speculative_tokens(
     numbers = Numbers(seed, target.device)
     moving = top_p_source is not None
     proposals = Proposals(draft, options, numbers, gamma, moving)
-    so_far = TextSoFar(text, target, moving)
+    so_far = TextSoFar(text, target, moving, seen)
     verdict = Verdict(target, options, numbers, gamma)
     whole = list(text)
     reader = target.start(target_start[1], max_step=gamma + 1)
@@ -258,10 +260,16 @@ class TextSoFar:
         next_look: [1] int64, the number of the token that the next look at top_p comes before.
     """
 
-    def __init__(self, text: Sequence[int], decoder: Decoder, moving_top_p: bool):
+    def __init__(
+        self,
+        text: Sequence[int],
+        decoder: Decoder,
+        moving_top_p: bool,
+        seen: Sequence[Collection[int]] = (),
+    ):
         device = decoder.device
         self.newest = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self.seen = seen_tokens([text], decoder.vocab_size, device)
+        self.seen = seen_tokens([text], decoder.vocab_size, device, seen)
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
         self.top_p = torch.ones(1, device=device) if moving_top_p else None
         self.next_look = torch.zeros_like(self.count)
