@@ -108,7 +108,7 @@ class Decoder:
         starts = [None if state is None else self.rows(state, [row]) for row in range(len(texts))]
         read = [self._read_together([t], start) for t, start in zip(texts, starts, strict=True)]
         logits, states = zip(*read, strict=True)
-        return torch.cat(logits), _stacked(states)
+        return torch.cat(logits), stacked(states)
 
     def _read_together(self, texts: Texts, state: Any) -> tuple[Tensor, Any]:
         going, at = list(range(len(texts))), 0
@@ -127,7 +127,7 @@ class Decoder:
                 state, at = self.rows(state, further), end
                 going = [going[i] for i in further]
         order = [ended.index(row) for row in range(len(texts))]
-        return torch.cat(logits)[order], self.rows(_stacked(states), order)
+        return torch.cat(logits)[order], self.rows(stacked(states), order)
 
     def rows(self, state: Any, rows: Sequence[int]) -> Any:
         """The state of these rows of a batch, in this order; a row may come more than once."""
@@ -150,7 +150,7 @@ class Decoder:
         """idx [B, T] int64 -> logits [B, T or 1, V], in float32 at least, and the new state."""
         with reading(self.model):
             logits, state = self.model(idx, state, last_only=last_only)
-        return _wide(logits), state
+        return wide_logits(logits), state
 
     def accelerate(self, step: Step, owners: Sequence[Any]) -> Step:
         """A step that is called again and again, as fast as the device allows.
@@ -243,7 +243,7 @@ class StaticSession(Session):
         self._check_length()
         logits, self._state.state = self.decoder.model(tokens, self._state.state)
         self._state.clock.advance(tokens.shape[1])
-        return _wide(logits)
+        return wide_logits(logits)
 
     @torch.no_grad()
     def rollback(self, n: int) -> None:
@@ -329,12 +329,13 @@ class CapturedStep:
             buffer.copy_(old)
 
 
-def _stacked(states: Sequence[Any]) -> Any:
+def stacked(states: Sequence[Any]) -> Any:
     """The states of several batches as that of one."""
     if len(states) == 1:
         return states[0]
     return tree_map(lambda *parts: parts[0] if parts[0] is None else torch.cat(parts), *states)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide_logits(logits: Tensor) -> Tensor:
+    """Logits of any shape in float32 at least."""
     return logits if logits.dtype == torch.float64 else logits.float()

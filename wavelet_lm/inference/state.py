@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -28,6 +29,19 @@ class StaticState:
         if leaf is None or _grows(leaf):
             return leaf
         return self.clock if _is_count(leaf) else Ring(leaf, self.clock, self.max_step)
+
+    def narrow(self, start: int, stop: int) -> StaticState:
+        """The texts from `start` up to `stop`, in the same memory; of what has a fixed size."""
+        part = copy.copy(self)
+        part.clock = clock = self.clock.narrow(start, stop)
+
+        def narrow(leaf: Any) -> Any:
+            if isinstance(leaf, Ring):
+                return leaf.narrow(start, stop, clock)
+            return clock if isinstance(leaf, Clock) else leaf
+
+        part.state = tree_map(narrow, self.state, is_leaf=_grows)
+        return part
 
     def snapshot(self) -> Any:
         """A state as the model returns it, of new tensors."""

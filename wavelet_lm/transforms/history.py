@@ -21,6 +21,7 @@ came.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Protocol
 from weakref import ref
@@ -240,6 +241,12 @@ class Clock(Count):
         self.position.copy_(position)
         self._known.clear()
 
+    def narrow(self, start: int, stop: int) -> Clock:
+        """A clock of the texts from `start` up to `stop`, whose positions are those here."""
+        clock = copy.copy(self)
+        clock.position, clock._known = self.position[start:stop], {}
+        return clock
+
     def serve(self, size: int, lags: Iterable[int]) -> None:
         """Expect to be asked for `slots` of a ring of this size, these lags back."""
         places = [*self._places, *((size, lag) for lag in lags)]
@@ -326,6 +333,13 @@ class Ring:
     def size(self) -> int:
         """R, its slots."""
         return self.buffer.shape[1]
+
+    def narrow(self, start: int, stop: int, clock: Clock) -> Ring:
+        """A ring of the texts from `start` up to `stop`, in the same memory; `clock`: of those."""
+        ring = copy.copy(self)
+        ring.buffer, ring._rows = self.buffer[start:stop], self._rows[: stop - start]
+        ring.clock = clock
+        return ring
 
     def load(self, history: Tensor) -> None:
         """Start from another past, in the shape of the first one."""
