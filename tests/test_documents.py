@@ -56,7 +56,15 @@ def commands(page: str) -> list[list[str]]:
     inline = [" ".join(span.split()) for span in spans(page) if "python " in span]
     lines = [line.split(" > ")[0] for line in shell + inline if "…" not in line]
     words = [shlex.split(part) for line in lines for part in re.split("&&| [|] ", line)]
-    return [list(itertools.dropwhile(lambda word: "=" in word, command)) for command in words]
+    found = [list(itertools.dropwhile(lambda word: "=" in word, command)) for command in words]
+    return [as_program(command) for command in found]
+
+
+def as_program(command: list[str]) -> list[str]:
+    """`wavelet-lm NAME …` by the file that it runs; any other command as it is."""
+    if command[0] != "wavelet-lm":
+        return command
+    return ["python", f"wavelet_lm/cli/{command[1]}.py", *command[2:]]
 
 
 def program_of(command: list[str]) -> tuple[str, list[str]]:
@@ -107,7 +115,7 @@ def parser_of(program: str, monkeypatch) -> argparse.ArgumentParser:
 
 def test_every_kind_of_command_is_found():
     first = {command[0] for page in WRITTEN for command in commands(page)}
-    of_the_shell = {"mkdir", "cp", "ln", "echo", "cat", "source"}
+    of_the_shell = {"mkdir", "cp", "ln", "echo", "cat", "source", "curl"}
     assert first <= of_the_shell | {"python", "pip", "git", "mkdocs", "ruff"}
     assert not [program for program in OWN_PROGRAMS if not (ROOT / program).is_file()]
     assert {"train.py", "generate.py", "benchmarks/decode.py"} <= set(OWN_PROGRAMS)

@@ -23,6 +23,7 @@ PACKAGE = [file for file in SOURCES if file.startswith("wavelet_lm/")]
 # The libraries of others that a package may import, besides PyTorch and numpy.
 LIBRARIES = {
     "cli": {"matplotlib", "shtab", "tqdm"},
+    "serving": {"h11", "jinja2", "prometheus_client", "starlette", "uvicorn"},
     "experiments": {"matplotlib"},
     "training": {"bitsandbytes", "filelock", "tqdm"},
     "evaluation": set(),
@@ -186,6 +187,7 @@ def test_doors_are_thin():
         "wavelet_lm/evaluation/fsd50k.py",
         "wavelet_lm/evaluation/recall.py",
         "wavelet_lm/models/__main__.py",
+        "wavelet_lm/serving/__main__.py",
         "wavelet_lm/inference/quantization/__main__.py",
     ]
     assert all(is_door(SOURCES[file]) for file in doors)

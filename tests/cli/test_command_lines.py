@@ -27,6 +27,7 @@ PROGRAMS = [
     "wavelet_lm/inference/quantization/__main__.py",
     "wavelet_lm/interop/published.py",
     "wavelet_lm/models/__main__.py",
+    "wavelet_lm/serving/__main__.py",
     "wavelet_lm/data/tasks/listops.py",
     *(
         f"benchmarks/{path.name}"
@@ -77,6 +78,7 @@ NEEDED = {  # what each needs beside a flag
     "wavelet_lm/inference/quantization/__main__.py": ["RUN", "--out", "OUT"],
     "wavelet_lm/interop/published.py": ["RUN", "--out", "OUT"],
     "wavelet_lm/models/__main__.py": ["config.json"],
+    "wavelet_lm/serving/__main__.py": ["RUN"],
     "wavelet_lm/data/tasks/listops.py": ["FOLDER"],
     "benchmarks/context_length.py": ["RUN", "--text", "TEXT"],
     "benchmarks/plot_run.py": ["RUN"],

@@ -7,6 +7,7 @@ from wavelet_lm.environment import start
 COMMANDS = {
     "train": "train a model, or a grid of them; go on with a run",
     "generate": "continue a prompt, answer, write in batches",
+    "serve": "answer many at once over HTTP, as the OpenAI interface has it",
     "evaluate": "bits per byte and perplexity of a run",
     "compare": "train models on the same batches and compare them",
     "lra": "train and judge models on a task of the Long Range Arena",

@@ -19,6 +19,7 @@ COLUMNS = "86"
 OLDER = {  # what can be typed in place of `wavelet-lm NAME`
     "train": "python train.py",
     "generate": "python generate.py",
+    "serve": "python -m wavelet_lm.serving",
     "evaluate": "python -m wavelet_lm.evaluation",
     "compare": "python -m wavelet_lm.evaluation.compare",
     "lra": "python -m wavelet_lm.evaluation.lra",

@@ -1,0 +1,204 @@
+"""Requests that mean harm, or nothing: no hang, no row lost, other streams as they were."""
+
+import json
+import random
+import socket
+import threading
+import time
+from urllib.parse import urlparse
+
+import httpx2 as httpx
+import pytest
+
+from tests.inference.writers import Letters, small_model
+from tests.serving import servers
+from wavelet_lm import Engine
+from wavelet_lm.serving import bodies as reading
+from wavelet_lm.serving import server as process
+from wavelet_lm.serving.options import ServeOptions
+
+PATHS = ["/v1/completions", "/v1/chat/completions", "/v1/states", "/v1/states/x/file", "/nothing"]
+NAMES = [
+    *("../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e", "a%00b", "x" * 5000, "%ff%fe"),
+    *("....//", "%5c..%5c", "a;b", "-rf", "\u00e9"),
+]
+VALUES = [
+    *(None, True, -1, 0, 1.5, 10**30, "", "a", [], {}, [[]], [None], "\ud800", "\x00", 1e308),
+    *({"a": {"b": [1]}}, "a" * 500, [1] * 50, [-5], [10**18]),
+]
+FIELDS = [
+    *("prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "n", "best_of", "stop"),
+    *("stream", "logprobs", "state", "save_state", "messages", "text", "tokens", "at", "name"),
+    *("model", "strategies", "stream_options", "echo", "__proto__", "repetition_penalty"),
+]
+
+
+def bodies(choose):
+    """A request's body as bytes, which is mostly no request."""
+    kind = choose.randrange(8)
+    if kind == 0:
+        return choose.randbytes(choose.randrange(200))
+    if kind == 1:
+        return b"[" * choose.randrange(1, 100_000)
+    if kind == 2:
+        return b'{"prompt": "' + bytes([0xC3, 0x28, 0xFF]) + b'"}'
+    if kind == 3:
+        return b"x" * choose.randrange(20_000, 60_000)
+    if kind == 4:
+        return b'{"max_tokens": ' + b"9" * choose.choice([10, 5000]) + b"}"
+    fields = choose.sample(FIELDS, choose.randrange(1, 4))
+    body = {name: choose.choice(VALUES) for name in fields}
+    if kind == 5:
+        body = {"prompt": "bad", "max_tokens": choose.randrange(1, 40), "stream": True}
+    text = json.dumps(body).encode()
+    return text[: choose.randrange(len(text))] if kind == 6 else text
+
+
+def attack(choose, address):
+    """One hostile connection: what is sent, how, and when it is given up."""
+    path = choose.choice(PATHS)
+    method = choose.choice(["POST", "POST", "POST", "GET", "PUT", "DELETE", "BREW"])
+    if choose.random() < 0.25:
+        name = choose.choice(NAMES)
+        path = f"/v1/states/{name}" + choose.choice(["", "/file"])
+    body, how = bodies(choose), choose.randrange(8)
+    length = len(body)
+    if how == 0:
+        length += choose.choice([-5, 5, 10**12, -length - 1])
+    head = f"{method} {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n"
+    data = head.encode("utf-8") + body
+    if how == 1:
+        data = choose.randbytes(60) + data
+    if how == 2:  # in chunks, one of which says a wrong size
+        head = f"{method} {path} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+        size = choose.choice([len(body), 0xFFFFFFFFFF, 3])
+        data = head.encode("utf-8") + f"{size:x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
+    if how == 3:
+        data += data  # one after the other, without waiting
+    if how == 4:
+        data = data[: choose.randrange(len(data))]
+    with socket.create_connection(address, timeout=10) as connection:
+        try:
+            if how == 5:  # byte after byte, and then no more
+                for at in range(0, min(len(data), 12), 3):
+                    connection.sendall(data[at : at + 3])
+                    time.sleep(0.001)
+            else:
+                connection.sendall(data)
+            if how == 6:
+                return  # gone at once
+            connection.settimeout(choose.choice([0.001, 0.02, 0.2]))
+            connection.recv(choose.choice([1, 4096]))
+            if how == 7:  # gone with a reset, in the middle of what comes
+                connection.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00"
+                )
+        except OSError:
+            pass
+
+
+@pytest.mark.parametrize(
+    "n", [300, pytest.param(10_000, marks=pytest.mark.slow)], ids=["some", "campaign"]
+)
+def test_nobody_else_is_affected(n, monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(reading, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(process, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(process, "IDLE_SECONDS", 1)
+    lines, model = [], small_model()
+    limits = ServeOptions(
+        max_streams=32, max_tokens=50, max_prompt=400, max_body=16384, max_states=20, timeout=5.0
+    )
+    service = servers.make_service(
+        model, limits=limits, folder=tmp_path / "states", log=lines.append
+    )
+    plain = Engine(model, Letters(), context="stream")
+    expected = {seed: plain.generate("bad cab", 40, seed=seed) for seed in range(5)}
+    wrong = []
+    with servers.served(service) as url:
+        address = urlparse(url).hostname, urlparse(url).port
+        stop = threading.Event()
+
+        def honest():
+            """Streams that are read all the while."""
+            seed = 0
+            while not stop.is_set():
+                seed, text = (seed + 1) % 5, ""
+                body = {"prompt": "bad cab", "max_tokens": 40, "seed": seed, "stream": True}
+                with httpx.stream("POST", url + PATHS[0], json=body, timeout=20) as response:
+                    if response.status_code == 503:  # full, as it may be
+                        continue
+                    for line in response.iter_lines():
+                        if line.startswith("data: {"):
+                            text += json.loads(line[6:])["choices"][0]["text"]
+                if text != expected[seed]:
+                    wrong.append((seed, text))
+
+        def hostile(number):
+            choose = random.Random(number)
+            for _ in range(n // 4):
+                attack(choose, address)
+
+        reader = threading.Thread(target=honest)
+        reader.start()
+        attackers = [threading.Thread(target=hostile, args=(i,)) for i in range(4)]
+        for attacker in attackers:
+            attacker.start()
+        for attacker in attackers:
+            attacker.join(3000)
+        stop.set()
+        reader.join(30)
+        assert not reader.is_alive()
+        servers.wait_for(lambda: service.n_streams == 0 == service.scheduler.n_writing, 10)
+        servers.wait_for(lambda: service.scheduler.n_reading == 0)
+        assert service.scheduler._batch.n == 0
+        done = servers.post(url, PATHS[0], {"prompt": "bad cab", "max_tokens": 40, "seed": 1})
+        assert done.json()["choices"][0]["text"] == expected[1]
+    assert wrong == []
+    assert lines == []
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.err + printed.out
+    folder = tmp_path / "states"
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(folder.glob("*.state"))
+
+
+def test_damaged_states_harm_nobody(tmp_path):
+    """Whatever numbers a file holds, it is refused or ends its own text alone."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save
+
+    model = small_model(model="gpt", C=16, heads=2, block_size=64)
+    lines = []
+    service = servers.make_service(model, log=lines.append)
+    with servers.served(service) as url:
+        servers.post(url, "/v1/states", {"text": "bad cab", "name": "good"})
+        path = tmp_path / "good"
+        path.write_bytes(httpx.get(f"{url}/v1/states/good/file").content)
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name, tensor in tensors.items():
+            for value in (-5, 10**12) if tensor.dtype == torch.int64 else (float("nan"), 1e30):
+                if tensor.dtype == torch.uint8:
+                    continue
+                changed = {**tensors, name: torch.full_like(tensor, value)}
+                sent = httpx.put(f"{url}/v1/states/bad/file", content=save(changed, header))
+                if sent.status_code == 201:
+                    body = {"prompt": "a", "state": "bad", "max_tokens": 5}
+                    assert servers.post(url, PATHS[0], body).status_code in (200, 500)
+                else:
+                    assert sent.status_code == 400
+        assert servers.post(url, PATHS[0], {"prompt": "a"}).status_code == 200
+    assert not [line for line in lines if "step failed" in line]
+
+
+def test_a_slow_client_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(reading, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(process, "HEAD_SECONDS", 0.2)
+    with servers.served(servers.make_service()) as url:
+        address = urlparse(url).hostname, urlparse(url).port
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n{"
+        for sent, answer in ((b"", b""), (b"POST /v1", b""), (head, b"HTTP/1.1 408")):
+            with socket.create_connection(address, timeout=10) as connection:
+                connection.sendall(sent)
+                assert connection.recv(12) == answer
