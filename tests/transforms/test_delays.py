@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+from wavelet_lm.transforms.correlation import correlate
 from wavelet_lm.transforms.delays import Crawl, Shift
-from wavelet_lm.transforms.history import correlate
 
 
 def slow_crawl(x: torch.Tensor, crawl: Crawl) -> torch.Tensor:

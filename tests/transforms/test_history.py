@@ -157,3 +157,34 @@ def test_positions_taken_back_are_overwritten(max_lag, T):
     ring.write(x[:, max_lag:])
     clock.advance(T)
     assert torch.equal(ring.history(), x[:, T:])
+
+
+def test_a_ring_of_single_steps_is_one_with_room():
+    """Without room to take back: a recurrence has one slot, a signal one more than its lags."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 9, 2)
+    for history, lags in ((x[:, 3], 1), (x[:, :4], 4)):
+        rings = [Ring(history, Clock(torch.tensor([4, 5, 11])), n) for n in (0, 1)]
+        assert rings[0].size == (1 if history.ndim == 2 else lags + 1)
+        for t in range(4, 9):
+            for ring in rings:
+                ring.after(x[:, t : t + 1]) if history.ndim == 2 else ring.write(x[:, t : t + 1])
+                if history.ndim == 3:
+                    assert torch.equal(ring.at(lags, 1), x[:, t - lags : t - lags + 1])
+                ring.clock.advance(1)
+            assert torch.equal(rings[0].history(), rings[1].history())
+            assert torch.equal(rings[0].before(), rings[1].before())
+
+
+def test_a_part_of_a_ring_is_that_of_its_texts():
+    x = torch.randn(5, 7, 2)
+    ring = Ring(x[:, :3], Clock(torch.arange(5)), 1)
+    part = ring.narrow(1, 3, ring.clock.narrow(1, 3))
+    part.write(x[1:3, 3:4])
+    assert torch.equal(part.at(3, 1), x[1:3, :1])
+    part.clock.advance(1)
+    assert ring.clock.position.tolist() == [0, 2, 3, 3, 4]
+    assert torch.equal(ring.history()[1:3], x[1:3, 1:4])
+    assert torch.equal(ring.history()[[0, 3, 4]], x[[0, 3, 4], :3])
+    part.load(x[1:3, 4:7])
+    assert torch.equal(ring.history()[1:3], x[1:3, 4:7])

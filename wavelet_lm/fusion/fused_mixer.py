@@ -194,12 +194,13 @@ class ScaleWeights(nn.Module):
 def routed(routing: Tensor, bands: Tensor) -> Tensor:
     """Σ_j routing_ij · bands_j for bands [S, B, T, Cp]."""
     S, B, T, Cp = bands.shape
+    if bands.is_cpu and is_step(bands):  # number by number, so that a text is what it is alone
+        wide = torch.promote_types(bands.dtype, torch.float32)
+        weights = routing.to(wide)[:, :, None, None, None].unbind(1)
+        terms = [w * band for w, band in zip(weights, bands.to(wide).unbind(), strict=True)]
+        return sum(terms[1:], terms[0]).to(bands.dtype)
     x = bands.reshape(S, B * T, Cp)
-    if bands.is_cpu and is_step(bands) and B > 1:  # as for each text alone
-        gates = torch.stack([routing @ x[:, b].contiguous() for b in range(B)], 1)
-    else:
-        gates = torch.tensordot(routing, x, dims=1)
-    return gates.reshape(S, B, T, Cp)
+    return torch.tensordot(routing, x, dims=1).reshape(S, B, T, Cp)
 
 
 def _runs(scales: list[int]) -> list[slice]:

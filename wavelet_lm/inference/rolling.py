@@ -95,7 +95,7 @@ class StaticRollingBatch(RollingBatch):
         empty = tree_map_only(
             Tensor, lambda leaf: leaf.new_zeros(self._capacity, *leaf.shape[1:]), like
         )
-        old, self._all = self._all, StaticState(empty, 1)
+        old, self._all = self._all, StaticState(empty, 0)
         if old is not None:
             for buffer, before in zip(self._all.buffers(), old.buffers(), strict=True):
                 buffer[: len(before)] = before

@@ -29,10 +29,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-# Up to this many taps a sum of shifted views is quickest (and fuses into its neighbours under
-# torch.compile); above, a banded product reads each position once per block instead of once a tap.
-MAX_SHIFTED_TAPS = 8
-BLOCK = 64
+from wavelet_lm.transforms.correlation import correlate
 
 
 class Signal(Protocol):
@@ -182,30 +179,6 @@ class Count:
         return int(self.position.max())
 
 
-def correlate(x: Tensor, taps: Tensor, length: int) -> Tensor:
-    """y_t = Σ_j taps_j · x_{t+j} for t = 0 … length − 1, the same taps for every channel.
-
-    Args:
-        x: [B, length + K − 1, C].
-        taps: [K].
-
-    Returns:
-        [B, length, C]. Cost is linear in `length`.
-    """
-    K = taps.shape[0]
-    if K <= MAX_SHIFTED_TAPS:
-        return sum(taps[j] * x[:, j : j + length] for j in range(K))
-    block = min(BLOCK, length)
-    n_blocks = -(-length // block)
-    x = nn.functional.pad(x, (0, 0, 0, n_blocks * block - length))
-    # band[p, q] = taps[q − p]: one block of outputs from the positions that it can see.
-    columns = torch.arange(block, device=x.device)[:, None] + torch.arange(K, device=x.device)
-    band = taps.new_zeros(block, block + K - 1).scatter(1, columns, taps.expand(block, K))
-    windows = x.unfold(1, block + K - 1, block)  # [B, n_blocks, C, block + K − 1], a view
-    y = torch.matmul(band, windows.transpose(2, 3))  # [B, n_blocks, block, C]
-    return y.reshape(x.shape[0], n_blocks * block, -1)[:, :length]
-
-
 # --- buffers of fixed size -----------------------------------------------------------------------
 
 
@@ -243,9 +216,9 @@ class Clock(Count):
 
     def narrow(self, start: int, stop: int) -> Clock:
         """A clock of the texts from `start` up to `stop`, whose positions are those here."""
-        clock = copy.copy(self)
-        clock.position, clock._known = self.position[start:stop], {}
-        return clock
+        part = copy.copy(self)
+        part.position, part._known = self.position[start:stop], {}
+        return part
 
     def serve(self, size: int, lags: Iterable[int]) -> None:
         """Expect to be asked for `slots` of a ring of this size, these lags back."""
@@ -315,6 +288,8 @@ class Ring:
     R is `max_lag` + `max_step`: the past that the layer looks back to, and room for the most
     positions that are written at once. The same room lets that many be taken back: what was
     written after them is overwritten later, and never read. It is the `Carry` of a recurrence too.
+    With a `max_step` of 0 one position is written at once, none is taken back, and a recurrence has
+    one slot, read and written as it is.
     """
 
     keeps_every = True
@@ -324,7 +299,8 @@ class Ring:
         self._is_one = history.ndim == 2
         B, self.max_lag, C = (history[:, None] if self._is_one else history).shape
         self.clock = clock
-        self.buffer = history.new_zeros(B, self.max_lag + max_step, C)
+        size = 1 if self._is_one and not max_step else self.max_lag + max(1, max_step)
+        self.buffer = history.new_zeros(B, size, C)
         self._rows = torch.arange(B, device=history.device)[:, None]
         clock.serve(self.size, {0, 1, self.max_lag})
         self.load(history)
@@ -336,10 +312,10 @@ class Ring:
 
     def narrow(self, start: int, stop: int, clock: Clock) -> Ring:
         """A ring of the texts from `start` up to `stop`, in the same memory; `clock`: of those."""
-        ring = copy.copy(self)
-        ring.buffer, ring._rows = self.buffer[start:stop], self._rows[: stop - start]
-        ring.clock = clock
-        return ring
+        part = copy.copy(self)
+        part.buffer, part._rows = self.buffer[start:stop], self._rows[: stop - start]
+        part.clock = clock
+        return part
 
     def load(self, history: Tensor) -> None:
         """Start from another past, in the shape of the first one."""
@@ -361,11 +337,14 @@ class Ring:
         return self.buffer[self._rows, self.clock.slots(self.size, T, lag)]
 
     def before(self) -> Tensor:
-        last = self.at(1, 1)
+        last = self.buffer if self.size == 1 else self.at(1, 1)
         return last[:, 0] if self._is_one else last
 
     def after(self, y: Tensor) -> Ring:
-        self.write(y)
+        if self.size == 1:
+            self.buffer.copy_(y)
+        else:
+            self.write(y)
         return self
 
     def _past_slots(self) -> Tensor:

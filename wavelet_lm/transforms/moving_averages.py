@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.errors import UserError
-from wavelet_lm.transforms.history import MAX_SHIFTED_TAPS, Ring, carried, remember
+from wavelet_lm.transforms.correlation import MAX_SHIFTED_TAPS
+from wavelet_lm.transforms.history import Ring, carried, remember
 from wavelet_lm.transforms.means import linear_recurrence, wide, without_autocast
 
 MIN_BLOCK = 64
