@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, MutableMapping
 from fractions import Fraction
 from weakref import WeakKeyDictionary
@@ -186,8 +187,12 @@ def computing_dtype(model: nn.Module) -> torch.dtype:
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """A module with the same parts, which can be replaced without changing the original."""
+    """A module with the same parts, which can be replaced without changing the original.
+
+    Nor does a hook on the one see the other.
+    """
     new = copy.copy(module)
     new._modules, new._parameters = dict(module._modules), dict(module._parameters)
     new._buffers = dict(module._buffers)
+    new._forward_hooks, new._forward_pre_hooks = OrderedDict(), OrderedDict()
     return new

@@ -8,6 +8,7 @@ be what came before and a value what came then.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,19 @@ from wavelet_lm.transforms.history import Ring, carried
 from wavelet_lm.transforms.means import wide
 
 EPSILON = 1e-5
+
+
+class RuleInputs(NamedTuple):
+    """What the rule gets at T positions, at least float32: keys and queries of length 1.
+
+    q, k: [B, T, heads, dk]; v: [B, T, heads, dv]; log_decay, beta: [B, T, heads].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    beta: Tensor
 
 
 class DeltaMemory(nn.Module):
@@ -93,26 +107,36 @@ class DeltaMemory(nn.Module):
         Returns:
             [B, T, C] in h's dtype, and the state [B, heads · dk · dv], at least float32.
         """
-        features = torch.cat((h, *reversed(bands[len(bands) - self.n_bands :])), -1)
-        q, k = self.queries_and_keys(features).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        v, gate, rates = self.values_and_gates(h)
-        beta, decay = wide(rates).split(self.heads, -1)
-        v = wide(v).unflatten(-1, (self.heads, -1))
+        inputs, gate = self.rule_inputs(h, bands)
         if state is None:
-            state = v.new_zeros(len(h), self.heads * self.key_dim * self.value_dim)
+            state = inputs.v.new_zeros(len(h), self.heads * self.key_dim * self.value_dim)
         scan = carried(state)
         y, states = delta_rule(
-            normalize(silu(wide(q)), dim=-1),
-            normalize(silu(wide(k)), dim=-1),
-            v,
-            logsigmoid(decay),
-            beta.sigmoid(),
-            scan.before().to(v.dtype).view(len(h), self.heads, self.key_dim, self.value_dim),
-            every=1 if scan.keeps_every else None,
+            *inputs, self.matrices(scan.before(), inputs), every=1 if scan.keeps_every else None
         )
         normal = rms_norm(y, y.shape[-1:], eps=EPSILON).to(gate.dtype) * self.norm_weight
         y = normal.flatten(2) * silu(gate)
         return self.dropout(self.out(y)), scan.after(states.flatten(2))
+
+    def matrices(self, state: Tensor, inputs: RuleInputs) -> Tensor:
+        """A state [B, heads · dk · dv] as [B, heads, dk, dv] in the dtype of the inputs."""
+        state = state.to(inputs.v.dtype)
+        return state.view(len(state), self.heads, self.key_dim, self.value_dim)
+
+    def rule_inputs(self, h: Tensor, bands: list[Tensor]) -> tuple[RuleInputs, Tensor]:
+        """What the rule gets of h [B, T, C] and its bands; the gate W_g h [B, T, heads · dv]."""
+        features = torch.cat((h, *reversed(bands[len(bands) - self.n_bands :])), -1)
+        q, k = self.queries_and_keys(features).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        v, gate, rates = self.values_and_gates(h)
+        beta, decay = wide(rates).split(self.heads, -1)
+        inputs = RuleInputs(
+            normalize(silu(wide(q)), dim=-1),
+            normalize(silu(wide(k)), dim=-1),
+            wide(v).unflatten(-1, (self.heads, -1)),
+            logsigmoid(decay),
+            beta.sigmoid(),
+        )
+        return inputs, gate
 
     def queries_and_keys(self, features: Tensor) -> Tensor:
         """[B, T, C + n Cp] -> [B, T, 2 · heads · dk], in one product."""
