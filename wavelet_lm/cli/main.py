@@ -13,6 +13,7 @@ COMMANDS = {
     "lra": "train and judge models on a task of the Long Range Arena",
     "fsd50k": "train and judge models on the sounds of FSD-50K",
     "recall": "what models look up in the text before, and how far back",
+    "scope": "draw what each scale sees in a text",
     "quantize": "make a checkpoint with weights of 8, 4 or 2 bits",
     "convert": "make a run folder of a published checkpoint",
     "count": "what a config costs, by component",

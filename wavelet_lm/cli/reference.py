@@ -25,6 +25,7 @@ OLDER = {  # what can be typed in place of `wavelet-lm NAME`
     "lra": "python -m wavelet_lm.evaluation.lra",
     "fsd50k": "python -m wavelet_lm.evaluation.fsd50k",
     "recall": "python -m wavelet_lm.evaluation.recall",
+    "scope": "python -m wavelet_lm.scope",
     "quantize": "python -m wavelet_lm.inference.quantization",
     "convert": "python -m wavelet_lm.interop.published",
     "count": "python -m wavelet_lm.models",

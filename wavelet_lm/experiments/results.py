@@ -20,16 +20,16 @@ def write_results(path: str | Path, rows: Sequence[Mapping[str, Any]], **more: A
 IMAGES = (".png", ".svg", ".pdf")
 
 
-def check_plot(path: str) -> None:
+def check_plot(path: str, flag: str = "--plot") -> None:
     """Raise `UserError` before a long measurement that could not be drawn."""
     if Path(path).suffix.lower() not in IMAGES:
         allowed = f"{', '.join(IMAGES[:-1])} or {IMAGES[-1]}"
-        raise UserError(f"--plot {path}: the name must end in {allowed}")
+        raise UserError(f"{flag} {path}: the name must end in {allowed}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError(
-            "--plot needs matplotlib; install it with"
+            f"{flag} needs matplotlib; install it with"
             ' python -m pip install -c constraints.txt -e ".[bench]"'
         ) from None
 
