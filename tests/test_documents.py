@@ -28,7 +28,7 @@ WRITTEN = [page for page in PAGES if not page.endswith(GENERATED)]
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 # What a run or the reader makes, and what a run folder or a data set holds.
 MADE = re.compile(
-    r"(data|logs|tokenizer|valid)/|runs\.md|(log|generations)\.txt|(environment|comparison)\.json|my\.txt"
+    r"(data|logs|tokenizer|valid|checkpoints)/|runs\.md|(log|generations)\.txt|(environment|comparison|state)\.json|my\.txt"
     r"|valid\.txt|book\.txt"
 )
 
@@ -61,7 +61,11 @@ def commands(page: str) -> list[list[str]]:
 
 
 def as_program(command: list[str]) -> list[str]:
-    """`wavelet-lm NAME …` by the file that it runs; any other command as it is."""
+    """`wavelet-lm NAME …` by the file that it runs, and what a launcher of several processes runs
+    in each of them; any other command as it is."""
+    if command[0] in ("torchrun", "accelerate"):
+        program = next(i for i, word in enumerate(command) if word.endswith(".py"))
+        return ["python", *command[program:]]
     if command[0] != "wavelet-lm":
         return command
     return ["python", f"wavelet_lm/cli/{command[1]}.py", *command[2:]]
@@ -145,7 +149,7 @@ def test_flags_and_keys_in_the_prose_exist(monkeypatch):
     known = set()
     for program in OWN_PROGRAMS:
         known |= parser_of(program, monkeypatch)._option_string_actions.keys()
-    known |= {"--cpus", "--strict", "--check"}  # of docker, mkdocs and ruff
+    known |= {"--cpus", "--strict", "--check", "--nproc_per_node"}  # docker mkdocs ruff torchrun
     presets = {path.stem for path in (ROOT / "configs").glob("*.json")}
     names = set(FIELDS) | presets | set(MODALITY_NAMES)
     n_keys = 0

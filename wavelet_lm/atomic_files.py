@@ -41,7 +41,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise as_user_error(error, path) from error
     finally:
@@ -144,7 +144,8 @@ def unreadable(error: OSError, path: Path) -> UserError:
     return UserError(f"{path}: cannot be read ({error.strerror or error})")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make sure that the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

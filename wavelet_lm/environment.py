@@ -26,6 +26,9 @@ def start() -> None:
     """Begin a command: the wait policy, unless the user has set one, and a quiet Ctrl-C."""
     if not any(name in os.environ for name in WAIT_VARIABLES):
         os.environ.update(WAIT_POLICY)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Of a process that is gone one line tells (training/process_group.py), not PyTorch's stack.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
         signal.signal(signal.SIGINT, _end_quietly)
 

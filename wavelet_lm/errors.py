@@ -26,11 +26,14 @@ class Interrupted(BaseException):
     """A stop that the user asked for (Ctrl-C, SIGTERM, SIGHUP); the message says how to go on.
 
     Like `KeyboardInterrupt` it is no `Exception`, so that nothing takes it for a failure.
+
+    Args:
+        agreed: of several processes all stop so.
     """
 
-    def __init__(self, signum: int, message: str):
+    def __init__(self, signum: int, message: str, *, agreed: bool = False):
         super().__init__(message)
-        self.signum = signum
+        self.signum, self.agreed = signum, agreed
 
 
 def run_command(main: Callable[[], None]) -> None:

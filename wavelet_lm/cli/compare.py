@@ -33,6 +33,7 @@ from wavelet_lm.experiments.model_names import SYNTAX, model_configs, split_name
 from wavelet_lm.experiments.results import IMAGES, check_plot, check_targets, write_results
 from wavelet_lm.streams import output_is_optional
 from wavelet_lm.tables import aligned
+from wavelet_lm.training.processes import one_process_only
 
 CONFIG = "configs/wavelet_gpt_char.json"
 # Keys of the config, and the options that decide them here.
@@ -48,6 +49,7 @@ HEAD += ("parity step", "parity epoch", "parity seconds", "parity FLOPs")
 
 
 def main() -> None:
+    one_process_only("compare")
     parser = OneLineParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

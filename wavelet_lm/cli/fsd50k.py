@@ -34,6 +34,7 @@ from wavelet_lm.experiments.tasks import DEFAULTS, compare, table
 from wavelet_lm.models.classifier.audio_front_end import PATCH, AudioFrontEnd
 from wavelet_lm.models.classifier.model import SequenceClassifier, build_classifier
 from wavelet_lm.training.classification import predict
+from wavelet_lm.training.processes import one_process_only
 from wavelet_lm.training.run_folder import check_folder
 
 STEPS = 50_000
@@ -42,6 +43,7 @@ SHARES = {"top-5 %": "top5", "mAP %": "mAP"}
 
 
 def main() -> None:
+    one_process_only("fsd50k")
     parser = command_parser(__doc__, "--data DIR")
     parser.add_argument("--data", metavar="DIR", help="folder of FSD50K, as it is published")
     parser.add_argument(

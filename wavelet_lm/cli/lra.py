@@ -28,6 +28,7 @@ from wavelet_lm.experiments.results import check_targets
 from wavelet_lm.experiments.tasks import DEFAULTS, compare, table
 from wavelet_lm.models.classifier.model import build_classifier
 from wavelet_lm.training.classification import judge
+from wavelet_lm.training.processes import one_process_only
 from wavelet_lm.training.run_folder import check_folder
 
 # The arena's own numbers of batches of 32.
@@ -40,6 +41,7 @@ SHARES = {"%": "accuracy", "majority %": "majority"}
 
 
 def main() -> None:
+    one_process_only("lra")
     parser = command_parser(__doc__, "--task TASK [--data PATH]")
     add_task_flags(parser)
     add_shared_flags(parser, ", ".join(f"{n:,} of {task}" for task, n in STEPS.items()))

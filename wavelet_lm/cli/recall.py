@@ -42,6 +42,7 @@ from wavelet_lm.experiments.tasks import DEFAULTS as ARENA
 from wavelet_lm.streams import output_is_optional
 from wavelet_lm.tables import aligned
 from wavelet_lm.threads import use_threads
+from wavelet_lm.training.processes import one_process_only
 
 DEFAULTS: dict[str, Any] = {
     **ARENA,
@@ -70,6 +71,7 @@ TRAINING_OPTIONS = ("config", "seeds", "examples", "curriculum")
 
 
 def main() -> None:
+    one_process_only("recall")
     parser = OneLineParser(
         run="run folder or checkpoint file, which --task needle reads",
         needs_run=False,

@@ -6,10 +6,13 @@ a grid of them: `--set lr=0.01,0.02 --set layers=2,3`.
 
 import argparse
 import sys
+from typing import Any
 
 from wavelet_lm.cli.flags import OneLineParser, add_config_flags, parse_flags
 from wavelet_lm.config import Config, read_json_object
 from wavelet_lm.streams import output_is_optional
+from wavelet_lm.training.processes import Processes, one_process_only
+from wavelet_lm.training.together import together
 
 
 def main() -> None:
@@ -27,17 +30,23 @@ def main() -> None:
     parser.add_argument("--set", metavar="KEY=V1,V2", action="append", help=sets)
     parser.add_argument("--sweep", metavar="FILE", help="the same as JSON, key to list of values")
     add_config_flags(parser)
-    flags = parse_flags(parser, sys.argv[1:])
+    with together() as processes:
+        run(parse_flags(parser, sys.argv[1:]), processes)
+
+
+def run(flags: dict[str, Any], processes: Processes) -> None:
+    """What the flags ask for."""
     if "resume" in flags:
         from wavelet_lm.training.run import resume
 
         output_is_optional()  # a run keeps what it says in its log.txt
-        resume(flags.pop("resume"), flags)
+        resume(flags.pop("resume"), flags, processes)
         return
 
     file, sets, grid = (flags.pop(name, None) for name in ("config", "set", "sweep"))
     source = file or "config"
     if sets or grid:
+        one_process_only("a sweep")
         from wavelet_lm.experiments.sweep import read_grid, sweep
 
         members = read_grid(sets or [], grid, fixed=flags)
@@ -47,6 +56,7 @@ def main() -> None:
         from wavelet_lm.cli.evaluate import evaluate_and_print
         from wavelet_lm.threads import use_threads
 
+        one_process_only("benchmark_only")
         use_threads(config.threads)
         dataset = flags.get("dataset")  # of the run itself where none was typed
         evaluate_and_print(config.benchmark_run_dir, dataset=dataset, device=config.device)
@@ -54,7 +64,7 @@ def main() -> None:
         from wavelet_lm.training.run import train
 
         output_is_optional()
-        train(config)
+        train(config, processes=processes)
 
 
 def config_values(file: str | None, flags: dict) -> dict:

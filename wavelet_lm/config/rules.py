@@ -210,6 +210,14 @@ def _run(c: Config) -> None:
         f"weight_decay_mode is for Adagrad and Adagrad8bit and optimizer is {c.optimizer}, whose"
         " decay is decoupled always; leave weight_decay_mode out",
     )
+    _refuse(
+        c.fsdp_cpu_offload and c.parallel in ("none", "ddp"),
+        f"fsdp_cpu_offload is for parallel fsdp and parallel is {c.parallel}; set it to false",
+    )
+    _refuse(
+        c.fsdp_cpu_offload and c.amp_dtype == "fp16",
+        "fsdp_cpu_offload does not scale the losses that fp16 needs scaled; use amp_dtype bf16",
+    )
     _refuse(c.min_lr > c.lr, f"min_lr ({show(c.min_lr)}) is above lr ({show(c.lr)})")
     _refuse(
         c.benchmark_only and not c.benchmark_run_dir,

@@ -96,6 +96,19 @@ class TrainingConfig:
         choices=("auto", True, False),
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU if there is one")
+    parallel: str = option(
+        "auto",
+        "how several processes (torchrun) share one model: ddp keeps the whole of it in each, fsdp"
+        " a share; auto = ddp where it fits, else fsdp; none = one process",
+        choices=("auto", "none", "ddp", "fsdp"),
+    )
+    fsdp_reshard: bool = option(
+        True, "fsdp: give the gathered weights of a block back between forward and backward"
+    )
+    fsdp_cpu_offload: bool = option(
+        False, "fsdp: keep weights, gradients and optimizer state in the memory of the CPU"
+    )
+    rank_logs: bool = option(False, "of several processes each writes a log of its own")
     threads: int | str = option(
         "auto",
         "threads that compute on the CPU; auto = as many as it has cores for this process and its"
@@ -114,6 +127,9 @@ class TrainingConfig:
     )
     log_interval: int = option(10, "steps between lines of metrics.jsonl", minimum=1)
     save_interval: int = option(1000, "steps between saves of the last checkpoint", minimum=1)
+    keep_checkpoints: int = option(
+        1, "saves of the training state that are kept, the newest ones", minimum=1
+    )
     skip_warmup_saves: bool = option(True, "write no best checkpoint during warm-up")
     init_from: str = option("", "run or checkpoint file whose weights to start from")
     out_dir: str = option("logs", "folder in which the run folder is made")

@@ -14,6 +14,8 @@ from torch import Tensor
 from wavelet_lm.config import Config, TrainingConfig
 from wavelet_lm.errors import UserError
 
+ALL = slice(None)
+
 
 class Batches(Protocol):
     """`batches[i]` is what step i reads: tokens and next tokens, int64 [B, block_size] each."""
@@ -28,15 +30,17 @@ class Batches(Protocol):
 class RandomCrops:
     """Windows at positions drawn independently for each step from (seed, step)."""
 
-    def __init__(self, tokens: np.ndarray, batch_size: int, block_size: int, seed: int):
+    def __init__(
+        self, tokens: np.ndarray, batch_size: int, block_size: int, seed: int, own: slice = ALL
+    ):
         _require_tokens(tokens, block_size + 1, block_size)
-        self.tokens, self.seed = tokens, seed
+        self.tokens, self.seed, self.own = tokens, seed, own
         self.batch_size, self.block_size = batch_size, block_size
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         generator = np.random.default_rng((self.seed, step))
         starts = generator.integers(len(self.tokens) - self.block_size, size=self.batch_size)
-        return cut(self.tokens, starts, self.block_size)
+        return cut(self.tokens, starts[self.own], self.block_size)
 
     def starts_text(self, step: int) -> bool:
         """Always: crops have nothing to do with one another."""
@@ -46,11 +50,11 @@ class RandomCrops:
 class SequentialStreams:
     """The text cut into `batch_size` parts that are read side by side, window after window."""
 
-    def __init__(self, tokens: np.ndarray, batch_size: int, block_size: int):
+    def __init__(self, tokens: np.ndarray, batch_size: int, block_size: int, own: slice = ALL):
         _require_tokens(tokens, batch_size * block_size + 1, block_size)
         self.tokens, self.block_size = tokens, block_size
         stream_length = (len(tokens) - 1) // batch_size
-        self.starts = np.arange(batch_size) * stream_length
+        self.starts = (np.arange(batch_size) * stream_length)[own]
         self.n_windows = stream_length // block_size
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
@@ -89,18 +93,53 @@ def batch_size(config: TrainingConfig) -> int:
     return config.micro_batch_size * config.grad_accum
 
 
-def training_batches(config: Config, tokens: np.ndarray) -> Batches:
-    """The batches of a config's `data_order`; tokens: [N] of any integer dtype."""
+def passes_per_step(config: TrainingConfig, n_processes: int = 1) -> int:
+    """Forward passes of each of so many processes in a step: as few as there can be, all as large.
+
+    Raises:
+        UserError: the windows of a step cannot be shared out evenly.
+    """
+    windows, left = divmod(batch_size(config), n_processes)
+    if left:
+        raise UserError(
+            f"a step reads micro_batch_size ({config.micro_batch_size}) · grad_accum"
+            f" ({config.grad_accum}) = {batch_size(config)} windows, which {n_processes} processes"
+            " cannot share evenly; give a multiple"
+        )
+    fewest = -(-windows // config.micro_batch_size)
+    return next(n for n in range(fewest, windows + 1) if windows % n == 0)
+
+
+def training_batches(config: Config, tokens: np.ndarray, own: slice = ALL) -> Batches:
+    """The batches of a config's `data_order`; tokens: [N] of any integer dtype.
+
+    Args:
+        own: which windows of each batch this process reads.
+    """
     if config.data_order == "sequential":
-        return SequentialStreams(tokens, batch_size(config), config.block_size)
-    return RandomCrops(tokens, batch_size(config), config.block_size, config.seed)
+        return SequentialStreams(tokens, batch_size(config), config.block_size, own)
+    return RandomCrops(tokens, batch_size(config), config.block_size, config.seed, own)
 
 
 def validation_batches(config: Config, tokens: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+    """`own_validation_batches` of one process, which reads them all: int64 [windows, T] each."""
+    return own_validation_batches(config, tokens, 0, 1)[0]
+
+
+def own_validation_batches(
+    config: Config, tokens: np.ndarray, rank: int, size: int
+) -> tuple[list[tuple[Tensor, Tensor]], int]:
     """The evenly spaced windows of `eval_batches` batches; fewer where the text is short.
 
     They come in forward passes of up to `micro_batch_size` windows: inputs and targets, each
     [windows, T] int64. Raises UserError for a split of fewer than 2 tokens.
+
+    Args:
+        rank, size: of this process, which reads its part of the windows.
+
+    Returns:
+        The passes, as many in every process, and how many windows of them count: where processes
+        cannot share them evenly, the last ones read one again.
     """
     n_targets = len(tokens) - 1
     if n_targets < 1:
@@ -110,8 +149,11 @@ def validation_batches(config: Config, tokens: np.ndarray) -> list[tuple[Tensor,
     block_size = min(config.block_size, n_targets)
     n_windows = min(config.eval_batches * batch_size(config), n_targets // block_size)
     starts = np.linspace(0, n_targets - block_size, n_windows).astype(np.int64)
-    n_passes = -(-n_windows // config.micro_batch_size)
-    return [cut(tokens, part, block_size) for part in np.array_split(starts, n_passes)]
+    most = -(-n_windows // size)
+    own = starts[np.minimum(np.arange(rank * most, (rank + 1) * most), n_windows - 1)]
+    n_passes = -(-most // config.micro_batch_size)
+    passes = [cut(tokens, part, block_size) for part in np.array_split(own, n_passes)]
+    return passes, min(most, max(0, n_windows - rank * most))
 
 
 def steps_per_epoch(config: Config, n_tokens: int) -> int:

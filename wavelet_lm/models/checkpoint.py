@@ -8,7 +8,7 @@ more tensors, whose names start with a prefix that no parameter has (`training/s
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,18 @@ def save_checkpoint(
     model: nn.Module,
     metadata: dict[str, Any],
     extra: dict[str, Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write weights, JSON-ready `metadata`, and `extra` tensors, atomically.
+
+    Args:
+        weights: whole ones by name, where the model has shares of them; None = the model's.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; an older file is kept.
     """
-    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    weights = dict(model.named_parameters()) if weights is None else weights
+    tensors = {name: p.detach().contiguous() for name, p in weights.items()}
     # safetensors refuses tensors that share memory, as some optimizer states do. The copies are on
     # the CPU, for a GPU in training has no room for them.
     tensors |= {EXTRA + name: t.detach().to("cpu", copy=True) for name, t in (extra or {}).items()}
@@ -131,11 +136,7 @@ class Checkpoint:
 
     def require(self, kinds: Mapping[str, tuple[type, ...]]) -> None:
         """Raise `UserError` unless the metadata has these keys, each of one of its types."""
-        for key, types in kinds.items():
-            value = self.metadata.get(key)
-            # To Python, True is a whole number.
-            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-                raise self.damaged(f"the {key} in its metadata is {brief(value)}")
+        check_kinds(self.metadata, kinds, self.damaged)
 
     def without_weights(self) -> nn.Module:
         """The model that the header describes, on the meta device: shapes alone.
@@ -178,30 +179,57 @@ class Checkpoint:
                 f"{self.path}: its weights are quantized, for generation and evaluation alone; use"
                 " the checkpoint that it was made from"
             )
-        parameters = dict(model.named_parameters())
         names = {name for name in self.names if not name.startswith(EXTRA)}
-        if self._is_classifier(names) and not self._is_classifier(parameters):
+        if self._is_classifier(names) and not self._is_classifier(dict(model.named_parameters())):
             raise UserError(
                 f"{self.path}: the weights of a classifier, which neither writes nor scores texts;"
                 " give a checkpoint of a language model"
             )
-        problems = [f"no {name}" for name in sorted(parameters.keys() - names)]
-        problems += [f"unknown {name}" for name in sorted(names - parameters.keys())]
-        for name in sorted(parameters.keys() & names):
-            stored, needed = self._file.get_slice(name), list(parameters[name].shape)
-            if stored.get_shape() != needed:
-                problems.append(f"{name} is {stored.get_shape()}, the model's is {needed}")
-            elif stored.get_dtype() not in WEIGHT_DTYPES:
-                problems.append(f"{name} is {stored.get_dtype()}, weights are floating point")
-        if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise UserError(
-                f"{self.path}: a checkpoint of another config: {'; '.join(problems[:3])}{more}"
-            )
+        stored = {name: self._file.get_slice(name) for name in names}
+        shapes = {name: values.get_shape() for name, values in stored.items()}
+        check_shapes(shapes, model, self.path, {n: v.get_dtype() for n, v in stored.items()})
 
     @staticmethod
     def _is_classifier(names: Iterable[str]) -> bool:
         return any(name.startswith("backbone.") for name in names)
+
+
+def check_kinds(
+    metadata: Mapping[str, Any],
+    kinds: Mapping[str, tuple[type, ...]],
+    damaged: Callable[[str], UserError],
+) -> None:
+    """Raise what `damaged` makes of it unless the metadata has these keys, each of one type."""
+    for key, types in kinds.items():
+        value = metadata.get(key)
+        # To Python, True is a whole number.
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise damaged(f"the {key} in its metadata is {brief(value)}")
+
+
+def check_shapes(
+    stored: Mapping[str, list[int]],
+    model: nn.Module,
+    path: Path,
+    dtypes: Mapping[str, str] | None = None,
+) -> None:
+    """Raise `UserError` unless stored weights, by name, are those of a model of this shape.
+
+    Args:
+        dtypes: of the stored weights, as safetensors names them.
+    """
+    parameters = dict(model.named_parameters())
+    problems = [f"no {name}" for name in sorted(parameters.keys() - stored.keys())]
+    problems += [f"unknown {name}" for name in sorted(stored.keys() - parameters.keys())]
+    for name in sorted(parameters.keys() & stored.keys()):
+        needed = list(parameters[name].shape)
+        if stored[name] != needed:
+            problems.append(f"{name} is {stored[name]}, the model's is {needed}")
+        elif dtypes is not None and dtypes[name] not in WEIGHT_DTYPES:
+            problems.append(f"{name} is {dtypes[name]}, weights are floating point")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{path}: a checkpoint of another config: {'; '.join(problems[:3])}{more}")
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -11,8 +11,8 @@ from typing import Any
 
 from wavelet_lm.config import Config, show
 from wavelet_lm.errors import UserError
-from wavelet_lm.models.checkpoint import Checkpoint
 from wavelet_lm.training.run_folder import RunFolder
+from wavelet_lm.training.saved_files import Saved
 
 # Where things lie, and what computes: these may also be edited in the run's config.json.
 PLACES = (
@@ -21,6 +21,11 @@ PLACES = (
     "device",
     "threads",
     "compile",
+    "parallel",
+    "fsdp_reshard",
+    "fsdp_cpu_offload",
+    "rank_logs",
+    "keep_checkpoints",
     "out_dir",
     "runs_file",
     "init_from",
@@ -52,7 +57,7 @@ def refuse_other_flags(path: str | Path, flags: Iterable[str]) -> None:
 
 
 def changed_config(
-    run: RunFolder, checkpoint: Checkpoint, flags: dict[str, Any]
+    run: RunFolder, checkpoint: Saved, flags: dict[str, Any]
 ) -> tuple[Config, Changes]:
     """The config to go on with, and how it differs from that of the run's last checkpoint.
 
@@ -70,8 +75,8 @@ def changed_config(
         if now[key] != then[key] and key not in (*PLACES, *flags):
             advice = f"give --{key} to --resume, or" if key in SCHEDULE else "to change it,"
             raise UserError(
-                f"{run.config_file}: {key} is {show(now[key])} but {run.last.name} is a checkpoint"
-                f" of {show(then[key])}; {advice} start a new run with --init_from"
+                f"{run.config_file}: {key} is {show(now[key])} but {checkpoint.path.name} is a"
+                f" checkpoint of {show(then[key])}; {advice} start a new run with --init_from"
             )
     if "epochs" in flags:  # which max_steps would take the place of
         flags = {"max_steps": None, **flags}

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from wavelet_lm.config import Config
 from wavelet_lm.data.batches import (
     batch_size,
+    own_validation_batches,
     steps_per_epoch,
     training_batches,
-    validation_batches,
 )
 from wavelet_lm.data.dataset import TokenizedText
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.checkpoint import Checkpoint
 from wavelet_lm.models.wavelet_lm.model import Carry
 from wavelet_lm.training.device_batches import to_device
+from wavelet_lm.training.processes import ALONE, Processes
 from wavelet_lm.training.task import MicroBatch, Task, Validation
 
 # A loss this many times that of guessing uniformly has left the region from which it recovers.
@@ -42,19 +43,30 @@ class LanguageModelling(Task):
 
     unit = "tokens"
 
-    def __init__(self, config: Config, model: nn.Module, data: TokenizedText, device: torch.device):
-        super().__init__(config, model, device)
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        data: TokenizedText,
+        device: torch.device,
+        processes: Processes = ALONE,
+    ):
+        super().__init__(config, model, device, processes)
         self.data = data
+        self._own = processes.own(batch_size(config))
+        self._n_windows = self._own.stop - self._own.start
         self.per_step = batch_size(config) * config.block_size
         self.worst_loss = EXPLODED * math.log(max(2, model.vocab_size))
-        self.windows = training_batches(config, data.train.tokens)
-        self.validation = validation_batches(config, data.valid.tokens)
+        self.windows = training_batches(config, data.train.tokens, self._own)
+        self.validation, self._n_validated = own_validation_batches(
+            config, data.valid.tokens, processes.rank, processes.size
+        )
         self.loss_function: Callable[..., tuple[Tensor, Any]] = model.loss
         self.window: Carry | None = None
 
     def batch(self, step: int) -> list[MicroBatch]:
-        """Tokens and next tokens, int64 [micro_batch_size, block_size] each."""
-        parts = (tokens.split(self.config.micro_batch_size) for tokens in self.windows[step])
+        """Tokens and next tokens, int64 [micro_batch_size, block_size] each, or fewer windows."""
+        parts = (tokens.chunk(self.n_passes) for tokens in self.windows[step])
         return list(zip(*parts, strict=True))
 
     def losses(self, step: int, batch: list[MicroBatch]) -> Iterator[Tensor]:
@@ -74,24 +86,28 @@ class LanguageModelling(Task):
         """
         window = self.window
         if window is None or self.windows.starts_text(step):
-            window = self.model.first_window(batch_size(self.config), self.device)
+            window = self.model.first_window(self._n_windows, self.device)
         if window is None:
-            return [None] * self.config.grad_accum
-        return [Carry(mean) for mean in window.mean.split(self.config.micro_batch_size)]
+            return [None] * self.n_passes
+        return [Carry(mean) for mean in window.mean.chunk(self.n_passes)]
 
     @torch.no_grad()
     def validate(self) -> Validation:
         """Mean loss in nats per token over the fixed validation windows."""
         self.model.eval()
         total, n = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        left = self._n_validated
         for window in self.validation:
             inputs, targets = (to_device(tokens, self.device) for tokens in window)
             with self.autocast():
                 losses = self.model.token_losses(inputs, targets)
+            losses = losses[:left]
             total += losses.sum(dtype=torch.float64)  # read once, after the last one
-            n += targets.numel()
+            n, left = n + losses.numel(), left - len(losses)
         self.model.train()
-        loss, valid = total.item() / n, self.data.valid
+        if self.processes.size > 1:
+            total, n = self.processes.total(torch.stack([total, total.new_tensor(n)])).tolist()
+        loss, valid = float(total) / n, self.data.valid
         words, bits_per_byte = [f"valid loss {loss:.4f}"], None
         if valid.n_bytes:  # what is no text has none
             bits_per_byte = loss / math.log(2) * len(valid.tokens) / valid.n_bytes
@@ -108,7 +124,7 @@ class LanguageModelling(Task):
         }
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        return {} if self.window is None else {"carry": self.window.mean}
+        return {} if self.window is None else {"carry": self.processes.joined(self.window.mean)}
 
     def check_data(self, checkpoint: Checkpoint) -> None:
         checkpoint.require({"train_tokens": (int,)})
@@ -143,7 +159,7 @@ class LanguageModelling(Task):
     ) -> None:
         # One of another size is of before the streams were those of the whole batch.
         if "carry" in tensors and len(tensors["carry"]) == batch_size(self.config):
-            self.window = Carry(tensors["carry"].to(self.device))
+            self.window = Carry(tensors["carry"][self._own].to(self.device))
         if self.config.grad_accum > 1 and "eval_windows" not in checkpoint.metadata:
             log(
                 f"the steps up to {checkpoint.metadata['step']} drew their windows by micro-batch,"

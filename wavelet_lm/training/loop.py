@@ -1,6 +1,7 @@
 """The training loop, of whatever task."""
 
 import math
+import signal
 import time
 
 import torch
@@ -15,10 +16,12 @@ from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision, collapsed
 from wavelet_lm.training.report import Report
 from wavelet_lm.training.run_folder import RunFolder
+from wavelet_lm.training.saved_files import FileSaver
 from wavelet_lm.training.saved_state import Progress
 from wavelet_lm.training.schedule import learning_rate, warmup_steps
 from wavelet_lm.training.stop_signals import StopSignals
 from wavelet_lm.training.task import Task, Validation
+from wavelet_lm.training.weights import Saved, Weights
 
 SMOOTHING = 0.95
 
@@ -30,14 +33,27 @@ class Trainer:
     whether it was stopped in between.
     """
 
-    def __init__(self, config: Config, task: Task, run: RunFolder, total_steps: int):
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        run: RunFolder,
+        total_steps: int,
+        *,
+        weights: Weights | None = None,
+        saver: FileSaver | None = None,
+    ):
         self.config, self.task, self.run = config, task, run
+        self.weights = weights or Weights(task.model)
+        self.saver = saver or FileSaver(run, config.keep_checkpoints)
         self.precision = Precision(config, task.device)
-        self.optimizer = Optimizer(task.model, config)
+        self.optimizer = Optimizer(task.model, config, self.weights)
         self.batches = DeviceBatches(task.batch, task.device)
         self.progress = Progress(total_steps)
         self.report = Report(config, task, run, self.progress)
         self._unread: tuple[int, LateReading] | None = None
+        self._signals = StopSignals()
+        self._agreed_to_stop = False
 
     def train(self) -> None:
         """Run from where it stands to the last step, and leave `last` and `best` checkpoints.
@@ -58,8 +74,9 @@ class Trainer:
     def _train(self) -> None:
         done = self.progress
         with StopSignals() as stop, self.report.bar() as bar:
+            self._signals = stop
             self.batches.fetch(done.step)
-            while done.step < done.total_steps and not stop.received:
+            while done.step < done.total_steps and not self._stops():
                 self._validate_if_due()
                 if done.step % self.config.save_interval == 0 and done.step > 0:
                     self.save()
@@ -69,31 +86,44 @@ class Trainer:
                 done.seconds += time.perf_counter() - started
                 self._stepped()
                 self.report.step(bar)
-            if not stop.received:
+            if not self._stops():
                 self._validate_if_due()
             self.save()
-            if stop.received:
+            self.saver.finish()
+            if self._stops():
                 raise Interrupted(
-                    stop.received,
+                    stop.received or signal.SIGTERM,
                     f"stopped and saved at step {done.step} of {done.total_steps}; go on with:"
                     f" {self.run.go_on}",
+                    agreed=True,
                 )
+
+    def _stops(self) -> bool:
+        """Whether a signal ends the loop here; several processes agree on it with their losses."""
+        if self.task.processes.size == 1:
+            return bool(self._signals.received)
+        return self._agreed_to_stop
 
     def _update(self) -> None:
         """One optimizer step."""
-        step, n = self.progress.step, self.config.grad_accum
+        step, n = self.progress.step, self.task.n_passes
         self.optimizer.set_lr(learning_rate(self.config, step, self.progress.total_steps))
         total = torch.zeros((), device=self.task.device)
         for loss in self.task.losses(step, self.batches[step]):
             self.precision.backward(loss / n)
             total += loss.detach() / n
         self.batches.fetch(step + 1)  # while this one computes
-        self.precision.update(self.optimizer, self.task.model, self.config.grad_clip)
+        self.weights.take_gradients()
+        self.precision.update(self.optimizer, self.weights, self.config.grad_clip)
         self.optimizer.zero_grad()
         # The loss is read one step late, so that the host never waits for the step it has queued.
         self._read_loss()
-        read = LateReading(torch.stack([total, self.precision.scaler.value]))
-        self._unread = (step + 1, read)
+        values = torch.stack([total, self.precision.scaler.value])
+        processes = self.task.processes
+        if processes.size > 1:
+            asked = torch.full((1,), float(self._signals.received > 0), device=self.task.device)
+            values = processes.total(torch.cat([values, asked])) / processes.size
+        self._unread = (step + 1, LateReading(values))
 
     def _stepped(self) -> None:
         """Called after each step, outside of its time."""
@@ -102,8 +132,9 @@ class Trainer:
         """Read the loss that is still on its way; stop when it is not one to go on from."""
         if self._unread is None:
             return
-        step, (loss, scale) = self._unread[0], self._unread[1].read()
+        step, (loss, scale, *asked) = self._unread[0], self._unread[1].read()
         self._unread = None
+        self._agreed_to_stop |= any(asked)
         if not math.isfinite(loss):
             raise self.report.diverged(f"the loss is {loss} at step {step}")
         if loss > self.task.worst_loss:
@@ -145,21 +176,25 @@ class Trainer:
     def _save_best(self) -> None:
         """Write the weights of now to `best.safetensors`, as those of the best step."""
         metadata = {"step": self.progress.best_step, "val_loss": self.progress.best_loss}
-        save_checkpoint(self.run.best, self.task.model, metadata)
+        whole = self.weights.gathered()
+        if self.task.processes.is_main:
+            save_checkpoint(self.run.best, self.task.model, metadata, weights=whole)
 
     def save(self) -> None:
-        """Write `last.safetensors`: weights, optimizer, generators, and where the run stands."""
+        """Write weights, optimizer, generators, and where the run stands, to go on from."""
         self._read_loss()
         self._require_finite_weights()
-        state = saved_state.collect(self.progress, self.task, self.optimizer, self.precision)
-        save_checkpoint(self.run.last, self.task.model, *state)
+        task = self.task
+        state = saved_state.collect(
+            self.progress, task, self.optimizer, self.precision, self.weights
+        )
+        self.saver.save(task.model, self.weights, *state)
 
     def _require_finite_weights(self) -> None:
-        finite = torch.stack([p.isfinite().all() for p in self.task.model.parameters()])
-        if not bool(finite.all()):
+        if not self.weights.are_finite():
             raise self.report.diverged(f"the weights are not finite at step {self.progress.step}")
 
-    def restore(self, checkpoint: Checkpoint, changed: bool = False) -> None:
+    def restore(self, checkpoint: Saved, changed: bool = False) -> None:
         """The inverse of `save`.
 
         Args:
@@ -175,8 +210,10 @@ class Trainer:
         has_best = self.progress.best_step >= 0 or self.run.best.is_file()
         if (changed or revalidate) and has_best:
             self._restore_best(revalidate)
-        checkpoint.load_into(task.model)
-        tensors = saved_state.put_back(checkpoint, self.optimizer, self.precision, task.device)
+        self.weights.load(checkpoint)
+        tensors = saved_state.put_back(
+            checkpoint, task, self.optimizer, self.precision, self.weights
+        )
         task.restore(checkpoint, tensors, self.run.log)
 
     def _restore_best(self, revalidate: bool) -> None:
@@ -186,7 +223,7 @@ class Trainer:
         was. It is written anew, for it says where the data lie.
         """
         done, best = self.progress, Checkpoint(self.run.best)
-        best.load_into(self.task.model)
+        self.weights.load(best)
         done.best_step, done.best_loss = best.metadata["step"], best.metadata["val_loss"]
         if revalidate:
             before, done.best_loss = done.best_loss, self.validate().loss

@@ -1,7 +1,7 @@
 """Muon with the matrices of one shape as one stack: the same steps in far fewer products."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wavelet_lm.kernels.adagrad import decay_
+from wavelet_lm.training.weights import Weights
 
 # Keller Jordan's iteration (https://kellerjordan.github.io/posts/muon/): five steps in bfloat16.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -26,13 +27,17 @@ class Muon(Optimizer):
 
     Args:
         params: matrices [rows, columns] of float32, or groups of them.
+        whole: what knows the whole matrices, where the params are shares of them; None = they are.
 
     Attributes:
         grad_scale, found_inf: as Adagrad's (`adagrad.py`).
     """
 
-    def __init__(self, params: Any, *, lr: float, weight_decay: float):
+    def __init__(
+        self, params: Any, *, lr: float, weight_decay: float, whole: Weights | None = None
+    ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self._whole = whole
         self._step_supports_amp_scaling = True  # PyTorch's own name for it
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
@@ -42,7 +47,7 @@ class Muon(Optimizer):
         """One step of all matrices that have a gradient, in place."""
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
-            for weights in stacks(with_gradient):
+            for weights in stacks(with_gradient, self._shape):
                 self._step(weights, group["lr"], group["weight_decay"])
 
     def _step(self, weights: list[Tensor], lr: float, weight_decay: float) -> None:
@@ -55,13 +60,21 @@ class Muon(Optimizer):
         if skip is not None:  # a momentum that meets itself stays what it is
             gradients = torch.where(skip == 0, gradients, torch.stack(momenta))
         torch._foreach_lerp_(momenta, list(gradients.unbind()), 1 - MOMENTUM)
-        update = orthogonal(gradients.lerp_(torch.stack(momenta), MOMENTUM)).float()
+        gradients.lerp_(torch.stack(momenta), MOMENTUM)
+        if self._whole is None:
+            update = orthogonal(gradients).float()
+        else:
+            update = self._whole.on_whole(weights[0], gradients, orthogonal).float()
         if skip is not None:
             update *= skip == 0
         decay_(weights, lr * weight_decay, skip)
         # As large as an update of AdamW, so that one learning rate serves both.
-        rate = lr * 0.2 * max(update.shape[1:]) ** 0.5
+        rate = lr * 0.2 * max(self._shape(weights[0])) ** 0.5
         torch._foreach_add_(weights, list(update.unbind()), alpha=-rate)
+
+    def _shape(self, weight: Tensor) -> torch.Size:
+        """Of the whole matrix."""
+        return weight.shape if self._whole is None else self._whole.whole_shape(weight)
 
     def _momentum(self, weight: Tensor) -> Tensor:
         state = self.state[weight]
@@ -70,11 +83,13 @@ class Muon(Optimizer):
         return state["momentum_buffer"]
 
 
-def stacks(weights: list[Tensor]) -> Iterator[list[Tensor]]:
+def stacks(
+    weights: list[Tensor], shape_of: Callable[[Tensor], torch.Size] = lambda p: p.shape
+) -> Iterator[list[Tensor]]:
     """The weights by their shape, up to `STACK_VALUES` numbers at a time, or one matrix."""
     by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
     for p in weights:
-        by_shape[p.shape].append(p)
+        by_shape[shape_of(p)].append(p)
     for shape, same in by_shape.items():
         n = max(1, STACK_VALUES // max(1, shape.numel()))
         for start in range(0, len(same), n):

@@ -11,6 +11,7 @@ from wavelet_lm.errors import UserError
 from wavelet_lm.kernels.adagrad import decay_
 from wavelet_lm.training.adagrad import Adagrad
 from wavelet_lm.training.muon import Muon
+from wavelet_lm.training.weights import Weights
 
 STATE_BYTES = {"Adagrad": 4, "AdamW": 8, "Muon": 8, "Adagrad8bit": 1, "AdamW8bit": 2}
 
@@ -18,10 +19,12 @@ STATE_BYTES = {"Adagrad": 4, "AdamW": 8, "Muon": 8, "Adagrad8bit": 1, "AdamW8bit
 class Optimizer:
     """One optimizer, or Muon for the matrices beside AdamW for the rest, behind one interface."""
 
-    def __init__(self, model: nn.Module, config: TrainingConfig):
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    def __init__(self, model: nn.Module, config: TrainingConfig, weights: Weights | None = None):
+        """weights: what to step on, by the names of the model's; None = the model's own."""
+        named = {n: p for n, p in (weights or model).named_parameters() if p.requires_grad}
         maps = roles.maps(model)
-        matrices = {n: p for n, p in named.items() if p in maps}
+        names = {n for n, p in model.named_parameters() if p in maps}
+        matrices = {n: p for n, p in named.items() if n in names}
         others = {n: p for n, p in named.items() if n not in matrices}
         self.parts: list[torch.optim.Optimizer]
         match config.optimizer:
@@ -36,7 +39,12 @@ class Optimizer:
                 self.parts = [_bitsandbytes(config, _groups(config, matrices, others))]
             case "Muon":
                 self.parts = [
-                    Muon(list(matrices.items()), lr=config.lr, weight_decay=config.weight_decay),
+                    Muon(
+                        list(matrices.items()),
+                        lr=config.lr,
+                        weight_decay=config.weight_decay,
+                        whole=weights,
+                    ),
                     _adamw(config, _groups(config, {}, others)),
                 ]
         self.names = {p: n for n, p in named.items()}

@@ -10,6 +10,7 @@ from wavelet_lm import devices
 from wavelet_lm.config import TrainingConfig
 from wavelet_lm.errors import UserError
 from wavelet_lm.training.optimizers import Optimizer
+from wavelet_lm.training.weights import Weights
 
 # Below this loss scale no gradient is left that fp16 could hold.
 SMALLEST_SCALE = 2.0**-10
@@ -64,7 +65,7 @@ class Precision:
     """
 
     def __init__(self, config: TrainingConfig, device: torch.device):
-        self.device = device
+        self.device, self._offloaded = device, config.fsdp_cpu_offload
         self.dtype = devices.amp_dtype(config, device)
         if self.dtype == torch.float16 and device.type != "cuda":
             raise UserError(
@@ -75,6 +76,9 @@ class Precision:
         tf32 = config.allow_tf32 and device.type == "cuda"
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
+    def _steps_on_cpu(self) -> bool:
+        return self.device.type == "cpu" or self._offloaded
+
     def autocast(self) -> AbstractContextManager:
         """The context of a forward pass."""
         return devices.autocast(self.device, self.dtype)
@@ -83,7 +87,7 @@ class Precision:
         """Add the gradient of a loss (0-d), scaled where float16 needs it."""
         (loss * self.scaler.value if self.scaler.enabled else loss).backward()
 
-    def update(self, optimizer: Optimizer, model: nn.Module, grad_clip: float) -> None:
+    def update(self, optimizer: Optimizer, model: nn.Module | Weights, grad_clip: float) -> None:
         """Clip the gradients and step; with loss scaling a step that overflowed is skipped.
 
         One pass reads the gradients for their norm. On a GPU the step's own pass does the rest, and
@@ -94,8 +98,8 @@ class Precision:
             optimizer.step()
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self.device.type == "cpu" and not scaler.enabled:
+        norm = (model.norm if isinstance(model, Weights) else nn.utils.get_total_norm)(gradients)
+        if self._steps_on_cpu() and not scaler.enabled:
             factor = grad_clip / (norm + 1e-6)
             if not bool(factor >= 1):  # also where it is NaN, which is not to go unnoticed
                 torch._foreach_mul_(gradients, factor)

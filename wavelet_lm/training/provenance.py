@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from wavelet_lm.training.processes import launcher
+
 # What a result depends on in a checkout, besides the config, which a run keeps itself.
 CODE = (":(top)*.py", ":(top)pyproject.toml", ":(top)constraints.txt")
 
@@ -51,7 +53,7 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
         program = ["-m", spec.name.removesuffix(".__main__")]
     if sys.argv[0].startswith("wavelet-lm "):
         return shlex.join([*sys.argv[0].split(), *map(_relative, arguments)])
-    return shlex.join(["python", *program, *map(_relative, arguments)])
+    return shlex.join([*launcher(), *program, *map(_relative, arguments)])
 
 
 def _relative(word: str) -> str:

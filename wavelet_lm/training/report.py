@@ -7,8 +7,8 @@ from typing import Any
 
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
-from wavelet_lm.models.checkpoint import Checkpoint
 from wavelet_lm.training.run_folder import RunFolder
+from wavelet_lm.training.saved_files import described
 from wavelet_lm.training.saved_state import Progress
 from wavelet_lm.training.schedule import learning_rate
 from wavelet_lm.training.task import Task, Validation
@@ -66,8 +66,7 @@ class Report:
 
     def diverged(self, reason: str) -> Diverged:
         """The error that says why, what is left of the run, and what to try."""
-        kept = [file for file in (self.run.last, self.run.best) if file.is_file()]
-        files = " and ".join(f"{f} (step {Checkpoint(f).metadata['step']})" for f in kept)
+        files = " and ".join(described(self.run))
         saved = f"the last good weights are in {files}" if files else "nothing was saved yet"
         return Diverged(
             f"training diverged: {reason} (learning rate {self._rate(self.progress.step):.3g});"
@@ -86,7 +85,7 @@ class Report:
             initial=done.step,
             desc=self.run.title,
             unit="step",
-            disable=None,
+            disable=None if self.task.processes.is_main else True,
             leave=False,
         ) as bar:
             yield bar

@@ -23,27 +23,33 @@ from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.conclusion import conclude
 from wavelet_lm.training.language import LanguageModelling, total_steps
 from wavelet_lm.training.loop import Trainer
-from wavelet_lm.training.memory_estimate import (
-    refuse_large_model_on_cpu,
-    refuse_what_cannot_train,
-)
-from wavelet_lm.training.run_folder import RunFolder, check_folder
+from wavelet_lm.training.memory_estimate import refuse_large_model_on_cpu
+from wavelet_lm.training.parallel_choice import chosen_parallel, refuse_another_number
+from wavelet_lm.training.processes import ALONE, Processes
+from wavelet_lm.training.run_folder import RunFolder, SilentRunFolder, check_folder
 from wavelet_lm.training.runs_table import check_table
-from wavelet_lm.training.saved_state import open_saved
+from wavelet_lm.training.saved_files import newest
+from wavelet_lm.training.saved_state import require_state
 from wavelet_lm.training.summary import announcement
+from wavelet_lm.training.weights import Weights
 
 
-def train(config: Config, command: str | None = None) -> RunFolder:
+def train(config: Config, command: str | None = None, processes: Processes = ALONE) -> RunFolder:
     """Train a new model and leave its run folder.
+
+    Args:
+        command: that makes it; None is the one that was typed.
+        processes: this one among those that train it together (`together.py`).
 
     Raises:
         UserError: anything that the user can mend, before or during the run.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP, after saving.
     """
     use_threads(config.threads)
+    refuse_another_number(config, processes)
     check_table(config.runs_file)
     check_folder(config.out_dir)
-    device = resolve_device(config.device)
+    device = _device(config, processes)
     source = find_own_checkpoint(config.init_from) if config.init_from else None
     # Before any data is fetched: could this machine train it at all?
     vocab_size = GPT2_VOCAB if config.tokenizer in ("auto", "gpt2") else 1
@@ -55,34 +61,43 @@ def train(config: Config, command: str | None = None) -> RunFolder:
         print(message)
         messages.append(message)
 
-    data = prepare_data(config, tokenizer=_initial_tokenizer(config), log=log)
+    tokenizer = _initial_tokenizer(config)
+    data = processes.in_turn(lambda: prepare_data(config, tokenizer=tokenizer, log=log))
     torch.manual_seed(config.seed)
-    model = _build(config, data, device)
+    model = _build(config, data, device, processes)
+    processes.seed(config.seed)
     if source is not None:
-        Checkpoint(source).load_into(model)
-    run = RunFolder.create(config, data.name, command)
+        _weights(model, processes).load(Checkpoint(source))
+    run = _new_folder(config, data.name, command, processes)
     try:
         for message in messages:
             run.note(message)
-        data.tokenizer.save(run.tokenizer)
-        task = LanguageModelling(config, model, data, device)
-        trainer = Trainer(config, task, run, total_steps(config, data))
+        if processes.is_main:
+            data.tokenizer.save(run.tokenizer)
+        task = LanguageModelling(config, model, data, device, processes)
+        trainer = _trainer(config, task, run, total_steps(config, data))
         if data.test is not None and len(data.test.tokens) < 2:
             raise UserError("the test split has 1 token; give more text or change split")
     except UserError:  # no run has begun, so no folder of one should be found
-        shutil.rmtree(run.path)
+        if processes.is_main:
+            shutil.rmtree(run.path)
         raise
     for line in announcement(trainer):
         run.log(line)
     return _finish(trainer)
 
 
-def resume(path: str | Path, flags: Mapping[str, Any] | None = None) -> RunFolder:
+def resume(
+    path: str | Path,
+    flags: Mapping[str, Any] | None = None,
+    processes: Processes = ALONE,
+) -> RunFolder:
     """Go on with a stopped run as if it had never been stopped, or with a run otherwise.
 
     Args:
         flags: new values of keys that `training/changes.py` allows; a finished run goes on with
             more `max_steps` or `epochs`.
+        processes: this one among those that train it together; the run may have had others.
 
     Raises:
         UserError: anything that the user can mend, before or during the run.
@@ -90,25 +105,29 @@ def resume(path: str | Path, flags: Mapping[str, Any] | None = None) -> RunFolde
     """
     flags = dict(flags or {})
     refuse_other_flags(path, flags)
-    run = RunFolder.open(path)
+    run = _folder(RunFolder.open(path).path, processes)
     ends = [row["step"] for row in run.metrics() if row["event"] == "end"]
-    if not run.last.is_file():
+    checkpoint = newest(run, processes)
+    if checkpoint is None:
         if ends:
             raise UserError(
                 f"{path}: this run is finished and has no {run.last.name} to train on from;"
                 f" --init_from {path} starts a new one"
             )
         raise UserError(f"{path}: stopped before its first checkpoint; start it again")
-    checkpoint = open_saved(run.last)
+    require_state(checkpoint)
     saved = checkpoint.metadata
     config, changes = changed_config(run, checkpoint, flags)
+    refuse_another_number(config, processes)
     longer = any(key in changes for key in LENGTH)
     if not longer and saved["total_steps"] in ends:
         raise _finished(path, saved["step"])
     check_table(config.runs_file)
     use_threads(config.threads)
-    device = resolve_device(config.device)
-    data = prepare_data(config, tokenizer=load_tokenizer(run.path))
+    device = _device(config, processes)
+    _log_apart(run, config, processes)
+    tokenizer = load_tokenizer(run.path)
+    data = processes.in_turn(lambda: prepare_data(config, tokenizer=tokenizer))
     steps = total_steps(config, data) if longer else saved["total_steps"]
     if steps < saved["step"]:
         raise UserError(
@@ -117,9 +136,11 @@ def resume(path: str | Path, flags: Mapping[str, Any] | None = None) -> RunFolde
         )
     if steps == saved["step"] and steps in ends:
         raise _finished(path, steps)
-    model = _build(config, data, device)
-    trainer = Trainer(config, LanguageModelling(config, model, data, device), run, steps)
+    model = _build(config, data, device, processes)
+    task = LanguageModelling(config, model, data, device, processes)
+    trainer = _trainer(config, task, run, steps)
     run.remove_temporary_files()
+    processes.wait_for_all()
     trainer.restore(checkpoint, changed=bool(changes))
     run.drop_metrics_after(trainer.progress.step, trainer.progress.evaluated_step)
     run.log(f"resumed at step {saved['step']} of {steps}: {run.command}")
@@ -151,18 +172,72 @@ def _initial_tokenizer(config: Config) -> Tokenizer | None:
     return tokenizer
 
 
-def _build(config: Config, data: TokenizedText, device: torch.device) -> nn.Module:
+def _device(config: Config, processes: Processes) -> torch.device:
+    device = resolve_device(processes.device_name(config.device))
+    processes.connect(device)
+    return device
+
+
+def _build(
+    config: Config, data: TokenizedText, device: torch.device, processes: Processes
+) -> nn.Module:
     vocab_size = data.tokenizer.vocab_size
-    refuse_what_cannot_train(model_without_weights(config, vocab_size), device)
+    shape = model_without_weights(config, vocab_size)
+    if chosen_parallel(shape, device, processes) == "fsdp":
+        from wavelet_lm.training.parallelize import sharded_model
+
+        return sharded_model(lambda: build_model(config, vocab_size), config, device, processes)
     with device:
         return build_model(config, vocab_size)
 
 
+def _weights(model: nn.Module, processes: Processes) -> Weights:
+    if processes.size == 1:
+        return Weights(model)
+    from wavelet_lm.training.parallelize import weights_of
+
+    return weights_of(model, processes)
+
+
+def _trainer(config: Config, task: LanguageModelling, run: RunFolder, steps: int) -> Trainer:
+    processes, saver = task.processes, None
+    if processes.size > 1:
+        from wavelet_lm.training.sharded_checkpoint import ShardedSaver
+
+        saver = ShardedSaver(run, config.keep_checkpoints, processes)
+    return Trainer(config, task, run, steps, weights=_weights(task.model, processes), saver=saver)
+
+
+def _new_folder(config: Config, name: str, command: str | None, processes: Processes) -> RunFolder:
+    """The folder of a new run, which the first process makes."""
+    path = processes.told(lambda: str(RunFolder.create(config, name, command).path))
+    run = _folder(path, processes)
+    run.command = command or run.command
+    _log_apart(run, config, processes)
+    return run
+
+
+def _folder(path: str | Path, processes: Processes) -> RunFolder:
+    return RunFolder(path) if processes.is_main else SilentRunFolder(path)
+
+
+def _log_apart(run: RunFolder, config: Config, processes: Processes) -> None:
+    if config.rank_logs and isinstance(run, SilentRunFolder):
+        run.log_file = run.path / f"log_rank{processes.rank}.txt"
+
+
 def _finish(trainer: Trainer) -> RunFolder:
-    """Train to the end, then conclude the run."""
+    """Train to the end, then conclude the run, which the first process does alone."""
     run, config, task = trainer.run, trainer.config, trainer.task
-    task.loss_function = compiled(task.model, config, task.device, run.log)
+    loss = compiled(task.model, config, task.device, run.log)
+    if task.processes.size > 1:
+        from wavelet_lm.training.parallelize import parallelize
+
+        loss = parallelize(task.model, loss, task.device, task.n_passes)
+    task.loss_function = loss
     trainer.train()
+    if not task.processes.is_main:
+        return run
     try:
         conclude(trainer)
     except (KeyboardInterrupt, Interrupted) as stop:

@@ -3,6 +3,7 @@
 import errno
 import json
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from wavelet_lm.atomic_files import append_line, as_user_error, write_text
 from wavelet_lm.config import CHANGES, Config, read_json_object
 from wavelet_lm.errors import UserError
+from wavelet_lm.training.processes import launcher
 from wavelet_lm.training.provenance import command_line, environment
 
 
@@ -30,9 +32,10 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.best = self.path / "best.safetensors"
         self.last = self.path / "last.safetensors"
+        self.checkpoints = self.path / "checkpoints"
         self.tokenizer = self.path / "tokenizer"
         self.command, self.title = command_line(), ""
-        self.go_on = f"python train.py --resume {shlex.quote(str(self.path))}"
+        self.go_on = shlex.join([*launcher(), "train.py", "--resume", str(self.path)])
 
     @classmethod
     def create(cls, config: Config, data_name: str, command: str | None = None) -> "RunFolder":
@@ -66,8 +69,11 @@ class RunFolder:
 
     def remove_temporary_files(self) -> None:
         """What a process that was killed while it saved has left."""
-        for file in self.path.glob(".*tmp*"):
-            file.unlink(missing_ok=True)
+        for file in (*self.path.glob(".*tmp*"), *self.checkpoints.glob(".*tmp*")):
+            if file.is_dir():
+                shutil.rmtree(file, ignore_errors=True)
+            else:
+                file.unlink(missing_ok=True)
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
@@ -128,6 +134,34 @@ class RunFolder:
             )
         ]
         write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+class SilentRunFolder(RunFolder):
+    """The folder of a run for a process that leaves it to the first one to write there.
+
+    With `log_file` it keeps a log of its own.
+    """
+
+    log_file: Path | None = None
+
+    def log(self, message: str) -> None:
+        self.note(message)
+
+    def note(self, message: str) -> None:
+        if self.log_file is not None:
+            append_line(self.log_file, f"{datetime.now():%Y-%m-%d %H:%M:%S}  {message}")
+
+    def write_config(self, config: Config, changes: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Nothing."""
+
+    def write_metrics(self, **values: Any) -> None:
+        self.note(json.dumps(values))
+
+    def drop_metrics_after(self, step: int, evaluated_step: int) -> None:
+        """Nothing."""
+
+    def remove_temporary_files(self) -> None:
+        """Nothing."""
 
 
 def new_folder(parent: str | Path, name: str) -> Path:

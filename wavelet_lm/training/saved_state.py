@@ -13,6 +13,7 @@ from wavelet_lm.models.checkpoint import Checkpoint
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
 from wavelet_lm.training.task import Task
+from wavelet_lm.training.weights import Saved, Weights
 
 # What has been saved since the first version, and of which type.
 SAVED: dict[str, tuple[type, ...]] = {
@@ -61,14 +62,17 @@ class Progress:
 
 
 def collect(
-    progress: Progress, task: Task, optimizer: Optimizer, precision: Precision
+    progress: Progress, task: Task, optimizer: Optimizer, precision: Precision, weights: Weights
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metadata and tensors of `last.safetensors`, the weights aside."""
+    """Metadata and tensors of what a run goes on from, the weights aside."""
     moments, scalars = optimizer.state()
-    tensors = {f"optimizer/{name}": t for name, t in moments.items()}
-    tensors["generator/cpu"] = torch.get_rng_state()
+    tensors = {
+        name: weights.global_state(name, t)
+        for name, t in ((f"optimizer/{name}", t) for name, t in moments.items())
+    }
+    tensors[generator("cpu", task)] = torch.get_rng_state()
     if task.device.type == "cuda":
-        tensors["generator/cuda"] = torch.cuda.get_rng_state(task.device)
+        tensors[generator("cuda", task)] = torch.cuda.get_rng_state(task.device)
     metadata = {
         **progress.saved(),
         **task.saved(),
@@ -78,23 +82,36 @@ def collect(
     return metadata, tensors | task.saved_tensors()
 
 
+def generator(device: str, task: Task) -> str:
+    """The name of the state of this process's generator; the first one's is that of one alone."""
+    rank = task.processes.rank
+    return f"generator/{device}" + (f".{rank}" if rank else "")
+
+
+def require_state(checkpoint: Saved) -> None:
+    """Raise `UserError` unless a run can go on from a checkpoint."""
+    if "total_steps" not in checkpoint.metadata:
+        raise UserError(f"{checkpoint.path}: holds weights only; start a new run with --init_from")
+    checkpoint.require(SAVED)
+
+
 def open_saved(path: Path) -> Checkpoint:
-    """The checkpoint that a run goes on from.
+    """The checkpoint file that one process goes on from.
 
     Raises:
         UserError: it is not whole, or holds weights alone.
     """
     checkpoint = Checkpoint(path)
-    if "total_steps" not in checkpoint.metadata:
-        raise UserError(f"{path}: holds weights only; start a new run with --init_from")
-    checkpoint.require(SAVED)
+    require_state(checkpoint)
     return checkpoint
 
 
 def put_back(
-    checkpoint: Checkpoint, optimizer: Optimizer, precision: Precision, device: torch.device
+    checkpoint: Saved, task: Task, optimizer: Optimizer, precision: Precision, weights: Weights
 ) -> dict[str, Tensor]:
     """Give optimizer, random generators and loss scale the state that they had.
+
+    A process that was not there when it was saved has random numbers of its own from here on.
 
     Returns:
         All saved tensors beside the weights, those of the task among them.
@@ -102,7 +119,7 @@ def put_back(
     Raises:
         UserError: the state does not fit the model.
     """
-    saved, tensors = checkpoint.metadata, checkpoint.extra()
+    saved, tensors = checkpoint.metadata, weights.extra(checkpoint)
     moments = {
         name.removeprefix("optimizer/"): t
         for name, t in tensors.items()
@@ -110,12 +127,15 @@ def put_back(
     }
     try:
         optimizer.load_state(moments, saved["optimizer"])
-        torch.set_rng_state(tensors["generator/cpu"])
+        if task.processes.is_main or generator("cpu", task) in tensors:
+            torch.set_rng_state(tensors[generator("cpu", task)])
+        else:
+            task.processes.seed(task.config.seed, saved["step"])
         if saved["scaler"]:  # one that had nothing to scale, as on another device, has no state
             precision.scaler.load_state_dict(saved["scaler"])
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         problem = str(error).strip().split("\n")[0]
         raise checkpoint.damaged(f"its optimizer or generators do not fit: {problem}") from None
-    if "generator/cuda" in tensors and device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["generator/cuda"], device)
+    if generator("cuda", task) in tensors and task.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors[generator("cuda", task)], task.device)
     return tensors

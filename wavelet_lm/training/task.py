@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from wavelet_lm import devices
 from wavelet_lm.config import Config
+from wavelet_lm.data.batches import passes_per_step
 from wavelet_lm.models.checkpoint import Checkpoint
+from wavelet_lm.training.processes import ALONE, Processes
 
 MicroBatch = tuple[Tensor, ...]
 
@@ -37,6 +39,7 @@ class Task:
         unit, per_step: what the speed counts, and how many of them a step reads.
         worst_loss: of a batch; above it training has left the region from which it recovers.
         validates_untrained: whether a run begins with a validation.
+        n_passes: forward passes that this process does in a step.
     """
 
     unit: str
@@ -44,12 +47,20 @@ class Task:
     worst_loss = math.inf
     validates_untrained = True
 
-    def __init__(self, config: Config, model: nn.Module, device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        device: torch.device,
+        processes: Processes = ALONE,
+    ):
         self.config, self.model, self.device = config, model, device
+        self.processes = processes
+        self.n_passes = passes_per_step(config, processes.size)
         self.autocast = partial(devices.autocast, device, devices.amp_dtype(config, device))
 
     def batch(self, step: int) -> list[MicroBatch]:
-        """The `grad_accum` micro-batches of a step (from 0), on the CPU, in the task's shapes."""
+        """The `n_passes` micro-batches of a step (from 0), on the CPU, in the task's shapes."""
         raise NotImplementedError
 
     def losses(self, step: int, batch: list[MicroBatch]) -> Iterator[Tensor]:

@@ -1,0 +1,86 @@
+"""Several processes end together: one line says why, and a whole checkpoint is left."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training import runs
+from tests.training.several import PATIENCE, ended, run_job, started
+from wavelet_lm.training.checkpoint_folder import saved_steps
+
+SECONDS = 30
+
+
+def started_run(folder: Path, size: int, **overrides):
+    """`train.py` in several processes, of a run that does not end by itself."""
+    endless = {"max_steps": 100_000, "save_interval": 2, "eval_interval": 100_000}
+    config = runs.config_file(folder, **{**endless, **overrides})
+    return started(size, runs.ROOT / "train.py", "--config", config)
+
+
+def wait_for(what, processes) -> None:
+    until = time.monotonic() + PATIENCE
+    while not what():
+        assert all(process.poll() is None for process in processes), ended(processes)
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def n_saved(folder: Path) -> int:
+    return len(saved_steps(runs.only_run(folder) / "checkpoints"))
+
+
+def has_saved(folder: Path) -> bool:
+    return (folder / "logs").is_dir() and bool(list(folder.glob("logs/*/checkpoints/step_*")))
+
+
+def lines_of_errors(results) -> list[str]:
+    return [line for _, _, stderr in results for line in stderr.splitlines() if line]
+
+
+def assert_goes_on(folder: Path) -> None:
+    """What is left is whole: a process trains on from it, alone."""
+    (step, _, _) = saved_steps(runs.only_run(folder) / "checkpoints")[-1]
+    run_job(
+        {"resume": str(runs.only_run(folder)), "flags": {"max_steps": step + 1, "parallel": "auto"}}
+    )
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_ends_the_other(tmp_path, killed):
+    with started_run(tmp_path, 2, parallel="fsdp" if killed else "ddp") as processes:
+        wait_for(lambda: has_saved(tmp_path), processes)
+        processes[killed].kill()
+        at = time.monotonic()
+        results = ended(processes)
+    assert time.monotonic() - at < SECONDS
+    assert results[killed][0] == -signal.SIGKILL
+    assert results[1 - killed][0] == 2
+    (line,) = lines_of_errors(results)
+    assert line.startswith(f"train.py: error: rank {killed} is gone")
+    assert_goes_on(tmp_path)
+
+
+def test_a_signal_to_one_process_stops_all_and_saves(tmp_path):
+    with started_run(tmp_path, 2, save_interval=100_000) as processes:
+        wait_for(lambda: list(tmp_path.glob("logs/*/metrics.jsonl")), processes)
+        processes[1].send_signal(signal.SIGTERM)
+        at = time.monotonic()
+        results = ended(processes)
+    assert time.monotonic() - at < SECONDS
+    assert [status for status, _, _ in results] == [128 + signal.SIGTERM] * 2
+    (line,) = lines_of_errors(results)
+    assert "stopped and saved at step" in line
+    assert "torchrun --nproc_per_node=2 train.py --resume" in line
+    assert_goes_on(tmp_path)
+
+
+def test_what_the_user_got_wrong_is_said_once(tmp_path):
+    config = runs.config_file(tmp_path, dataset="/nowhere.txt")
+    with started(2, runs.ROOT / "train.py", "--config", config) as processes:
+        results = ended(processes)
+    assert [status for status, _, _ in results] == [2, 2]
+    (line,) = lines_of_errors(results)
+    assert "missing data path" in line
