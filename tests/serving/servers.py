@@ -6,14 +6,24 @@ import threading
 import time
 
 import httpx2 as httpx
+import torch
 
+from tests.conftest import tiny_config
 from tests.inference.writers import Letters, small_model
+from wavelet_lm import build_model
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.state_file import ModelRecord
 from wavelet_lm.serving.app import build_app
 from wavelet_lm.serving.options import ServeOptions
 from wavelet_lm.serving.server import listen, make_server
 from wavelet_lm.serving.service import Service
+
+
+def byte_model(**config):
+    """A new model of bytes; `small_model` is one of a few letters."""
+    torch.manual_seed(0)
+    small = {"C": 16, "layers": 1, "levels": 2, "per_scale_mixer_widths": None, **config}
+    return build_model(tiny_config(**small), 256).eval()
 
 
 def make_service(model=None, tokenizer=None, limits=None, folder=None, log=None, **decoding):

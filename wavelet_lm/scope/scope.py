@@ -159,7 +159,7 @@ def picture(scope: Scope, tokenizer: Tokenizer, run: str | None = None) -> dict[
         "format": FORMAT,
         "run": run,
         "tokenizer": tokenizer.name,
-        "tokens": [_shown(piece) for piece in pieces],
+        "tokens": [token_text(piece) for piece in pieces],
         "ids": scope.tokens,
         "n_before": scope.n_before,
         "bits": _numbers(scope.bits),
@@ -246,7 +246,7 @@ def _named(shares: Tensor, names: Sequence[int]) -> list[list[float]]:
     return [[names[i], _rounded(share, 3)] for i, share in pairs if share >= LEAST_SHARE]
 
 
-def _shown(piece: bytes) -> str:
+def token_text(piece: bytes) -> str:
     """A token as text; bytes that are no text of their own as ⟨hex⟩."""
     try:
         return piece.decode("utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 
 from wavelet_lm.data.tokenizer_base import Tokenizer
 from wavelet_lm.inference.generation import Drawn
+from wavelet_lm.scope.scope import token_text
 from wavelet_lm.serving.job import Alternatives, Written
 
 REASONS = {"end_of_text": "stop"}  # all others have their own names
@@ -77,6 +78,11 @@ class Answer:
     def _events_head(self) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.is_chat else self._kind
         return {**self._head, "object": kind}
+
+    def prompt(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """What is said of a prompt whose tokens are asked for; bytes that are no text in hex."""
+        texts = [token_text(self._tokenizer.token_bytes(token)) for token in tokens]
+        return {"prompt_token_ids": list(tokens), "prompt_tokens": texts}
 
     # --- figures of tokens -----------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -25,11 +24,12 @@ from wavelet_lm.serving.bodies import read_body, read_json, refusal
 from wavelet_lm.serving.chat import ChatTemplate
 from wavelet_lm.serving.figures import Figures
 from wavelet_lm.serving.job import Written
+from wavelet_lm.serving.page import page
 from wavelet_lm.serving.refused import Refused
+from wavelet_lm.serving.scales import Scales
 from wavelet_lm.serving.service import Service, Work
 from wavelet_lm.serving.streaming import EventStream, unless_left
 
-PAGE = Path(__file__).with_name("page.html")
 # The page is all of itself: nothing comes from elsewhere, and no other page frames it.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
@@ -70,15 +70,15 @@ def build_app(
             service.stop()
             await asyncio.to_thread(service.close)
 
-    page = [("/", "GET", web.page, False)] if PAGE.is_file() else []
     routes = [
-        *page,
+        ("/", "GET", web.page, False),
         ("/health", "GET", web.health, False),
         ("/metrics", "GET", web.metrics, True),
         ("/v1/models", "GET", web.models, True),
         ("/v1/models/{name:path}", "GET", web.model, True),
         ("/v1/completions", "POST", web.completions, True),
         ("/v1/chat/completions", "POST", web.chat, True),
+        ("/v1/scope", "POST", web.scope, True),
         ("/v1/states", "GET", web.list_states, True),
         ("/v1/states", "POST", web.make_state, True),
         ("/v1/states/{name}", "GET", web.show_state, True),
@@ -111,7 +111,7 @@ class Web:
     def __init__(self, service: Service, key: str | None, template: ChatTemplate | None):
         self.service, self.template = service, template
         self._key = None if key is None else key.encode()
-        self.figures = Figures(service)
+        self.figures, self.scales = Figures(service), Scales(service)
         self._created = int(time.time())
 
     def guarded(self, path: str, endpoint: Endpoint, locked: bool) -> Endpoint:
@@ -150,7 +150,7 @@ class Web:
 
     async def page(self, request: Request) -> Response:
         """The page."""
-        text = await asyncio.to_thread(PAGE.read_text, encoding="utf-8")
+        text = await asyncio.to_thread(page)
         headers = {"content-security-policy": PAGE_POLICY, "x-content-type-options": "nosniff"}
         return HTMLResponse(text, headers=headers)
 
@@ -267,7 +267,7 @@ class Web:
                 text = "".join(one.piece for one in texts[i])
                 extra = {"seed": work.jobs[number].choices[i].seed}
                 if asked.token_ids:
-                    extra["prompt_token_ids"] = work.prompts[number]
+                    extra |= answer.prompt(work.prompts[number])
                     extra["token_ids"] = _ids(texts[i])
                 choices.append(answer.choice(len(choices), text, texts[i], **extra))
         return JSONResponse(answer.body(choices, self._usage(work)))
@@ -287,7 +287,7 @@ class Web:
                         extra["seed"] = work.jobs[number].choices[choice].seed
                     if asked.token_ids:
                         if index not in begun:
-                            extra["prompt_token_ids"] = work.prompts[number]
+                            extra |= answer.prompt(work.prompts[number])
                         extra["token_ids"] = _ids(part)
                     if not begun:
                         self.figures.first_token(time.perf_counter() - started)
@@ -319,6 +319,11 @@ class Web:
 
     def _usage(self, work: Work) -> dict[str, Any]:
         return usage_of(work.n_prompt, work.n_cached, work.n_written)
+
+    async def scope(self, request: Request) -> Response:
+        """What each scale sees in a text."""
+        asked = fields.scope(await self._json(request))
+        return JSONResponse(await self.scales.picture(asked))
 
     # --- states ----------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from wavelet_lm.inference.completion import Strategy
 from wavelet_lm.inference.declarations import FLAGS, DeclaredOptions
 from wavelet_lm.inference.generation_options import GenerationOptions
 from wavelet_lm.json_files import brief
+from wavelet_lm.scope.scope import MOST_TOKENS, TOKENS
 from wavelet_lm.serving.options import ServeOptions
 from wavelet_lm.serving.refused import Refused
 
@@ -31,6 +32,7 @@ COMMON = (
 COMPLETION = ("prompt", "best_of", *COMMON)
 CHAT = ("messages", "max_completion_tokens", "top_logprobs", *COMMON)
 STATE = ("text", "tokens", "at", "state", "name")
+SCOPE = ("text", "tokens", "state", "last", "ablate")
 # Fields of the interface that say nothing where they have this value, and what to do instead of
 # giving them another.
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -178,6 +180,38 @@ def state(body: Any) -> AskedState:
         Refused: a field cannot be what it is.
     """
     given = checked_fields(body, STATE)
+    text = _text_or_tokens(given, "a state is made")
+    at = _whole(given, "at", 1, MAX_SEED, 1) if "at" in given else None
+    return AskedState(text, at, _name(given, "state"), _name(given, "name"))
+
+
+@dataclass(frozen=True)
+class AskedScope:
+    """What to look at: the last tokens of a text or of tokens, after the end of `state`'s text.
+
+    Attributes:
+        last: how many of them; ablate: whether to silence every scale in turn.
+    """
+
+    text: str | list[int]
+    state: str | None
+    last: int
+    ablate: bool
+
+
+def scope(body: Any) -> AskedScope:
+    """A body of `POST /v1/scope`.
+
+    Raises:
+        Refused: a field cannot be what it is.
+    """
+    given = checked_fields(body, SCOPE)
+    text = _text_or_tokens(given, "a picture is made")
+    last = _whole(given, "last", 1, MOST_TOKENS, TOKENS)
+    return AskedScope(text, _name(given, "state"), last, _flag(given, "ablate"))
+
+
+def _text_or_tokens(given: Mapping[str, Any], what: str) -> str | list[int]:
     text, tokens = given.get("text"), given.get("tokens")
     if text is not None and tokens is not None:
         raise Refused(400, "text and tokens both give the text; use one", "tokens")
@@ -188,10 +222,8 @@ def state(body: Any) -> AskedState:
             400, f"tokens is {brief(tokens)}; it must be a list of whole numbers", "tokens"
         )
     if text is None and not tokens and "state" not in given:
-        raise Refused(400, "a state is made of a text, tokens, or another state; give one", "text")
-    at = _whole(given, "at", 1, MAX_SEED, 1) if "at" in given else None
-    whole = text if text is not None else tokens or ""
-    return AskedState(whole, at, _name(given, "state"), _name(given, "name"))
+        raise Refused(400, f"{what} of a text, tokens, or a saved state; give one", "text")
+    return text if text is not None else tokens or ""
 
 
 def _asked(
