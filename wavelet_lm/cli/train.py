@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from wavelet_lm.cli.flags import OneLineParser, add_config_flags, parse_flags
-from wavelet_lm.config import Config, read_json_object
+from wavelet_lm.config import Config, ConfigError, read_json_object
 from wavelet_lm.streams import output_is_optional
 from wavelet_lm.training.processes import Processes, one_process_only
 from wavelet_lm.training.together import together
@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--resume", metavar="RUN", help=goes_on)
     parser.add_argument("--set", metavar="KEY=V1,V2", action="append", help=sets)
     parser.add_argument("--sweep", metavar="FILE", help="the same as JSON, key to list of values")
+    spread = "train a run of the grid on each of these at a time: cuda:0,cuda:1, all, cpu,cpu"
+    parser.add_argument("--devices", metavar="LIST", help=spread)
     add_config_flags(parser)
     with together() as processes:
         run(parse_flags(parser, sys.argv[1:]), processes)
@@ -43,15 +45,20 @@ def run(flags: dict[str, Any], processes: Processes) -> None:
         resume(flags.pop("resume"), flags, processes)
         return
 
-    file, sets, grid = (flags.pop(name, None) for name in ("config", "set", "sweep"))
+    names = ("config", "set", "sweep", "devices")
+    file, sets, grid, devices = (flags.pop(name, None) for name in names)
     source = file or "config"
     if sets or grid:
         one_process_only("a sweep")
         from wavelet_lm.experiments.sweep import read_grid, sweep
 
         members = read_grid(sets or [], grid, fixed=flags)
+        chosen = [] if devices is None else _devices_of_a_sweep(devices, {**flags, **members[0]})
         output_is_optional()
-        sweep(members, lambda member: config_values(file, {**flags, **member}), source)
+        values_of = lambda member: config_values(file, {**flags, **member})  # noqa: E731
+        sweep(members, values_of, source, devices=chosen)
+    elif devices is not None:
+        raise ConfigError("--devices spreads a sweep and there is none; give --set, or --device")
     elif (config := Config.from_dict(config_values(file, flags), source)).benchmark_only:
         from wavelet_lm.cli.evaluate import evaluate_and_print
         from wavelet_lm.threads import use_threads
@@ -65,6 +72,14 @@ def run(flags: dict[str, Any], processes: Processes) -> None:
 
         output_is_optional()
         train(config, processes=processes)
+
+
+def _devices_of_a_sweep(text: str, given: dict) -> list[str]:
+    from wavelet_lm.experiments.side_by_side import read_devices
+
+    if "device" in given:
+        raise ConfigError("--devices says where the runs of a sweep train; leave --device out")
+    return read_devices(text)
 
 
 def config_values(file: str | None, flags: dict) -> dict:

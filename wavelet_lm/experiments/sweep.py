@@ -1,6 +1,8 @@
-"""A grid of runs, trained one after the other, and the table that compares them.
+"""A grid of runs, trained one after the other or side by side, and the table that compares them.
 
     python train.py --config configs/quickstart.json --set lr=0.003,0.01 --set layers=1,2
+
+    python train.py --config configs/quickstart.json --set lr=0.003,0.01 --devices cuda:0,cuda:1
 
 A member of a sweep is the run that `train.py` would make of the same options: same seed, same
 folder, same figures. One that fails leaves its reason in the table and the next one starts.
@@ -12,7 +14,7 @@ import itertools
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from wavelet_lm.config import (
     show,
 )
 from wavelet_lm.errors import Interrupted, UserError
+from wavelet_lm.experiments.side_by_side import Ended, SideBySide, threads_each
 from wavelet_lm.models.checkpoint import Checkpoint
 from wavelet_lm.training.memory_estimate import reset_peak
 from wavelet_lm.training.provenance import command_line
@@ -41,6 +44,10 @@ Values = dict[str, Any]
 
 FIGURES = ("bits/byte", "nats/token", "best step", "parameters", "tokens/s", "minutes", "run")
 DONE = "done"
+OF_THE_SWEEP = ("--set", "--sweep", "--devices")  # no flags of a member
+# The console command as an argument of Python.
+CONSOLE = "from wavelet_lm.cli.main import main; main()"
+STOPPED = [128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 
 def read_grid(assignments: list[str], file: str | None, fixed: Values) -> list[Values]:
@@ -87,13 +94,16 @@ def sweep(
     values_of: Callable[[Values], Values],
     source: str = "config",
     log: Callable[[str], None] = print,
+    devices: Sequence[str] = (),
 ) -> Path:
-    """Train all members in sequence; leave and print the table.
+    """Train all members, in sequence or side by side; leave and print the table.
 
     Args:
         members: from `read_grid`.
         values_of: all values of a member's config.
         source: what to call the config in messages.
+        devices: train a member on each of them at a time, as the command that a user would type;
+            none = in this process, one after the other.
 
     Returns:
         The table, `out_dir/sweep_<timestamp>.md`. It is written anew after every member.
@@ -111,8 +121,29 @@ def sweep(
         check_table(values.get("runs_file", FIELDS["runs_file"].default))
     file = _new_file(configs[0].get("out_dir", FIELDS["out_dir"].default))
     title = f"# Sweep\n\n`{command_line()}`, {datetime.now():%Y-%m-%d}.\n\n"
-    rows: list[dict[str, str]] = []
     log(f"sweep of {len(members)} runs; their table will be {file}")
+    if devices:
+        given = any("threads" in values and values["threads"] != "auto" for values in configs)
+        threads = [] if given else ["--threads", str(threads_each(devices))]
+        rows = _train_on(devices, members, file, title, log, threads)
+    else:
+        rows = _train_in_turn(members, configs, source, file, title, log)
+    _conclude(file, title, rows, log)
+    if not any(row["result"] == DONE for row in rows):
+        raise UserError(f"all {len(members)} runs of the sweep failed; {file} says why")
+    return file
+
+
+def _train_in_turn(
+    members: list[Values],
+    configs: list[Values],
+    source: str,
+    file: Path,
+    title: str,
+    log: Callable[[str], None],
+) -> list[dict[str, str]]:
+    """The rows of all members, trained in this process."""
+    rows: list[dict[str, str]] = []
     for i, (member, values) in enumerate(zip(members, configs, strict=True)):
         log(f"\nrun {i + 1} of {len(members)}: {_words(member)}")
         rows.append({key: show(value) for key, value in member.items()})
@@ -138,10 +169,60 @@ def sweep(
             rows[-1]["result"] = f"failed: {type(error).__name__}, see {traces}"
             log(rows[-1]["result"])
         write_text(file, title + table(rows))
-    _conclude(file, title, rows, log)
-    if not any(row["result"] == DONE for row in rows):
-        raise UserError(f"all {len(members)} runs of the sweep failed; {file} says why")
-    return file
+    return rows
+
+
+def _train_on(
+    devices: Sequence[str],
+    members: list[Values],
+    file: Path,
+    title: str,
+    log: Callable[[str], None],
+    threads: list[str],
+) -> list[dict[str, str]]:
+    """The rows of all members, trained in a process for each device.
+
+    Args:
+        threads: words of every command that say how many it has.
+    """
+    rows = [{key: show(value) for key, value in member.items()} for member in members]
+    logs = file.with_suffix("")
+    logs.mkdir()
+    side = SideBySide([[*_words_of(member), *threads] for member in members], devices, logs)
+    log(f"on {', '.join(devices)}, {len(devices)} at a time; what they say is kept in {logs}")
+
+    def note(ended: Ended) -> None:
+        row = rows[ended.number]
+        if ended.status == 0 and ended.run is not None:
+            row |= _figures(RunFolder.open(ended.run))
+        elif ended.status in STOPPED:
+            row["result"] = "stopped"
+        else:
+            reason = ended.words if ended.status == 2 else f"see {side.log_of(ended.number)}"
+            row["result"] = f"failed: {reason}"
+        log(
+            f"run {ended.number + 1} of {len(members)}, {_words(members[ended.number])}: "
+            f"{row['result']}"
+        )
+        write_text(file, title + table([row for row in rows if "result" in row]))
+
+    try:
+        while (ended := side.next_end()) is not None:
+            note(ended)
+    except (KeyboardInterrupt, Interrupted) as stop:
+        signum = getattr(stop, "signum", signal.SIGINT)
+        left = side.stop(signum)
+        while (ended := side.next_end()) is not None:
+            note(ended)
+            if ended.status in STOPPED:
+                log(ended.words)
+        _conclude(file, title, [row for row in rows if "result" in row], log)
+        for number in left:
+            log(f"left to train: {_command(members[number])}")
+        raise Interrupted(
+            signum, f"stopped; {len(left)} runs of the sweep are left, listed above"
+        ) from None
+    return rows
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -215,9 +296,9 @@ def _arguments(typed: list[str], member: Values) -> list[str]:
     """The arguments that were typed, with a member's values in place of the sweep."""
     words, rest = [], iter(typed)
     for word in rest:
-        if word in ("--set", "--sweep"):
+        if word in OF_THE_SWEEP:
             next(rest, None)
-        elif not word.startswith(("--set=", "--sweep=")):
+        elif not word.startswith(tuple(f"{flag}=" for flag in OF_THE_SWEEP)):
             words.append(word)
     for key, value in member.items():
         words += [f"--{key}", value if isinstance(value, str) else show(value)]
@@ -227,6 +308,14 @@ def _arguments(typed: list[str], member: Values) -> list[str]:
 def _command(member: Values) -> str:
     """What trains a member alone."""
     return command_line(_arguments(sys.argv[1:], member))
+
+
+def _words_of(member: Values) -> list[str]:
+    """The same as arguments of Python."""
+    words = _arguments(sys.argv[1:], member)
+    if sys.argv[0].startswith("wavelet-lm "):
+        return ["-c", CONSOLE, *sys.argv[0].split()[1:], *words]
+    return [sys.argv[0], *words]
 
 
 def _words(member: Values) -> str:
