@@ -54,7 +54,7 @@ from wavelet_lm.errors import Interrupted, UserError, run_command
 from wavelet_lm.experiments.model_names import split_names
 from wavelet_lm.json_files import read_json
 from wavelet_lm.training.memory_estimate import GiB
-from wavelet_lm.training.optimizers import STATE_BYTES
+from wavelet_lm.training.optimizers import STATE_NUMBERS
 
 Record = dict[str, Any]
 
@@ -559,8 +559,8 @@ def names(text: str) -> tuple[str, ...]:
     """Optimizers, separated by commas."""
     found = tuple(dict.fromkeys(text.split(",")))
     for name in found:
-        if name not in STATE_BYTES:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(STATE_BYTES)}")
+        if name not in STATE_NUMBERS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(STATE_NUMBERS)}")
     return found
 
 

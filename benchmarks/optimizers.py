@@ -42,7 +42,7 @@ from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.language import LanguageModelling, total_steps
 from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.memory_estimate import peak_bytes, reset_peak
-from wavelet_lm.training.optimizers import STATE_BYTES
+from wavelet_lm.training.optimizers import STATE_NUMBERS
 from wavelet_lm.training.run_folder import RunFolder
 
 # Numbers of a state that share a scale in bitsandbytes.
@@ -190,10 +190,10 @@ def _smooth(row: dict[str, Any], width: int) -> tuple[np.ndarray, np.ndarray]:
 def _optimizers(text: str) -> list[str]:
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
-        if name not in STATE_BYTES:
+        if name not in STATE_NUMBERS:
             raise UserError(
-                f"--optimizers: {name!r} is none of {', '.join(STATE_BYTES)}; separate the names by"
-                " commas"
+                f"--optimizers: {name!r} is none of {', '.join(STATE_NUMBERS)}; separate the names"
+                " by commas"
             )
     return names
 

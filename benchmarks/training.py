@@ -13,8 +13,10 @@ if __name__ == "__main__":
 
     start()  # before the imports below, which take seconds
 
+import os
 import sys
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from wavelet_lm.threads import use_threads
 from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.language import LanguageModelling
 from wavelet_lm.training.loop import Trainer
-from wavelet_lm.training.memory_estimate import GiB, estimate_bytes, peak_bytes
+from wavelet_lm.training.memory_estimate import GiB, estimate, peak_bytes, reset_peak
 from wavelet_lm.training.run_folder import RunFolder
 
 
@@ -79,6 +81,8 @@ def measure(config: Config, vocab_size: int) -> dict[str, object]:
     split = TokenSplit(tokens, 4 * len(tokens))
     data = TokenizedText("synthetic", SyntheticTokenizer(vocab_size), split, split, None)
     torch.manual_seed(config.seed)
+    before = resident_bytes(device)
+    reset_peak()
     with device:
         model = build_model(config, vocab_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -102,9 +106,20 @@ def measure(config: Config, vocab_size: int) -> dict[str, object]:
         "valid_loss": round(rows[-1]["val_loss"], 4),
         "step_milliseconds": round(float(np.median(step_seconds)) * 1000, 2),
         "tokens_per_second": round(per_step / float(np.median(step_seconds)), 1),
-        "estimated_GiB": round(estimate_bytes(model) / GiB, 2),
-        "peak_GiB": round(peak_bytes(device) / GiB, 2),
+        "estimated_GiB": round(estimate(model, device).peak / GiB, 4),
+        "peak_GiB": round((peak_bytes(device) - before) / GiB, 4),
     }
+
+
+def resident_bytes(device: torch.device) -> int:
+    """What is held now: by PyTorch on a GPU, or by this process, 0 where no system says it."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

@@ -287,6 +287,7 @@ OTHER_VALUES = {
     "per_scale_mixer_widths": [None, (0.5, 1, 0.25, 0.1)],
     "low_rank": [0, 2],
     "mixer_depth": [1, 3],
+    "gradient_checkpointing": [1, True],
     "mlp_expansion": [1, 3],
     "mlp_layers": [3, 4],
     "delta_bands": [0, 2, 3],

@@ -25,7 +25,7 @@ LIBRARIES = {
     "cli": {"matplotlib", "shtab", "tqdm"},
     "serving": {"h11", "jinja2", "prometheus_client", "starlette", "uvicorn"},
     "experiments": {"matplotlib"},
-    "training": {"bitsandbytes", "filelock", "tqdm"},
+    "training": {"bitsandbytes", "filelock", "torchao", "tqdm"},
     "evaluation": set(),
     "scope": set(),
     "inference": {"safetensors"},

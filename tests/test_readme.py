@@ -10,7 +10,7 @@ from tests.test_documents import PAGES, ROOT, blocks
 from tests.test_documents import prose as prose_of
 from wavelet_lm.config import Config
 from wavelet_lm.models.registry import build_model, n_params
-from wavelet_lm.training.memory_estimate import GiB, estimate_bytes
+from wavelet_lm.training.memory_estimate import GiB, estimate
 
 QUICK_START = (
     "python -m pip install -c constraints.txt -e ."
@@ -70,7 +70,7 @@ def test_the_headline_figures_are_those_of_the_code():
     config = Config.from_json(ROOT / "config.json")
     with torch.device("meta"):
         model = build_model(config, 50257)
-    needed = estimate_bytes(model)
+    needed = estimate(model, torch.device("cuda")).peak
     assert f"about {needed / GiB:.0f} GiB" in prose
     reach = sum(delay.max_lag for delay in model.wavelets[0].delays)
     assert f"back {reach} positions" in prose

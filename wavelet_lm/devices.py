@@ -10,6 +10,13 @@ from torch import nn
 from wavelet_lm.config import TrainingConfig
 from wavelet_lm.errors import UserError
 
+AMP_DTYPES = {
+    "fp8": torch.bfloat16,  # around its products
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+
 
 def resolve_device(name: str) -> torch.device:
     """`auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:N`, as a device that exists.
@@ -39,9 +46,7 @@ def amp_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
     if not config.use_amp:
         return torch.float32
     if config.amp_dtype != "auto":
-        return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[
-            config.amp_dtype
-        ]
+        return AMP_DTYPES[config.amp_dtype]
     if device.type != "cuda":
         return torch.float32
     with torch.cuda.device(device):

@@ -6,7 +6,6 @@ A module may have these attributes; what it does not declare it has from the mod
     roles       of its own parameters by name, where they are no vectors; of a part's as `part.name`
     runs()      how often its parts run, for one run of the module itself
     n_products  products of one position beside those with its weights
-    n_saved     numbers of one position that training saves for its backward pass
 
 A linear layer of PyTorch is a `MAP`, an embedding a table of which one row is read, a LayerNorm's
 component "norms".
@@ -107,12 +106,6 @@ def uses(module: nn.Module) -> Iterator[Use]:
         if n_products := getattr(place.module, "n_products", 0):
             role = Role(vectors=n_products)
             yield Use(place.name, place.module, None, role, place.component, place.runs)
-
-
-def n_saved(module: nn.Module) -> int:
-    """Numbers of one position that training saves for the backward pass of module and parts."""
-    places = _places(_Place("", module, None, ONCE, {}), {})
-    return int(sum(getattr(p.module, "n_saved", 0) * p.runs.products for p in places))
 
 
 def component_of(module: nn.Module, name: str) -> str | None:

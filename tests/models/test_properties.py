@@ -74,7 +74,7 @@ SWITCHES = {
     "looped_blocks_count": st.integers(1, 3),
     "loop_iterations": st.integers(1, 2),
     "stochastic_depth_rate": st.sampled_from([0.0, 0.5]),
-    "gradient_checkpointing": flags,
+    "gradient_checkpointing": st.sampled_from([False, True, 1]),
     "stable_parametrization": flags,
     "stab_embed_scaling": flags,
     "stab_spectral_norm": flags,

@@ -220,8 +220,11 @@ class ModelConfig:
         minimum=0,
         maximum=0.99,
     )
-    gradient_checkpointing: bool = option(
-        False, "recompute a block's activations in the backward pass to save memory"
+    gradient_checkpointing: bool | int = option(
+        False,
+        "recompute a block's activations in the backward pass to save memory: of all blocks, or of"
+        " the first N of each pass",
+        minimum=0,
     )
     stable_parametrization: bool = option(False, "all stab_* switches at once")
     stab_embed_scaling: bool = option(False, "embedding times sqrt(C)")
@@ -286,6 +289,11 @@ class ModelConfig:
     def stabilized(self, name: str) -> bool:
         """Whether the switch `stab_<name>` is on, itself or through stable_parametrization."""
         return self.stable_parametrization or getattr(self, f"stab_{name}")
+
+    def recomputed(self, n_blocks: int) -> int:
+        """How many of the n blocks of a pass, from the first on, backward runs again."""
+        chosen = self.gradient_checkpointing
+        return n_blocks * chosen if isinstance(chosen, bool) else chosen
 
     @property
     def n_scales(self) -> int:

@@ -93,6 +93,7 @@ def type_words(spec: dataclasses.Field) -> str:
         "float": "a number",
         "bool": "true or false",
         "bool | str": "auto, true or false",
+        "bool | int": "true, false or a whole number",
         "int | str": "auto or a whole number",
         "str": "a text",
         "str | None": "a text or none",
@@ -119,7 +120,9 @@ def _converted(spec: dataclasses.Field, value: Any) -> Any:
         return None
     if kind == "int | str" and value == spec.metadata["option"].word:
         return value
-    if kind.startswith("int"):
+    if kind == "bool | int" and isinstance(value, bool):
+        return value
+    if kind.startswith("int") or kind == "bool | int":
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -160,6 +163,8 @@ def parsed(spec: dataclasses.Field, text: str) -> Any:
     try:
         if word == "none" and kind.endswith("| None"):
             return None
+        if kind == "bool | int" and word not in ("true", "false"):
+            return int(text)
         if kind.startswith("bool"):
             return {"true": True, "1": True, "false": False, "0": False, "auto": "auto"}[word]
         if kind == "int | str" and word == spec.metadata["option"].word:

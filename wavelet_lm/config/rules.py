@@ -25,7 +25,7 @@ WAVELET_LM_ALONE = (
 
 def check_contradictions(c: Config) -> None:
     """Raise `ConfigError` for the first keys that cannot be had together."""
-    for check in (_wavelet, _baseline, _mixer, _memories, _ensemble, _run):
+    for check in (_wavelet, _baseline, _mixer, _memories, _ensemble, _run, _memory_of_a_run):
         check(c)
 
 
@@ -222,4 +222,32 @@ def _run(c: Config) -> None:
     _refuse(
         c.benchmark_only and not c.benchmark_run_dir,
         "benchmark_only needs benchmark_run_dir, the run folder to evaluate",
+    )
+
+
+def _memory_of_a_run(c: Config) -> None:
+    """What saves memory in training, and what it cannot be had with."""
+    n_blocks = c.looped_blocks_count if c.looped_blocks else c.layers
+    _refuse(
+        c.recomputed(n_blocks) > n_blocks,
+        f"gradient_checkpointing is {c.gradient_checkpointing} and a pass runs {n_blocks} blocks;"
+        f" give {n_blocks} or less, or true for all",
+    )
+    _refuse(
+        c.amp_dtype == "fp8" and not c.use_amp,
+        "amp_dtype fp8 is mixed precision, which use_amp turns off; set use_amp to true",
+    )
+    early = "optimizer_in_backward steps each weight before the gradients of others are there"
+    _refuse(
+        c.optimizer_in_backward and c.grad_accum > 1,
+        f"{early} and grad_accum is {c.grad_accum}; set it to 1 and raise micro_batch_size",
+    )
+    _refuse(
+        c.optimizer_in_backward and c.grad_clip > 0,
+        f"{early}, so nothing knows their norm, and grad_clip is {show(c.grad_clip)}; set it to 0",
+    )
+    _refuse(
+        c.optimizer_in_backward and c.compile is True,
+        f"{early} and a compiled backward pass returns all of them at once; set compile to auto,"
+        " which then leaves it out, or false",
     )

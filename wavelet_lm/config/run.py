@@ -70,6 +70,15 @@ class TrainingConfig:
     )
     lr: float = option(0.01, "peak learning rate", above=0)
     min_lr: float = option(2e-4, "learning rate at the end of the cosine", minimum=0)
+    optimizer_offload: bool = option(
+        False,
+        "keep the optimizer's state in the CPU's memory and bring it to the GPU weight by weight",
+    )
+    optimizer_in_backward: bool = option(
+        False,
+        "step each weight as soon as backward has its gradient, and free that; needs grad_accum 1"
+        " and grad_clip 0",
+    )
     weight_decay: float = option(
         1e-6, "weight decay: Adagrad's on all parameters, the others' on matrices", minimum=0
     )
@@ -86,8 +95,9 @@ class TrainingConfig:
     use_amp: bool = option(True, "mixed precision (autocast)")
     amp_dtype: str = option(
         "auto",
-        "its type; auto = bf16 where the GPU has it, else fp16, and fp32 on a CPU",
-        choices=("auto", "fp16", "bf16", "fp32"),
+        "its type; auto = bf16 where the GPU has it, else fp16, and fp32 on a CPU; fp8 = bf16, with"
+        " the linear layers' products in float8 (torchao) on GPUs that have them",
+        choices=("auto", "fp16", "bf16", "fp32", "fp8"),
     )
     allow_tf32: bool = option(True, "TensorFloat-32 for float32 products on CUDA")
     compile: bool | str = option(

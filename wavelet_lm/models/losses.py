@@ -57,7 +57,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        device = hidden.device.type
+        device = "cpu" if hidden.is_meta else hidden.device.type  # autocast knows no meta device
         dtype = hidden.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)

@@ -28,7 +28,11 @@ class Adagrad(torch.optim.Adagrad):
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, eps: float):
-        super().__init__(groups, lr=lr, eps=eps, fused=True)
+        # The sums are made when their weight first steps, not all of them here, on the device.
+        super().__init__([{"params": []}], lr=lr, eps=eps, fused=True)
+        self.param_groups.clear()
+        for group in groups:
+            self.add_param_group(group)
         self._step_supports_amp_scaling = True  # PyTorch's name for the two attributes below
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
@@ -41,6 +45,7 @@ class Adagrad(torch.optim.Adagrad):
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
+            states = [self._state(p) for p in weights]
             decoupled = group.get("decoupled_decay", 0.0)
             if self._update is None:
                 if decoupled:
@@ -49,7 +54,7 @@ class Adagrad(torch.optim.Adagrad):
             rates = Rates(
                 group["lr"], decoupled or group["weight_decay"], bool(decoupled), group["eps"]
             )
-            gradients, states = [p.grad for p in weights], [self.state[p] for p in weights]
+            gradients = [p.grad for p in weights]
             sums, steps = ([state[key] for state in states] for key in ("sum", "step"))
             self._update(weights, gradients, sums, rates, self.grad_scale, self.found_inf)
             torch._foreach_add_(steps, 1)
@@ -57,6 +62,14 @@ class Adagrad(torch.optim.Adagrad):
                 torch._foreach_sub_(steps, [self.found_inf] * len(steps))
         if self._update is None:
             super().step()
+
+    def _state(self, weight: Tensor) -> dict[str, Tensor]:
+        """As PyTorch would make it."""
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            state["sum"] = torch.zeros_like(weight)
+        return state
 
 
 def _update(device: str) -> Update | None:

@@ -32,6 +32,8 @@ PLACES = (
 )
 # How long the run is trained, at which rate, and how closely it is watched.
 LENGTH = ("max_steps", "epochs")
+# How much memory it takes; what is computed stays the same.
+MEMORY = ("gradient_checkpointing", "optimizer_offload", "optimizer_in_backward")
 SCHEDULE = (
     *LENGTH,
     "lr",
@@ -41,7 +43,7 @@ SCHEDULE = (
     "save_interval",
     "log_interval",
 )
-FLAGS = (*SCHEDULE, *(key for key in PLACES if key != "init_from"))
+FLAGS = (*SCHEDULE, *MEMORY, *(key for key in PLACES if key != "init_from"))
 
 Changes = dict[str, list[Any]]
 
@@ -72,8 +74,8 @@ def changed_config(
     """
     now, then = Config.from_json(run.config_file).to_dict(), checkpoint.config.to_dict()
     for key in now:
-        if now[key] != then[key] and key not in (*PLACES, *flags):
-            advice = f"give --{key} to --resume, or" if key in SCHEDULE else "to change it,"
+        if differ(now[key], then[key]) and key not in (*PLACES, *flags):
+            advice = f"give --{key} to --resume, or" if key in FLAGS else "to change it,"
             raise UserError(
                 f"{run.config_file}: {key} is {show(now[key])} but {checkpoint.path.name} is a"
                 f" checkpoint of {show(then[key])}; {advice} start a new run with --init_from"
@@ -82,7 +84,12 @@ def changed_config(
         flags = {"max_steps": None, **flags}
     config = Config.from_dict({**now, **flags}, "--resume")
     new = config.to_dict()
-    return config, {key: [then[key], new[key]] for key in new if new[key] != then[key]}
+    return config, {key: [then[key], new[key]] for key in new if differ(new[key], then[key])}
+
+
+def differ(a: Any, b: Any) -> bool:
+    """Whether two values of a key are not the same; to Python 1 and true would be."""
+    return show(a) != show(b)
 
 
 def refuse_other_config(run: RunFolder, config: Config) -> None:

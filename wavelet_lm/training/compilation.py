@@ -18,9 +18,11 @@ def compiled(
     `auto` compiles on CUDA alone: on a CPU the compiler takes a minute and gains 10–20% with these
     models (their time goes into matrix products either way). The first call tries whether the
     compiler works here, forward and backward: where it does not, `auto` says so and goes on
-    without, `true` stops.
+    without, `true` stops. `auto` leaves it out where weights step in backward: a compiled backward
+    pass hands over all gradients at its end.
     """
-    if config.compile is False or (config.compile == "auto" and device.type != "cuda"):
+    leave_out = device.type != "cuda" or config.optimizer_in_backward
+    if config.compile is False or (config.compile == "auto" and leave_out):
         return model.loss
     log("compiling the training step; the first one takes a minute or more")
     function: Callable[..., Any] | None = None

@@ -11,6 +11,7 @@ from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint
 from wavelet_lm.training import saved_state
 from wavelet_lm.training.device_batches import DeviceBatches
+from wavelet_lm.training.float8 import use_float8
 from wavelet_lm.training.late_reading import LateReading
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision, collapsed
@@ -47,6 +48,8 @@ class Trainer:
         self.weights = weights or Weights(task.model)
         self.saver = saver or FileSaver(run, config.keep_checkpoints)
         self.precision = Precision(config, task.device)
+        if config.amp_dtype == "fp8":
+            use_float8(task.model)
         self.optimizer = Optimizer(task.model, config, self.weights)
         self.batches = DeviceBatches(task.batch, task.device)
         self.progress = Progress(total_steps)

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import torch
 
+from wavelet_lm import devices
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.base import LanguageModel
-from wavelet_lm.models.losses import GRADIENT_CHUNK_ELEMENTS
 from wavelet_lm.models.registry import n_params
-from wavelet_lm.roles import maps, n_saved
-from wavelet_lm.training.muon import STACK_BYTES, stacks
-from wavelet_lm.training.optimizers import STATE_BYTES
+from wavelet_lm.training.rehearsal import Rehearsal, rehearse
 
 GiB = 2**30
 # A CPU trains models of a few million parameters; beyond this a step takes minutes.
@@ -30,24 +28,10 @@ def refuse_large_model_on_cpu(config: Config, size: int, device: torch.device) -
         )
 
 
-def estimate_bytes(model: LanguageModel) -> int:
-    """Weights, gradients, optimizer state, what backward needs, and one chunk of logits.
-
-    What is saved for the backward pass of a position every module declares (`wavelet_lm/roles.py`).
-    What the optimizer's step takes for itself comes when that is gone.
-    """
-    config = model.config
-    fixed = n_params(model) * (8 + STATE_BYTES[config.optimizer])
-    positions = config.micro_batch_size * config.block_size
-    logits = 2 * 4 * min(GRADIENT_CHUNK_ELEMENTS["cuda"], positions * model.vocab_size)
-    return fixed + max(4 * positions * n_saved(model) + logits, step_bytes(model))
-
-
-def step_bytes(model: LanguageModel) -> int:
-    """What a step of the optimizer takes and gives back: of Muon its largest stack."""
-    if model.config.optimizer != "Muon":
-        return 0
-    return STACK_BYTES * max(sum(p.numel() for p in stack) for stack in stacks([*maps(model)]))
+def estimate(model: LanguageModel, device: torch.device) -> Rehearsal:
+    """What a step of training such a model takes on a device."""
+    dtype = devices.amp_dtype(model.config, device)
+    return rehearse(model.config, model.vocab_size, device.type, dtype)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -61,13 +45,34 @@ def refuse_what_cannot_train(model: LanguageModel, device: torch.device) -> None
     """Raise UserError where this device is too slow for a model of that size, or too small."""
     config = model.config
     refuse_large_model_on_cpu(config, n_params(model), device)
-    needed, available = estimate_bytes(model), available_bytes(device)
-    if needed > available:
+    needed, available = estimate(model, device), available_bytes(device)
+    if needed.peak > available:
         raise UserError(
-            f"this config needs about {needed / GiB:.1f} GiB and {device} has"
-            f" {available / GiB:.1f} GiB; lower micro_batch_size ({config.micro_batch_size}),"
-            f" block_size ({config.block_size}), C ({config.C}) or layers ({config.layers})"
+            f"this config needs about {needed.peak / GiB:.1f} GiB and {device} has"
+            f" {available / GiB:.1f} GiB; {savings(config, device)}"
         )
+    host = available_bytes(torch.device("cpu"))
+    if needed.on_host > host:
+        raise UserError(
+            f"optimizer_offload needs about {needed.on_host / GiB:.1f} GiB of the CPU's memory and"
+            f" it has {host / GiB:.1f} GiB; try optimizer {config.optimizer}8bit"
+        )
+
+
+def savings(config: Config, device: torch.device) -> str:
+    """What a user whose model does not fit can type, in words."""
+    switches = {
+        "gradient_checkpointing": config.gradient_checkpointing is not True,
+        "optimizer_in_backward": not config.optimizer_in_backward and config.grad_accum == 1,
+        "optimizer_offload": not config.optimizer_offload and device.type != "cpu",
+        f"optimizer {config.optimizer}8bit": config.optimizer in ("Adagrad", "AdamW"),
+    }
+    flags = [f"--{flag}" for flag, helps in switches.items() if helps]
+    words = f"try {', '.join(flags)}, or " if flags else ""
+    return (
+        f"{words}lower micro_batch_size ({config.micro_batch_size}), block_size"
+        f" ({config.block_size}), C ({config.C}) or layers ({config.layers})"
+    )
 
 
 def peak_bytes(device: torch.device) -> int:

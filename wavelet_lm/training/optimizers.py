@@ -1,5 +1,7 @@
 """Optimizers by name, and their state as named tensors for the checkpoint."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,14 +12,26 @@ from wavelet_lm.config import TrainingConfig
 from wavelet_lm.errors import UserError
 from wavelet_lm.kernels.adagrad import decay_
 from wavelet_lm.training.adagrad import Adagrad
-from wavelet_lm.training.muon import Muon
+from wavelet_lm.training.muon import STACK_BYTES, Muon, stacks
+from wavelet_lm.training.offload import brought, kept, refuse_offload_to_itself
 from wavelet_lm.training.weights import Weights
 
-STATE_BYTES = {"Adagrad": 4, "AdamW": 8, "Muon": 8, "Adagrad8bit": 1, "AdamW8bit": 2}
+# Numbers that an optimizer keeps for each weight; Muon keeps one for a matrix.
+STATE_NUMBERS = {"Adagrad": 1, "AdamW": 2, "Muon": 2, "Adagrad8bit": 1, "AdamW8bit": 2}
+# bitsandbytes keeps a byte and, for each block of them, a float32; of small tensors float32.
+BLOCK_OF_8_BITS, SMALLEST_IN_8_BITS = 256, 4096
 
 
 class Optimizer:
-    """One optimizer, or Muon for the matrices beside AdamW for the rest, behind one interface."""
+    """One optimizer, or Muon for the matrices beside AdamW for the rest, behind one interface.
+
+    With `optimizer_in_backward` each weight steps when backward has its gradient, and `step` has
+    nothing left to do; with `optimizer_offload` one weight after the other steps, and only its own
+    state is on the device.
+
+    Raises:
+        UserError: the state is to be offloaded to where it is, or bitsandbytes is missing.
+    """
 
     def __init__(self, model: nn.Module, config: TrainingConfig, weights: Weights | None = None):
         """weights: what to step on, by the names of the model's; None = the model's own."""
@@ -48,6 +62,18 @@ class Optimizer:
                     _adamw(config, _groups(config, {}, others)),
                 ]
         self.names = {p: n for n, p in named.items()}
+        self._homes = {
+            p: (part, i)
+            for part in self.parts
+            for i, group in enumerate(part.param_groups)
+            for p in group["params"]
+        }
+        self._offloads, self._in_backward = config.optimizer_offload, config.optimizer_in_backward
+        if self._offloads:
+            refuse_offload_to_itself(self._device)
+        if self._in_backward:
+            for p in self.names:
+                p.register_post_accumulate_grad_hook(self._step_and_free)
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next steps."""
@@ -68,14 +94,41 @@ class Optimizer:
             divisor: 0-d float32, what all gradients are divided by first; None = 1.
             skip: 0-d float32, 1 where this step is to be left out, else 0; None = never.
         """
+        if self._in_backward:
+            return
+        if self._offloads:
+            for p in self.names:
+                if p.grad is not None:
+                    self._step_alone(p, divisor, skip)
+            return
         for part in self.parts:
-            if not getattr(part, "_step_supports_amp_scaling", False):
-                self._step_apart(part, divisor, skip)
-                continue
-            # In the pass of the step itself, and on the device: nothing is waited for.
-            part.grad_scale, part.found_inf = divisor, skip
-            part.step()
-            part.grad_scale = part.found_inf = None
+            self._step_part(part, divisor, skip)
+
+    def _step_part(
+        self, part: torch.optim.Optimizer, divisor: Tensor | None, skip: Tensor | None
+    ) -> None:
+        if not getattr(part, "_step_supports_amp_scaling", False):
+            self._step_apart(part, divisor, skip)
+            return
+        # In the pass of the step itself, and on the device: nothing is waited for.
+        part.grad_scale, part.found_inf = divisor, skip
+        part.step()
+        part.grad_scale = part.found_inf = None
+
+    def _step_alone(self, p: nn.Parameter, divisor: Tensor | None, skip: Tensor | None) -> None:
+        part, number = self._homes[p]
+        there = brought(part.state[p], self._device) if self._offloads else nullcontext()
+        with there, _only(part, number, p):
+            self._step_part(part, divisor, skip)
+
+    @torch.no_grad()
+    def _step_and_free(self, p: nn.Parameter) -> None:
+        self._step_alone(p, None, None)
+        p.grad = None
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.names)).device
 
     def _step_apart(
         self, part: torch.optim.Optimizer, divisor: Tensor | None, skip: Tensor | None
@@ -93,6 +146,8 @@ class Optimizer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the next step depends on: tensors by name, and JSON-ready scalars."""
+        if self._offloads and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the last copies to the CPU may be on their way
         tensors: dict[str, Tensor] = {}
         scalars: dict[str, Any] = {}
         for i, part in enumerate(self.parts):
@@ -113,9 +168,57 @@ class Optimizer:
                 index, name, key = path.split("/")
                 if int(index) == i:
                     state.setdefault(numbers[name], {})[key] = value
+            if self._offloads:  # PyTorch would bring all of it to the device
+                for number, entries in state.items():
+                    p = parameters[number]
+                    part.state[p] = {key: kept(v, p.device) for key, v in entries.items()}
+                continue
             part.load_state_dict(
                 {"state": state, "param_groups": part.state_dict()["param_groups"]}
             )
+
+
+def state_bytes(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Bytes of the optimizer's state of each weight that is trained."""
+    name, maps = model.config.optimizer, roles.maps(model)
+
+    def of(p: nn.Parameter) -> int:
+        numbers = 1 if name == "Muon" and p in maps else STATE_NUMBERS[name]
+        in_8_bits = name.endswith("8bit") and p.numel() >= SMALLEST_IN_8_BITS
+        return int(p.numel() * numbers * (1 + 4 / BLOCK_OF_8_BITS if in_8_bits else 4))
+
+    return {p: of(p) for p in model.parameters() if p.requires_grad}
+
+
+def step_bytes(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Bytes that the step takes, and gives back, while each of the weights steps.
+
+    Of Muon those of a stack, of a state in the CPU's memory the state that is brought.
+    """
+    config, states = model.config, state_bytes(model)
+    taken = {p: n * config.optimizer_offload for p, n in states.items()}
+    if config.optimizer == "Muon":
+        matrices = [p for p in states if p in roles.maps(model)]
+        alone = config.optimizer_offload or config.optimizer_in_backward
+        for stack in [[p] for p in matrices] if alone else stacks(matrices):
+            size = STACK_BYTES * sum(p.numel() for p in stack)
+            for p in stack:
+                taken[p] += size
+    return taken
+
+
+@contextmanager
+def _only(part: torch.optim.Optimizer, number: int, p: nn.Parameter) -> Iterator[None]:
+    """Inside, an optimizer has one weight, of the group of that number."""
+    groups = part.param_groups
+    before = [group["params"] for group in groups]
+    for i, group in enumerate(groups):
+        group["params"] = [p] if i == number else []
+    try:
+        yield
+    finally:
+        for group, params in zip(groups, before, strict=True):
+            group["params"] = params
 
 
 def _groups(config: TrainingConfig, decayed: dict, others: dict) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from wavelet_lm.errors import UserError
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.training.memory_estimate import (
     available_bytes,
-    estimate_bytes,
+    estimate,
     refuse_what_cannot_train,
 )
 from wavelet_lm.training.processes import Processes
@@ -39,6 +39,11 @@ def chosen_parallel(model: LanguageModel, device: torch.device, processes: Proce
     if processes.size == 1:
         refuse_what_cannot_train(model, device)
         return "none"
+    if config.optimizer_in_backward:
+        raise UserError(
+            "optimizer_in_backward steps each weight before the processes have added up their"
+            " gradients; leave it out, or start one process"
+        )
     # Free memory is not the same everywhere; all do what suits the first process.
     kind = processes.told(lambda: _fitting(model, device))
     if kind == "ddp":
@@ -49,6 +54,10 @@ def chosen_parallel(model: LanguageModel, device: torch.device, processes: Proce
             f"optimizer {config.optimizer} rounds its state in blocks, which shares of weights"
             " would cut otherwise; with parallel fsdp use Adagrad, AdamW or Muon"
         )
+    if config.optimizer_offload:
+        raise UserError(
+            "optimizer_offload is for whole states; with parallel fsdp use --fsdp_cpu_offload"
+        )
     if config.compile is True:
         raise UserError("compile is true and parallel fsdp is not compiled; use --compile auto")
     return kind
@@ -57,5 +66,5 @@ def chosen_parallel(model: LanguageModel, device: torch.device, processes: Proce
 def _fitting(model: LanguageModel, device: torch.device) -> str:
     if model.config.parallel != "auto":
         return model.config.parallel
-    fits = device.type == "cpu" or estimate_bytes(model) <= available_bytes(device)
+    fits = device.type == "cpu" or estimate(model, device).peak <= available_bytes(device)
     return "ddp" if fits else "fsdp"

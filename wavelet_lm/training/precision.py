@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from wavelet_lm import devices
 from wavelet_lm.config import TrainingConfig
 from wavelet_lm.errors import UserError
+from wavelet_lm.training.float8 import refuse_without_float8
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.weights import Weights
 
@@ -61,7 +62,8 @@ class Precision:
     """How a run computes: forward under `autocast`, then `backward`, then `update`.
 
     Raises:
-        UserError: the config asks for fp16 and the device is a CPU.
+        UserError: the config asks for fp16 or fp8 and the device does not have it, or for fp16 and
+            for weights that step in backward.
     """
 
     def __init__(self, config: TrainingConfig, device: torch.device):
@@ -71,6 +73,13 @@ class Precision:
             raise UserError(
                 f"amp_dtype fp16 needs a CUDA GPU and the device is {device};"
                 " use --amp_dtype auto (fp32 on a CPU) or bf16"
+            )
+        if config.amp_dtype == "fp8" and config.use_amp:
+            refuse_without_float8(device)
+        if config.optimizer_in_backward and self.dtype == torch.float16:
+            raise UserError(
+                "optimizer_in_backward steps each weight before it is known whether fp16 has"
+                " overflowed in another; use --amp_dtype bf16 or fp32"
             )
         self.scaler = LossScale(device, enabled=self.dtype == torch.float16)
         tf32 = config.allow_tf32 and device.type == "cuda"

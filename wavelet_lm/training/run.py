@@ -21,6 +21,7 @@ from wavelet_lm.threads import use_threads
 from wavelet_lm.training.changes import LENGTH, changed_config, refuse_other_flags, words
 from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.conclusion import conclude
+from wavelet_lm.training.float8 import use_float8
 from wavelet_lm.training.language import LanguageModelling, total_steps
 from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.memory_estimate import refuse_large_model_on_cpu
@@ -186,7 +187,13 @@ def _build(
     if chosen_parallel(shape, device, processes) == "fsdp":
         from wavelet_lm.training.parallelize import sharded_model
 
-        return sharded_model(lambda: build_model(config, vocab_size), config, device, processes)
+        def build() -> nn.Module:
+            model = build_model(config, vocab_size)
+            if config.amp_dtype == "fp8":  # before its weights are shared out
+                use_float8(model)
+            return model
+
+        return sharded_model(build, config, device, processes)
     with device:
         return build_model(config, vocab_size)
 

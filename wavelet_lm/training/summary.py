@@ -7,14 +7,14 @@ from typing import Any
 from wavelet_lm.config import Config
 from wavelet_lm.models.registry import n_params
 from wavelet_lm.training.loop import Trainer
-from wavelet_lm.training.memory_estimate import GiB, estimate_bytes, peak_bytes
+from wavelet_lm.training.memory_estimate import GiB, estimate, peak_bytes
 
 
 def announcement(trainer: Trainer) -> Iterator[str]:
     """The lines of the log before the first step of a language model."""
     config, task, data = trainer.config, trainer.task, trainer.task.data
     size, vocab_size = n_params(task.model), data.tokenizer.vocab_size
-    needed = estimate_bytes(task.model)
+    needed = estimate(task.model, task.device)
     yield f"run folder {trainer.run.path}"
     yield (
         f"{data.name}: {len(data.train.tokens):,} training tokens, vocabulary {vocab_size:,}"
@@ -22,7 +22,7 @@ def announcement(trainer: Trainer) -> Iterator[str]:
     )
     yield (
         f"{size:,} parameters in {config.layers} blocks of {config.C} channels,"
-        f" {_parts(config)}; about {needed / GiB:.2f} GiB to train on"
+        f" {_parts(config)}; about {needed.peak / GiB:.2f} GiB to train on"
         f" {task.device} in {str(trainer.precision.dtype).removeprefix('torch.')}"
     )
     yield f"{trainer.progress.total_steps:,} steps of {task.per_step:,} tokens, {config.optimizer}"

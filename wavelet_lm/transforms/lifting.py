@@ -206,7 +206,6 @@ def lifting_net(
         first, last = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
         net = nn.Sequential(first, nn.GELU(), nn.Dropout(dropout), last)
         layers = [first, last]
-    net.n_saved = channels if linear else 2 * hidden
     with torch.no_grad():
         for layer in layers:
             layer.bias.zero_()
@@ -260,7 +259,6 @@ class DataDependentNet(nn.Module):
         self.down = nn.Linear(channels, rank, bias=False)
         self.gate = nn.Linear(channels, rank, bias=False)
         self.up = nn.Linear(rank, channels, bias=False)
-        self.n_saved = 3 * rank
         with torch.no_grad():
             self.down.weight.normal_(0, channels**-0.5)
             self.gate.weight.normal_(0, channels**-0.5)

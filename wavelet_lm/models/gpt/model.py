@@ -52,12 +52,11 @@ class GPT(LanguageModel):
             GPTBlock(config, is_last=i == config.layers - 1) for i in range(config.layers)
         )
         self.final_norm = nn.LayerNorm(C)
-        self.n_saved = 4 * C
         self.dense: nn.Module = nn.Identity()
         if config.head_hidden:
-            dense = nn.Sequential(nn.Linear(C, config.head_hidden), nn.GELU())
-            self.dense = declared(dense, "head")
-            self.dense.n_saved = 3 * config.head_hidden
+            self.dense = declared(
+                nn.Sequential(nn.Linear(C, config.head_hidden), nn.GELU()), "head"
+            )
         self.head_dropout = nn.Dropout(config.dropout_lm_head)
         head = nn.Linear(config.head_hidden or C, vocab_size, bias=False)
         self.head = declared(head, "head", weight=FACTOR)
@@ -94,7 +93,8 @@ class GPT(LanguageModel):
         new = []
         for i, block in enumerate(self.blocks):
             inputs = (x, None if state is None else state[i])
-            if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            again = i < self.config.recomputed(len(self.blocks))
+            if again and self.training and torch.is_grad_enabled():
                 x, block_state = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, block_state = block(*inputs)
@@ -125,7 +125,6 @@ class GPTBlock(nn.Module):
         self.attention = Attention(config, config.block_size)
         self.norm2 = nn.LayerNorm(config.C)
         self.mlp = GPTMLP(config)
-        self.n_saved = 16 * config.C
         self.average = None
         if config.model == "wavelet_gpt" and not is_last:
             self.average = MovingAverages(
@@ -160,7 +159,6 @@ class GPTMLP(nn.Module):
         hidden = config.C * config.gpt_mlp_expansion
         self.expand = nn.Linear(config.C, hidden)
         self.contract = nn.Linear(hidden, config.C)
-        self.n_saved = 2 * hidden
         self.dropout = nn.Dropout(config.dropout_mlp)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -68,9 +68,6 @@ class Block(nn.Module):
         self.feedforward_gain = Gain() if config.learned_residual else nn.Identity()
         branches = feedforward_branches(config)
         self.feedforward = FeedForward(config.C, branches) if branches else None
-        # At each split and merge its inputs and results; of each scale bands, gates, products,
-        # transforms and dropout; and 10 vectors of the residual stream.
-        self.n_saved = Cp * (4 * (config.n_scales - 1) + 12 * config.n_scales) + 10 * C
         if not config.skip_proj_out:
             scaled = config.stabilized("proj_out_scaling")
             gain = (C * config.layers) ** -0.5 if scaled else PROJECTION_GAIN

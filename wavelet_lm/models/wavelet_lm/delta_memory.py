@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, logsigmoid, normalize, rms_norm, silu
 
 from wavelet_lm.config import ModelConfig
-from wavelet_lm.kernels.delta_rule import CHUNK, delta_rule
+from wavelet_lm.kernels.delta_rule import delta_rule
 from wavelet_lm.transforms.history import Ring, carried
 from wavelet_lm.transforms.means import wide
 
@@ -64,8 +64,6 @@ class DeltaMemory(nn.Module):
         self.norm_weight = nn.Parameter(torch.ones(self.value_dim))
         self.out = nn.Linear(n_values, C, bias=False)
         self.dropout = nn.Dropout(config.dropout_projection)
-        # The features, 7 vectors of keys and 8 of values, and the state at every chunk.
-        self.n_saved = n_features + 7 * n_keys + 8 * n_values + n_keys * self.value_dim // CHUNK
         # What the state knows of k, what is written, what q reads.
         self.n_products = 3 * n_keys * self.value_dim
         with torch.no_grad():

@@ -25,7 +25,6 @@ class MLP(nn.Module):
         widths = [config.C] + [hidden] * (config.mlp_layers - 1) + [config.C]
         self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.dropout = nn.Dropout(config.dropout_mlp)
-        self.n_saved = 2 * hidden * (config.mlp_layers - 1)
         gain = hidden**-0.5 if config.stabilized("ff_scaling") else OUTPUT_GAIN
         with torch.no_grad():
             self.linears[-1].weight.mul_(gain)

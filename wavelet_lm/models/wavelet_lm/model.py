@@ -60,7 +60,6 @@ class WaveletLM(LanguageModel):
         # One pass through the stack, as block numbers; `loop_iterations` passes make the network.
         self.order = [0] * config.looped_blocks_count if config.looped_blocks else range(n_blocks)
         self.final_norm = nn.LayerNorm(C)
-        self.n_saved = 4 * C
         self.head_dropout = nn.Dropout(config.dropout_lm_head)
         head = nn.Linear(C, vocab_size, bias=False)
         self.head = declared(head, "head", weight=FACTOR)
@@ -127,7 +126,8 @@ class WaveletLM(LanguageModel):
         number = self.order[i]
         block, wavelet = self.blocks[number], self.wavelets[number % len(self.wavelets)]
         inputs = (stream.x, stream.embedding, stream.mean, wavelet, state)
-        if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
+        again = i < self.config.recomputed(len(self.order))
+        if again and self.training and torch.is_grad_enabled():
             y, mean, state = checkpoint(block, *inputs, use_reentrant=False)
         else:
             y, mean, state = block(*inputs)
