@@ -278,6 +278,20 @@ def test_it_fits_the_width_in_light_and_dark(used, width, scheme, request):
 
 
 @in_a_browser
+def test_a_key_is_asked_for_and_used(chromium):
+    service = make_service(byte_model(), ByteTokenizer())
+    with served(service, key="sesame") as url:
+        used = Page(chromium, url)
+        used.driver.find_element(By.TAG_NAME, "textarea").send_keys("ab", Keys.CONTROL, Keys.ENTER)
+        said = "document.getElementById('alert').textContent"
+        wait_for(lambda: "API key is missing" in used.js(said))
+        assert used.js("texts[0].own.value") == "ab"  # nothing that was typed is lost
+        key = used.driver.find_element(By.ID, "key")  # which the page has brought to view
+        key.send_keys("sesame")
+        assert used.write("")[:2] == list(b"ab")
+
+
+@in_a_browser
 def test_what_the_server_refuses_is_said_on_the_page(chromium):
     gpt = byte_model(model="gpt", heads=2, head_hidden=0)
     with served(make_service(gpt, ByteTokenizer(), ServeOptions(max_tokens=20))) as url:
