@@ -17,7 +17,10 @@ from wavelet_lm.serving import bodies as reading
 from wavelet_lm.serving import server as process
 from wavelet_lm.serving.options import ServeOptions
 
-PATHS = ["/v1/completions", "/v1/chat/completions", "/v1/states", "/v1/states/x/file", "/nothing"]
+PATHS = [
+    *("/v1/completions", "/v1/chat/completions", "/v1/states", "/v1/states/x/file", "/v1/scope"),
+    *("/nothing", "/", "/health"),
+]
 NAMES = [
     *("../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e", "a%00b", "x" * 5000, "%ff%fe"),
     *("....//", "%5c..%5c", "a;b", "-rf", "\u00e9"),
