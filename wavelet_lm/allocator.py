@@ -1,12 +1,14 @@
-"""Memory that is given back when it is freed."""
+"""Memory that is given back when it is freed, or kept where it is needed again at once."""
 
 import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# glibc's parameter, and the sizes from which a block gets pages of its own: while a model is put
-# together, and after it (the largest that glibc itself would come to).
+# glibc's parameter, and the bytes at the heap's end from which on they are given back.
+M_TRIM_THRESHOLD, KEPT = -1, 512 * 1024 * 1024
+# The same, and the sizes from which a block gets pages of its own: while a model is put together,
+# and after it (the largest that glibc itself would come to).
 M_MMAP_THRESHOLD = -3
 LOADING, COMPUTING = 256 * 1024, 32 * 1024 * 1024
 
@@ -28,6 +30,17 @@ def returning_memory() -> Iterator[None]:
     finally:
         libc.mallopt(M_MMAP_THRESHOLD, COMPUTING)
         libc.malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """From here on keep what is freed for what comes next.
+
+    A step of many texts makes and frees some megabytes. Given back in between, every page of them
+    has to be had anew, which can take longer than the step itself.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def _glibc() -> ctypes.CDLL | None:

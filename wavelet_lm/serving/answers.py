@@ -159,3 +159,14 @@ def _finite(log_prob: float) -> float:
 
 def _reason(reason: str | None) -> str | None:
     return REASONS.get(reason, reason) if reason is not None else None
+
+
+def token_ids(written: Sequence[Written]) -> list[int]:
+    """The tokens of a text, or of a part of one."""
+    return [one.drawn.token for one in written if one.drawn is not None]
+
+
+def mean_log_prob(written: Sequence[Written]) -> float:
+    """The mean log-probability of a text's tokens in nats; −∞ for a text without any."""
+    found = [one.drawn.log_prob for one in written if one.drawn is not None]
+    return sum(found) / len(found) if found else float("-inf")

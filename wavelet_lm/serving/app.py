@@ -19,7 +19,14 @@ from starlette.routing import Route
 
 from wavelet_lm.errors import UserError
 from wavelet_lm.serving import fields
-from wavelet_lm.serving.answers import DONE, Answer, sse, usage_of
+from wavelet_lm.serving.answers import (
+    DONE,
+    Answer,
+    mean_log_prob,
+    sse,
+    token_ids,
+    usage_of,
+)
 from wavelet_lm.serving.bodies import read_body, read_json, refusal
 from wavelet_lm.serving.chat import ChatTemplate
 from wavelet_lm.serving.figures import Figures
@@ -38,7 +45,7 @@ PAGE_POLICY = (
 )
 # Seconds between two events of a stream, for every text that is being written: so that many
 # streams together leave the model most of a core, and one is shown token by token.
-PACE = 0.0004
+PACE = 0.0008
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -261,14 +268,14 @@ class Web:
         await self._save(asked, work)
         choices = []
         for number, texts in enumerate(work.written):
-            best = sorted(range(len(texts)), key=lambda i: -_mean_log_prob(texts[i]))
+            best = sorted(range(len(texts)), key=lambda i: -mean_log_prob(texts[i]))
             kept = best[: asked.n] if asked.best_of > asked.n else range(asked.n)
             for i in kept:
                 text = "".join(one.piece for one in texts[i])
                 extra = {"seed": work.jobs[number].choices[i].seed}
                 if asked.token_ids:
                     extra |= answer.prompt(work.prompts[number])
-                    extra["token_ids"] = _ids(texts[i])
+                    extra["token_ids"] = token_ids(texts[i])
                 choices.append(answer.choice(len(choices), text, texts[i], **extra))
         return JSONResponse(answer.body(choices, self._usage(work)))
 
@@ -288,7 +295,7 @@ class Web:
                     if asked.token_ids:
                         if index not in begun:
                             extra |= answer.prompt(work.prompts[number])
-                        extra["token_ids"] = _ids(part)
+                        extra["token_ids"] = token_ids(part)
                     if not begun:
                         self.figures.first_token(time.perf_counter() - started)
                     if part[-1].reason is not None:
@@ -388,12 +395,3 @@ async def _no_such_path(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     what = f"{request.method} {request.url.path[:200]}"
     return JSONResponse(Refused(status, f"there is no {what}").body(), status)
-
-
-def _ids(written: Sequence[Written]) -> list[int]:
-    return [one.drawn.token for one in written if one.drawn is not None]
-
-
-def _mean_log_prob(written: Sequence[Written]) -> float:
-    found = [one.drawn.log_prob for one in written if one.drawn is not None]
-    return sum(found) / len(found) if found else float("-inf")
