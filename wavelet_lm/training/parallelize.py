@@ -119,7 +119,7 @@ def sharded_model(
     with torch.device("meta"), torch.random.fork_rng([]):
         model = build()
     mesh = init_device_mesh(device.type, (processes.size,))
-    _shard(model, config, mesh, device)
+    share_out(model, config, mesh, device)
     model.to_empty(device="cpu" if config.fsdp_cpu_offload else device)
     for module in model.modules():  # buffers are whole, and beside the computation
         for name, buffer in module._buffers.items():
@@ -151,7 +151,8 @@ def fill(target: Tensor, full: Tensor) -> None:
     target.copy_(full)
 
 
-def _shard(model: nn.Module, config: Config, mesh: DeviceMesh, device: torch.device) -> None:
+def share_out(model: nn.Module, config: Config, mesh: DeviceMesh, device: torch.device) -> None:
+    """Let each process of a mesh hold its share of a model's weights, as the config asks."""
     # Nothing changes in place what a block or a wavelet returns.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     dtype = devices.amp_dtype(config, device)

@@ -27,6 +27,7 @@ from wavelet_lm.models.registry import build_model
 from wavelet_lm.training.optimizers import state_bytes, step_bytes
 
 WEIGHTS, GRADIENTS, STATE, ACTIVATIONS = "weights", "gradients", "optimizer state", "activations"
+GATHERED = "gathered weights"  # of others, for as long as they are read
 aten = torch.ops.aten
 # In place, the same products.
 FORMULAS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}
@@ -47,13 +48,15 @@ class Rehearsal:
 
     held: by kind, when most is held; the optimizer's state is that of later steps, and on the
     device; on_host: its state in the CPU's memory; operations: of one forward and backward pass, of
-    which a step has n_passes.
+    which a step has n_passes; collectives: those of one pass among several processes, each with the
+    bytes of the whole tensor that it makes or takes.
     """
 
     held: dict[str, int]
     on_host: int = 0
     operations: list[Operation] = field(default_factory=list)
     n_passes: int = 1
+    collectives: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def peak(self) -> int:
@@ -74,28 +77,39 @@ def rehearse(config: Config, vocab_size: int, device_type: str, dtype: torch.dty
         device_type: `cpu` or `cuda`, whose sizes of the loss's chunks are taken.
         dtype: of autocast; float32 = none.
     """
-    chunks = losses.GRADIENT_CHUNK_ELEMENTS[device_type]
     # Meta tensors are quicker, but nothing takes them for those of a CPU: no autocast, no kernel.
     on_meta = dtype == torch.float32 and not config.delta_memory
     device = torch.device("meta" if on_meta else "cpu")
-    with (
-        nullcontext() if on_meta else _fake_mode(),
-        mock.patch.dict(losses.GRADIENT_CHUNK_ELEMENTS, {device.type: chunks}),
-        torch.random.fork_rng([]),
-    ):
+    with nullcontext() if on_meta else fake_mode(), torch.random.fork_rng([]):
         with device:
             model = build_model(config, vocab_size)
-        with StepCounter(model) as counter:
-            for _ in range(min(2, config.grad_accum)):  # all but the first find gradients there
-                counter.operations = []
-                run_step(model, device, dtype)
-        return counter.result()
+        return counted(model, device, device_type, dtype)
 
 
-def _fake_mode() -> AbstractContextManager:
+def counted(
+    model: LanguageModel, device: torch.device, device_type: str, dtype: torch.dtype
+) -> Rehearsal:
+    """What a step of a model takes whose tensors are fake.
+
+    Args:
+        device: of those.
+        device_type, dtype: as for `rehearse`.
+    """
+    chunks = losses.GRADIENT_CHUNK_ELEMENTS[device_type]
+    with (
+        mock.patch.dict(losses.GRADIENT_CHUNK_ELEMENTS, {device.type: chunks}),
+        StepCounter(model) as counter,
+    ):
+        for _ in range(min(2, model.config.grad_accum)):  # all but the first find gradients there
+            counter.operations, counter.collectives = [], []
+            run_step(model, device, dtype)
+    return counter.result()
+
+
+def fake_mode() -> AbstractContextManager:
     from torch._subclasses.fake_tensor import FakeTensorMode  # a second of imports
 
-    return FakeTensorMode()
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def run_step(model: LanguageModel, device: torch.device, dtype: torch.dtype) -> None:
@@ -110,16 +124,20 @@ def run_step(model: LanguageModel, device: torch.device, dtype: torch.dtype) -> 
 class StepCounter(TorchDispatchMode):
     """Counts the storages of a model's training step while it is on."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: LanguageModel):
         super().__init__()
         self.model, self.config = model, model.config
-        self.now = dict.fromkeys((WEIGHTS, GRADIENTS, STATE, ACTIVATIONS), 0)
+        self.now = dict.fromkeys((WEIGHTS, GATHERED, GRADIENTS, STATE, ACTIVATIONS), 0)
         self.most, self.most_held = 0, dict(self.now)
         self.operations: list[Operation] = []
+        self.collectives: list[tuple[str, int]] = []
         self._kinds: dict[int, list[Any]] = {}  # a storage's kind and size, by its address
         for tensor in [*model.parameters(), *model.buffers()]:
-            self._hold(tensor, WEIGHTS)
-        self.state, self.step = sum(state_bytes(model).values()), step_bytes(model)
+            self._hold(own(tensor), WEIGHTS)
+        # A share of a weight has that share of the state.
+        shares = {p: own(p).numel() / max(1, p.numel()) for p in model.parameters()}
+        self.state = int(sum(n * shares[p] for p, n in state_bytes(model).items()))
+        self.step = {p: int(n * shares[p]) for p, n in step_bytes(model).items()}
         self.now[STATE] = 0 if self.config.optimizer_offload else self.state
         for p in model.parameters():
             if p.requires_grad:
@@ -129,18 +147,54 @@ class StepCounter(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if any(hasattr(kind, "to_local") for kind in types):
+            return NotImplemented  # shares: what is done with them comes here again
         result = function(*args, **kwargs)
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         for tensor in made:
             self._hold(tensor, ACTIVATIONS)
-        if not function.is_view:
+        if function.namespace == "c10d":
+            whole = max(t.nbytes for t in tree_leaves(args) if isinstance(t, Tensor))
+            self.collectives.append((function._overloadpacket.__name__.strip("_"), whole))
+        elif not function.is_view:
             read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             formula = FORMULAS.get(function._overloadpacket)
             flops = 0 if formula is None else formula(*args, **kwargs, out_val=result)
             n_bytes = sum(t.numel() * t.element_size() for t in [*read, *made])
-            fp8 = any(t.dtype.itemsize == 1 and t.is_floating_point() for t in read)
-            self.operations.append(Operation(flops, n_bytes, fp8))
+            self.operations.append(Operation(flops, n_bytes, self._in_float8(function, read)))
         return result
+
+    def _in_float8(self, function: Any, factors: list[Tensor]) -> bool:
+        """Whether it is a product of a linear layer, but the head, that `fp8` would take."""
+        if self.config.amp_dtype != "fp8" or function._overloadpacket not in (aten.mm, aten.addmm):
+            return False
+        return all(self.model.vocab_size not in factor.shape for factor in factors)
+
+    def __enter__(self) -> "StepCounter":
+        # Gathered weights are given back and come again by resizing what holds them.
+        real, counter = torch.UntypedStorage.resize_, self
+
+        def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            result = real(storage, size)
+            counter._resized(storage)
+            return result
+
+        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", resize)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._patch.stop()
+        super().__exit__(*error)
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        entry = self._kinds.get(storage._cdata)
+        if entry is None:
+            return
+        self.now[entry[0]] -= entry[1]
+        entry[:] = [GATHERED, storage.nbytes()]
+        self.now[GATHERED] += entry[1]
+        self._note()
 
     def _hold(self, tensor: Tensor, kind: str) -> None:
         storage = tensor.untyped_storage()
@@ -163,7 +217,7 @@ class StepCounter(TorchDispatchMode):
             self.most_held[ACTIVATIONS] += beside
 
     def _accumulated(self, p: nn.Parameter) -> None:
-        entry = self._kinds[p.grad.untyped_storage()._cdata]
+        entry = self._kinds[own(p.grad).untyped_storage()._cdata]
         self.now[entry[0]] -= entry[1]
         entry[0] = GRADIENTS
         self.now[GRADIENTS] += entry[1]
@@ -176,4 +230,10 @@ class StepCounter(TorchDispatchMode):
         if not self.config.optimizer_in_backward:
             self._note(max(self.step.values()))
         host = self.state if self.config.optimizer_offload else 0
-        return Rehearsal(self.most_held, host, self.operations, self.config.grad_accum)
+        passes = self.config.grad_accum
+        return Rehearsal(self.most_held, host, self.operations, passes, self.collectives)
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor of any shape that several share, or the tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
