@@ -107,6 +107,7 @@ def counted(
 
 
 def fake_mode() -> AbstractContextManager:
+    """Inside, tensors that are made have no memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # a second of imports
 
     return FakeTensorMode(allow_non_fake_inputs=True)
