@@ -23,7 +23,7 @@ from wavelet_lm.scope.watching import SHARE_LET_THROUGH
 
 T = 20
 RANDOM = {
-    "max_examples": 16,
+    "max_examples": 12,
     "suppress_health_check": list(HealthCheck),
     "derandomize": True,
     "phases": [Phase.explicit, Phase.generate],  # shrinking takes minutes
