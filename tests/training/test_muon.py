@@ -51,3 +51,18 @@ def test_what_is_orthogonal_is_nearly_so(shape):
     values = found.diagonal(dim1=1, dim2=2)
     assert bool(((values > 0.3) & (values < 1.5)).all())
     assert (found - torch.diag_embed(values)).abs().max() < 0.1
+
+
+def test_a_cpu_without_bfloat16_iterates_in_float32(monkeypatch):
+    """To the same matrices, up to what bfloat16 rounds."""
+    x = torch.randn(3, 24, 40)
+    muon.step_dtype.cache_clear()
+    monkeypatch.setattr(muon, "_cpu_multiplies_bfloat16", lambda: True)
+    rounded = orthogonal(x)
+    muon.step_dtype.cache_clear()
+    monkeypatch.setattr(muon, "_cpu_multiplies_bfloat16", lambda: False)
+    exact = orthogonal(x)
+    muon.step_dtype.cache_clear()
+    assert (rounded.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
+    assert muon.step_dtype("cuda") == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=0.05)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from torch.optim import Optimizer
 from wavelet_lm.kernels.adagrad import decay_
 from wavelet_lm.training.weights import Weights
 
-# Keller Jordan's iteration (https://kellerjordan.github.io/posts/muon/): five steps in bfloat16.
+# Keller Jordan's iteration (https://kellerjordan.github.io/posts/muon/): five steps.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 SMALLEST_NORM = 1e-7
 MOMENTUM = 0.95
-# Bytes that a step takes for a number of a stack, while its products are taken.
+# Bytes that a step takes for a number of a stack, while its products are taken in bfloat16.
 STACK_BYTES = 12
 # Of a stack; products of larger matrices gain nothing from being batched, and take memory.
 STACK_VALUES = 2**24
@@ -97,13 +98,13 @@ def stacks(
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """About U Vᵀ of each matrix U S Vᵀ: [n, rows, columns] in, bfloat16 of the same shape out.
+    """About U Vᵀ of each matrix U S Vᵀ: [n, rows, columns] in, `step_dtype` of the same shape out.
 
     Newton and Schulz's iteration takes the singular values to between 0.5 and 1.5, which is near
     enough.
     """
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16()
+    x = matrices.to(step_dtype(matrices.device.type))
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT
@@ -114,3 +115,19 @@ def orthogonal(matrices: Tensor) -> Tensor:
         change = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, change, x, beta=a)
     return x.mT if is_tall else x
+
+
+@cache
+def step_dtype(device_type: str) -> torch.dtype:
+    """Of the products of a step: bfloat16, or float32 on a CPU without instructions for it.
+
+    There PyTorch multiplies bfloat16 number by number, more than ten times as slowly as float32.
+    """
+    if device_type != "cpu" or _cpu_multiplies_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    # PyTorch's own question, of which it has no public form.
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
