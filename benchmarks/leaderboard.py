@@ -493,8 +493,9 @@ def _how_chosen(plan: Plan, budget: Budget) -> str:
 
 
 def plot(path: str, plan: Plan, runs: dict[str, Record]) -> None:
-    """Validation bits per byte against what is equal, a line per row and seed."""
+    """Validation bits per byte against what is equal, a line per row and seed, and its end."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     figure = Figure(figsize=(7.5 * len(plan.budgets), 5), layout="constrained")
     panels = figure.subplots(1, len(plan.budgets), squeeze=False)[0]
@@ -512,13 +513,16 @@ def plot(path: str, plan: Plan, runs: dict[str, Record]) -> None:
                     color=f"C{number % 10}",
                     linestyle="-" if number < 10 else "--",
                     alpha=1 if is_first else 0.3,
-                    label=row if is_first else None,
+                    label=f"{row}  {run['valid_bits_per_byte']:.3f}" if is_first else None,
                 )
         words = "seconds of training" if axis == "seconds" else "FLOPs of matrix products"
         panel.set(xlabel=words, ylabel="validation bits per byte", xscale="log", yscale="log")
         panel.grid(alpha=0.3, which="both")
-        panel.yaxis.set_major_formatter("{x:.2f}")
-        panel.yaxis.set_minor_formatter("{x:.2f}")
+        panel.yaxis.set_major_locator(MaxNLocator(12))  # evenly spaced, also on a logarithmic axis
+        panel.yaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_major_formatter("{x:.1f}")
+        if axis == "seconds":
+            panel.xaxis.set_major_formatter("{x:g}")
         if panel.get_legend_handles_labels()[0]:
             panel.legend()
     with atomic_path(path) as temporary:
