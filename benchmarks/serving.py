@@ -245,14 +245,18 @@ async def first_token(server: Server, n: int, repeats: int) -> dict[str, Any]:
 
 
 async def measure(server: Server, args: Any, whole: bool) -> dict[str, Any]:
-    """All figures of a server; without `whole` those of a GPT."""
+    """All figures of a server; without `whole` those of a GPT. Each is told once it is there."""
     row = {"resident_bytes_idle": server.resident()}
     await server.text(ask_for(0, 4))  # so that everything is loaded
-    row |= await speeds(server, args.streams, args.tokens, args.repeats, args.compare)
-    row["resident_bytes_after_streams"] = server.resident()
+    parts = [speeds(server, args.streams, args.tokens, args.repeats, args.compare)]
     if whole:
-        row |= await first_token(server, args.prompt, 5)
-    row |= await idle_states(server, args.states if whole else min(args.states, 64))
+        parts.append(first_token(server, args.prompt, 5))
+    parts.append(idle_states(server, args.states if whole else min(args.states, 64)))
+    for part in parts:
+        figures = await part
+        print(", ".join(f"{name} {value:,.4g}" for name, value in figures.items()), file=sys.stderr)
+        row |= figures
+        row.setdefault("resident_bytes_after_streams", server.resident())
     if whole:
         row["soak"] = await soak(server, args.soak)
     return row
