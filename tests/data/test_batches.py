@@ -10,6 +10,8 @@ from tests.conftest import tiny_config
 from wavelet_lm.data.batches import (
     RandomCrops,
     SequentialStreams,
+    own_validation_batches,
+    passes_per_step,
     training_batches,
     validation_batches,
 )
@@ -118,3 +120,42 @@ def test_validation_is_the_same_each_time():
 def test_a_validation_split_of_one_token_is_refused():
     with pytest.raises(UserError, match="validation split has 1 token"):
         validation_batches(config(), text(1))
+
+
+@pytest.mark.parametrize("order", ["random", "sequential"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_read_their_parts_of_the_batch_of_one(order, size):
+    ours = config(data_order=order, micro_batch_size=4, grad_accum=2)
+    tokens = text(400)
+    whole = training_batches(ours, tokens)
+    n = 8 // size
+    parts = [training_batches(ours, tokens, slice(n * r, n * r + n)) for r in range(size)]
+    for step in (0, 1, 5):
+        for k in range(2):
+            assert torch.equal(torch.cat([part[step][k] for part in parts]), whole[step][k])
+
+
+def test_processes_do_as_few_passes_as_fit_and_all_as_large():
+    def passes(micro, accum, size):
+        return passes_per_step(config(micro_batch_size=micro, grad_accum=accum), size)
+
+    assert [passes(8, 4, size) for size in (1, 2, 4, 8, 32)] == [4, 2, 1, 1, 1]
+    assert [passes(8, 12, size) for size in (1, 4, 8)] == [12, 3, 2]
+    assert passes(4, 7, 2) == 7  # 14 windows: 4 at once would leave 2
+    with pytest.raises(UserError, match=r"= 6 windows, which 4 processes cannot share evenly"):
+        passes(2, 3, 4)
+
+
+@pytest.mark.parametrize("n", [40, 100, 300])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_processes_validate_on_the_windows_of_one(n, size):
+    ours = config(micro_batch_size=2)
+    whole = torch.cat([inputs for inputs, _ in validation_batches(ours, text(n))])
+    counted, n_passes = [], set()
+    for rank in range(size):
+        passes, left = own_validation_batches(ours, text(n), rank, size)
+        counted.append(torch.cat([inputs for inputs, _ in passes])[:left])
+        n_passes.add(len(passes))
+        assert max(len(inputs) for inputs, _ in passes) <= 2
+    assert len(n_passes) == 1
+    assert torch.equal(torch.cat(counted), whole)

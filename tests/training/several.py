@@ -29,7 +29,7 @@ PLAIN = {
     "optimizer_eps": 1e-8,
     **{f"dropout_{name}": 0.0 for name in DROPOUTS},
 }
-PATIENCE = 600  # seconds; a test that waits longer has found a hang
+PATIENCE = 1800  # seconds; a test that waits longer has found a hang
 
 
 def free_port() -> int:
@@ -87,7 +87,7 @@ def train_together(size: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
 def job(folder: Path, steps: int, **overrides) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     lengths = {"max_steps": steps, "eval_interval": max(1, steps // 2)}
-    return {"config": run_config(folder, **PLAIN, **lengths, **overrides).to_dict()}
+    return {"config": run_config(folder, **{**PLAIN, **lengths, **overrides}).to_dict()}
 
 
 def go_on(folder: Path, kind: str, stop: int | None = None) -> dict:

@@ -1,5 +1,6 @@
 """Several processes end together: one line says why, and a whole checkpoint is left."""
 
+import random
 import signal
 import time
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 
 from tests.training import runs
 from tests.training.several import PATIENCE, ended, run_job, started
+from wavelet_lm.models.registry import build_model
 from wavelet_lm.training.checkpoint_folder import saved_steps
+from wavelet_lm.training.sharded_checkpoint import ShardedCheckpoint
 
 SECONDS = 30
 
@@ -84,3 +87,48 @@ def test_what_the_user_got_wrong_is_said_once(tmp_path):
     assert [status for status, _, _ in results] == [2, 2]
     (line,) = lines_of_errors(results)
     assert "missing data path" in line
+
+
+def whole_states(folder: Path) -> list[int]:
+    """The steps of the checkpoints that are there; each of them can be read to its last tensor."""
+    found = saved_steps(runs.only_run(folder) / "checkpoints")
+    for _, _, path in found:
+        checkpoint = ShardedCheckpoint(path)
+        checkpoint.load_into(build_model(checkpoint.config, checkpoint.vocab_size))
+        assert checkpoint.extra()
+    return [step for step, _, _ in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_process_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path, seed):
+    draw = random.Random(seed)
+    killed, kind = draw.randrange(2), draw.choice(("ddp", "fsdp"))
+    overrides = {"parallel": kind, "save_interval": 1, "keep_checkpoints": 2, "C": 64}
+    with started_run(tmp_path, 2, **overrides) as processes:
+        wait_for(lambda: has_saved(tmp_path), processes)
+        time.sleep(2 * draw.random())
+        processes[killed].kill()
+        at = time.monotonic()
+        results = ended(processes)
+    assert time.monotonic() - at < SECONDS
+    (line,) = lines_of_errors(results)
+    assert line.startswith(f"train.py: error: rank {killed} is gone")
+    assert whole_states(tmp_path)
+    assert_goes_on(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_all_killed_while_they_write(tmp_path, seed):
+    overrides = {"parallel": "fsdp", "save_interval": 1, "C": 128, "layers": 4}
+    with started_run(tmp_path, 2, **overrides) as processes:
+        wait_for(lambda: has_saved(tmp_path), processes)
+        time.sleep(random.Random(seed).random())
+        wait_for(lambda: list(tmp_path.glob("logs/*/checkpoints/.step*.tmp/*")), processes)
+        for process in processes:
+            process.kill()
+        ended(processes)
+    assert whole_states(tmp_path)
+    assert_goes_on(tmp_path)
+    assert not list(tmp_path.glob("logs/*/checkpoints/.*"))

@@ -119,7 +119,9 @@ def sharded_model(
     with torch.device("meta"), torch.random.fork_rng([]):
         model = build()
     mesh = init_device_mesh(device.type, (processes.size,))
-    share_out(model, config, mesh, device)
+    # A CPU's norms take no weights of another type than their inputs.
+    gathered = config.replace(use_amp=False) if device.type == "cpu" else config
+    share_out(model, gathered, mesh, device)
     model.to_empty(device="cpu" if config.fsdp_cpu_offload else device)
     for module in model.modules():  # buffers are whole, and beside the computation
         for name, buffer in module._buffers.items():
