@@ -51,6 +51,7 @@ from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.models.registry import model_without_weights, n_params
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
+from wavelet_lm.training.working_weights import WorkingWeights
 
 ROOT = Path(__file__).resolve().parents[1]
 GROWTH = 1.1  # that a change may bring unseen
@@ -115,13 +116,14 @@ def count(config: Config, vocab_size: int) -> dict[str, Any]:
         B, T = config.micro_batch_size, config.block_size
         idx = torch.zeros(B, T, dtype=torch.int64, device=device)
         precision = Precision(config, device)
+        working = WorkingWeights(model, precision.dtype)
         torch._dynamo.reset()
         try:
-            with precision.autocast():
+            with precision.autocast(), working.in_place():
                 torch.compile(model.loss, fullgraph=True)(idx, idx, model.first_window(B, device))
         except Ready:
             pass
-        optimizer = optimizer_bytes(model, config, precision)
+        optimizer = optimizer_bytes(model, config, precision, working)
     n = n_params(model)
     forward, backward = graphs[False], graphs[True]
     row = {"parameters": n, "tokens": B * T}
@@ -130,27 +132,36 @@ def count(config: Config, vocab_size: int) -> dict[str, Any]:
     return {**row, "kept": backward["kept"], "optimizer": round(optimizer / n, 1)}
 
 
-def optimizer_bytes(model: nn.Module, config: Config, precision: Precision) -> int:
+def optimizer_bytes(
+    model: nn.Module, config: Config, precision: Precision, working: WorkingWeights
+) -> int:
     """Bytes that clipping and the update of a model of fake tensors read and write."""
     from wavelet_lm.kernels import triton_adagrad
 
-    for p in model.parameters():
-        p.grad = torch.empty_like(p) if p.requires_grad else None
+    def backward() -> None:
+        with working.in_place():
+            for p in model.parameters():
+                p.grad = torch.empty_like(p) if p.requires_grad else None
+
     traffic = Traffic()
 
     class OnePass(triton_adagrad.Launcher):
         """The kernel by its arguments: each read once, weights and sums written."""
 
-        def __call__(self, weights: list, gradients: list, sums: list, *_: Any) -> None:
-            traffic.n_bytes += _bytes([*weights, *gradients, *sums]) + _bytes([*weights, *sums])
+        def __call__(self, weights: list, gradients: list, sums: list, *others: Any) -> None:
+            traffic.n_bytes += _bytes([*weights, *gradients, *sums])
+            traffic.n_bytes += _bytes([*weights, *sums, *others[-1]])
 
     original, triton_adagrad.Launcher = triton_adagrad.Launcher, OnePass
     try:
-        optimizer = Optimizer(model, config)
-        precision.update(optimizer, model, config.grad_clip)  # which makes the state
-        traffic.n_bytes = 0
-        with traffic:
-            precision.update(optimizer, model, config.grad_clip)
+        optimizer = Optimizer(model, config, copies=working.copies)
+        for _ in range(2):  # the first one makes the state
+            optimizer.zero_grad()
+            backward()
+            traffic.n_bytes = 0
+            with traffic:
+                working.gather(in_float32=config.grad_accum > 1)
+                precision.update(optimizer, model, config.grad_clip)
     finally:
         triton_adagrad.Launcher = original
     return traffic.n_bytes
@@ -203,8 +214,14 @@ def captured() -> Iterator[dict[bool, dict[str, Any]]]:
 
 def graph_cost(graph: Any) -> dict[str, Any]:
     """Kernels and bytes of a graph that has been scheduled."""
+    from torch._inductor.ir import MultiOutput
+
     nodes = [
-        (node.is_extern(), node.get_read_write_buffers_sizes()) for node in graph.scheduler.nodes
+        (node.is_extern(), node.get_read_write_buffers_sizes())
+        for node in graph.scheduler.nodes
+        if not isinstance(
+            getattr(node, "node", None), MultiOutput
+        )  # one of the results of the kernel before it
     ]
     inputs = zip(graph.graph_input_names, graph.example_inputs, strict=True)
     return {
@@ -234,7 +251,9 @@ class Traffic(TorchDispatchMode):
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written += tree_leaves(value)
-        self.n_bytes += _bytes(tree_leaves((args, kwargs))) + _bytes(written)
+        copies = func._schema.name in ("aten::copy_", "aten::_foreach_copy_")
+        read = tree_leaves((args[1:] if copies else args, kwargs))
+        self.n_bytes += _bytes(read) + _bytes(written)
         return result
 
 

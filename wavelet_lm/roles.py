@@ -7,8 +7,8 @@ A module may have these attributes; what it does not declare it has from the mod
     runs()      how often its parts run, for one run of the module itself
     n_products  products of one position beside those with its weights
 
-A linear layer of PyTorch is a `MAP`, an embedding a table of which one row is read, a LayerNorm's
-component "norms".
+A linear layer of PyTorch is a `MAP` and a `BIAS`, an embedding a table of which one row is read, a
+LayerNorm's component "norms".
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,13 +27,20 @@ class Role:
 
     is_map: the matrix of a linear map within the network, which Muon and weight decay are for;
     vectors: how many vectors of one position it multiplies, 0 where it is no factor of a product;
-    rows: of a table, how many one position reads; component: where it is not its module's.
+    rows: of a table, how many one position reads; component: where it is not its module's;
+    is_added: to a product, in the product's precision.
     """
 
     is_map: bool = False
     vectors: int = 0
     rows: int | None = None
     component: str | None = None
+    is_added: bool = False
+
+    @property
+    def in_products(self) -> bool:
+        """Whether mixed precision reads it in half precision, and nothing else does."""
+        return self.vectors > 0 or self.is_added
 
 
 VECTOR = Role()
@@ -41,13 +48,14 @@ MAP = Role(is_map=True, vectors=1)
 # A factor of a product that is no map within the network: a head, keys, filters.
 FACTOR = Role(vectors=1)
 TABLE = Role(rows=1)
+BIAS = Role(is_added=True)
 
 # What modules of PyTorch itself would declare.
 COMPONENT_OF = {nn.LayerNorm: "norms"}
 ROLES_OF: dict[type[nn.Module], dict[str, Role]] = {
-    nn.Linear: {"weight": MAP},
+    nn.Linear: {"weight": MAP, "bias": BIAS},
     nn.Embedding: {"weight": TABLE},
-    nn.Conv1d: {"weight": FACTOR},
+    nn.Conv1d: {"weight": FACTOR, "bias": BIAS},
 }
 
 

@@ -33,17 +33,22 @@ def adagrad_(
     rates: Rates,
     divisor: Tensor | None = None,
     skip: Tensor | None = None,
+    copies: Sequence[Tensor | None] | None = None,
 ) -> None:
     """The step in place, tensor by tensor: what defines the kernel, and stands in for it.
 
-    All three lists: one shape and floating dtype for each weight.
+    All lists: one shape for each weight; weights and sums of one floating dtype, gradients of it
+    or of half precision.
 
     Args:
         divisor: 0-d float32, of all gradients; None = 1.
         skip: 0-d float32; where it is not 0, nothing changes, whatever the gradients are.
+        copies: of each weight one of another dtype, which is written too; None where there is none.
     """
     lr, decay, decoupled, eps = rates
-    for w, g, s in zip(weights, gradients, sums, strict=True):
+    copies = copies or [None] * len(weights)
+    for w, g, s, copy in zip(weights, gradients, sums, copies, strict=True):
+        g = g.to(w.dtype)
         if divisor is not None:
             g = g / divisor
         if decay and not decoupled:
@@ -57,6 +62,8 @@ def adagrad_(
             new_w, new_s = torch.where(skip != 0, w, new_w), torch.where(skip != 0, s, new_s)
         w.copy_(new_w)
         s.copy_(new_s)
+        if copy is not None:
+            copy.copy_(new_w)
 
 
 def decay_(weights: Sequence[Tensor], amount: float, skip: Tensor | None = None) -> None:

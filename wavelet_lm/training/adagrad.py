@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wavelet_lm.kernels.adagrad import Rates, adagrad_, decay_
+from wavelet_lm.training.working_weights import Copies, gradient
 
 Update = Callable[..., None]
 
@@ -19,6 +20,7 @@ class Adagrad(torch.optim.Adagrad):
 
     Args:
         groups: the decay of each is `weight_decay` (coupled) or `decoupled_decay`.
+        copies: as `WorkingWeights.copies`, whose gradients it reads.
 
     Attributes:
         grad_scale: 0-d float32, what all gradients are divided by; None = 1.
@@ -27,7 +29,14 @@ class Adagrad(torch.optim.Adagrad):
     All of PyTorch's fused optimizers have both of these, under these names.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, lr: float, eps: float):
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        lr: float,
+        eps: float,
+        copies: Copies | None = None,
+    ):
         # The sums are made when their weight first steps, not all of them here, on the device.
         super().__init__([{"params": []}], lr=lr, eps=eps, fused=True)
         self.param_groups.clear()
@@ -37,12 +46,19 @@ class Adagrad(torch.optim.Adagrad):
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
         self._update = _update(self.param_groups[0]["params"][0].device.type)
+        self.copies = copies or {}
+
+    @property
+    def writes_copies(self) -> bool:
+        """Whether a step reads gradients of copies and writes the copies too, or neither."""
+        return self._update is not None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of all weights that have a gradient, in place."""
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
+            found = [(p, gradient(p, self.copies)) for p in group["params"]]
+            weights = [p for p, g in found if g is not None]
             if not weights:
                 continue
             states = [self._state(p) for p in weights]
@@ -54,9 +70,10 @@ class Adagrad(torch.optim.Adagrad):
             rates = Rates(
                 group["lr"], decoupled or group["weight_decay"], bool(decoupled), group["eps"]
             )
-            gradients = [p.grad for p in weights]
+            gradients = [g for _, g in found if g is not None]
             sums, steps = ([state[key] for state in states] for key in ("sum", "step"))
-            self._update(weights, gradients, sums, rates, self.grad_scale, self.found_inf)
+            scalars, copies = (self.grad_scale, self.found_inf), map(self.copies.get, weights)
+            self._update(weights, gradients, sums, rates, *scalars, list(copies))
             torch._foreach_add_(steps, 1)
             if self.found_inf is not None:
                 torch._foreach_sub_(steps, [self.found_inf] * len(steps))

@@ -23,6 +23,7 @@ from wavelet_lm.training.schedule import learning_rate, warmup_steps
 from wavelet_lm.training.stop_signals import StopSignals
 from wavelet_lm.training.task import Task, Validation
 from wavelet_lm.training.weights import Saved, Weights
+from wavelet_lm.training.working_weights import WorkingWeights, copied_dtype
 
 SMOOTHING = 0.95
 
@@ -50,7 +51,10 @@ class Trainer:
         self.precision = Precision(config, task.device)
         if config.amp_dtype == "fp8":
             use_float8(task.model)
-        self.optimizer = Optimizer(task.model, config, self.weights)
+        n_processes = task.processes.size
+        dtype = copied_dtype(config, self.precision.dtype, n_processes)
+        self.working = WorkingWeights(task.model, dtype)
+        self.optimizer = Optimizer(task.model, config, self.weights, self.working.copies)
         self.batches = DeviceBatches(task.batch, task.device)
         self.progress = Progress(total_steps)
         self.report = Report(config, task, run, self.progress)
@@ -76,6 +80,7 @@ class Trainer:
 
     def _train(self) -> None:
         done = self.progress
+        self.working.refresh()  # of what a checkpoint has brought
         with StopSignals() as stop, self.report.bar() as bar:
             self._signals = stop
             self.batches.fetch(done.step)
@@ -112,9 +117,11 @@ class Trainer:
         step, n = self.progress.step, self.task.n_passes
         self.optimizer.set_lr(learning_rate(self.config, step, self.progress.total_steps))
         total = torch.zeros((), device=self.task.device)
-        for loss in self.task.losses(step, self.batches[step]):
-            self.precision.backward(loss / n)
-            total += loss.detach() / n
+        with self.working.in_place():
+            for loss in self.task.losses(step, self.batches[step]):
+                self.precision.backward(loss / n)
+                self.working.gather(in_float32=n > 1)
+                total += loss.detach() / n
         self.batches.fetch(step + 1)  # while this one computes
         self.weights.take_gradients()
         self.precision.update(self.optimizer, self.weights, self.config.grad_clip)

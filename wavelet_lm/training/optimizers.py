@@ -15,6 +15,7 @@ from wavelet_lm.training.adagrad import Adagrad
 from wavelet_lm.training.muon import STACK_BYTES, Muon, stacks
 from wavelet_lm.training.offload import brought, kept, refuse_offload_to_itself
 from wavelet_lm.training.weights import Weights
+from wavelet_lm.training.working_weights import Copies, gradient
 
 # Numbers that an optimizer keeps for each weight; Muon keeps one for a matrix.
 STATE_NUMBERS = {"Adagrad": 1, "AdamW": 2, "Muon": 2, "Adagrad8bit": 1, "AdamW8bit": 2}
@@ -33,8 +34,20 @@ class Optimizer:
         UserError: the state is to be offloaded to where it is, or bitsandbytes is missing.
     """
 
-    def __init__(self, model: nn.Module, config: TrainingConfig, weights: Weights | None = None):
-        """weights: what to step on, by the names of the model's; None = the model's own."""
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        weights: Weights | None = None,
+        copies: Copies | None = None,
+    ):
+        """What a model is trained with.
+
+        Args:
+            weights: what to step on, by the names of the model's; None = the model's own.
+            copies: as `WorkingWeights.copies`; a step reads their gradients and writes them too.
+        """
+        self.copies = copies or {}
         named = {n: p for n, p in (weights or model).named_parameters() if p.requires_grad}
         maps = roles.maps(model)
         names = {n for n, p in model.named_parameters() if p in maps}
@@ -44,7 +57,8 @@ class Optimizer:
         match config.optimizer:
             case "Adagrad":
                 groups = _groups(config, named, {})
-                self.parts = [Adagrad(groups, lr=config.lr, eps=config.optimizer_eps)]
+                options = {"lr": config.lr, "eps": config.optimizer_eps}
+                self.parts = [Adagrad(groups, **options, copies=self.copies)]
             case "Adagrad8bit":
                 self.parts = [_bitsandbytes(config, _groups(config, named, {}))]
             case "AdamW":
@@ -85,6 +99,13 @@ class Optimizer:
         """Forget the gradients."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
+        for copy in self.copies.values():
+            copy.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """Of every weight that has one, in its shape; in half precision where that of a copy is."""
+        found = [gradient(p, self.copies) for p in self.names]
+        return [g for g in found if g is not None]
 
     @torch.no_grad()
     def step(self, divisor: Tensor | None = None, skip: Tensor | None = None) -> None:
@@ -107,13 +128,27 @@ class Optimizer:
     def _step_part(
         self, part: torch.optim.Optimizer, divisor: Tensor | None, skip: Tensor | None
     ) -> None:
-        if not getattr(part, "_step_supports_amp_scaling", False):
+        copied = [] if getattr(part, "writes_copies", False) else self._widened(part)
+        if getattr(part, "_step_supports_amp_scaling", False):
+            # In the pass of the step itself, and on the device: nothing is waited for.
+            part.grad_scale, part.found_inf = divisor, skip
+            part.step()
+            part.grad_scale = part.found_inf = None
+        else:
             self._step_apart(part, divisor, skip)
-            return
-        # In the pass of the step itself, and on the device: nothing is waited for.
-        part.grad_scale, part.found_inf = divisor, skip
-        part.step()
-        part.grad_scale = part.found_inf = None
+        if copied:
+            torch._foreach_copy_([self.copies[p] for p in copied], copied)
+
+    def _widened(self, part: torch.optim.Optimizer) -> list[nn.Parameter]:
+        """The weights of an optimizer that have copies; their gradients are float32 after it."""
+        copied = [p for group in part.param_groups for p in group["params"] if p in self.copies]
+        halves = [p for p in copied if p.grad is None and self.copies[p].grad is not None]
+        for p in halves:
+            p.grad = torch.empty_like(p)
+        if halves:
+            grads = [self.copies[p].grad for p in halves]
+            torch._foreach_copy_([p.grad for p in halves], grads)
+        return copied
 
     def _step_alone(self, p: nn.Parameter, divisor: Tensor | None, skip: Tensor | None) -> None:
         part, number = self._homes[p]

@@ -11,7 +11,7 @@ from wavelet_lm.config import TrainingConfig
 from wavelet_lm.errors import UserError
 from wavelet_lm.training.float8 import refuse_without_float8
 from wavelet_lm.training.optimizers import Optimizer
-from wavelet_lm.training.weights import Weights
+from wavelet_lm.training.weights import Weights, total_norm
 
 # Below this loss scale no gradient is left that fp16 could hold.
 SMALLEST_SCALE = 2.0**-10
@@ -106,9 +106,9 @@ class Precision:
         if not grad_clip and not scaler.enabled:
             optimizer.step()
             return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = (model.norm if isinstance(model, Weights) else nn.utils.get_total_norm)(gradients)
-        if self._steps_on_cpu() and not scaler.enabled:
+        gradients = optimizer.gradients()
+        norm = (model.norm if isinstance(model, Weights) else total_norm)(gradients)
+        if self._steps_on_cpu() and not scaler.enabled and not optimizer.copies:
             factor = grad_clip / (norm + 1e-6)
             if not bool(factor >= 1):  # also where it is NaN, which is not to go unnoticed
                 torch._foreach_mul_(gradients, factor)

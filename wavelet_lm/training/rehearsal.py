@@ -25,6 +25,7 @@ from wavelet_lm.models import losses
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.registry import build_model
 from wavelet_lm.training.optimizers import state_bytes, step_bytes
+from wavelet_lm.training.working_weights import WorkingWeights, copied_dtype
 
 WEIGHTS, GRADIENTS, STATE, ACTIVATIONS = "weights", "gradients", "optimizer state", "activations"
 GATHERED = "gathered weights"  # of others, for as long as they are read
@@ -83,26 +84,35 @@ def rehearse(config: Config, vocab_size: int, device_type: str, dtype: torch.dty
     with nullcontext() if on_meta else fake_mode(), torch.random.fork_rng([]):
         with device:
             model = build_model(config, vocab_size)
-        return counted(model, device, device_type, dtype)
+        return counted(model, device, device_type, dtype, copied_dtype(config, dtype))
 
 
 def counted(
-    model: LanguageModel, device: torch.device, device_type: str, dtype: torch.dtype
+    model: LanguageModel,
+    device: torch.device,
+    device_type: str,
+    dtype: torch.dtype,
+    copied: torch.dtype = torch.float32,
 ) -> Rehearsal:
     """What a step of a model takes whose tensors are fake.
 
     Args:
         device: of those.
         device_type, dtype: as for `rehearse`.
+        copied: dtype of the copies of weights that products read; float32 = none.
     """
     chunks = losses.GRADIENT_CHUNK_ELEMENTS[device_type]
+    working = WorkingWeights(model, copied)
     with (
         mock.patch.dict(losses.GRADIENT_CHUNK_ELEMENTS, {device.type: chunks}),
-        StepCounter(model) as counter,
+        StepCounter(model, working) as counter,
     ):
         for _ in range(min(2, model.config.grad_accum)):  # all but the first find gradients there
             counter.operations, counter.collectives = [], []
-            run_step(model, device, dtype)
+            with working.in_place():
+                run_step(model, device, dtype)
+            working.gather(in_float32=model.config.grad_accum > 1)
+            counter.gathered()
     return counter.result()
 
 
@@ -125,22 +135,23 @@ def run_step(model: LanguageModel, device: torch.device, dtype: torch.dtype) -> 
 class StepCounter(TorchDispatchMode):
     """Counts the storages of a model's training step while it is on."""
 
-    def __init__(self, model: LanguageModel):
+    def __init__(self, model: LanguageModel, working: WorkingWeights):
         super().__init__()
-        self.model, self.config = model, model.config
+        self.model, self.config, self.working = model, model.config, working
         self.now = dict.fromkeys((WEIGHTS, GATHERED, GRADIENTS, STATE, ACTIVATIONS), 0)
         self.most, self.most_held = 0, dict(self.now)
         self.operations: list[Operation] = []
         self.collectives: list[tuple[str, int]] = []
         self._kinds: dict[int, list[Any]] = {}  # a storage's kind and size, by its address
-        for tensor in [*model.parameters(), *model.buffers()]:
+        copies = working.copies.values()
+        for tensor in [*model.parameters(), *model.buffers(), *copies]:
             self._hold(own(tensor), WEIGHTS)
         # A share of a weight has that share of the state.
         shares = {p: own(p).numel() / max(1, p.numel()) for p in model.parameters()}
         self.state = int(sum(n * shares[p] for p, n in state_bytes(model).items()))
         self.step = {p: int(n * shares[p]) for p, n in step_bytes(model).items()}
         self.now[STATE] = 0 if self.config.optimizer_offload else self.state
-        for p in model.parameters():
+        for p in [*model.parameters(), *copies]:
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(self._accumulated)
 
@@ -226,10 +237,19 @@ class StepCounter(TorchDispatchMode):
             self._note(self.step[p])
             p.grad = None
 
+    def gathered(self) -> None:
+        """Called when gradients of copies have been added to those of their weights."""
+        for p in self.working.copies:
+            if p.grad is not None:
+                self._accumulated(p)
+
     def result(self) -> Rehearsal:
         """After the backward passes; the optimizer's step is still to come."""
         if not self.config.optimizer_in_backward:
-            self._note(max(self.step.values()))
+            # All but Adagrad step on gradients in float32, made of those in half precision.
+            halves = [p for p in self.working.copies if p.grad is None]
+            made = 0 if self.config.optimizer == "Adagrad" else 4 * sum(p.numel() for p in halves)
+            self._note(max(self.step.values()) + made)
         host = self.state if self.config.optimizer_offload else 0
         passes = self.config.grad_accum
         return Rehearsal(self.most_held, host, self.operations, passes, self.collectives)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.models.checkpoint import Checkpoint
+from wavelet_lm.training.working_weights import HALF
 
 if TYPE_CHECKING:
     from wavelet_lm.training.sharded_checkpoint import ShardedCheckpoint
@@ -40,7 +41,7 @@ class Weights:
 
     def norm(self, gradients: Iterable[Tensor]) -> Tensor:
         """The norm of all gradients as one vector, 0-d."""
-        return nn.utils.get_total_norm(gradients)
+        return total_norm(list(gradients))
 
     def whole_shape(self, p: Tensor) -> torch.Size:
         """The shape of the weight that a parameter is, or is a share of."""
@@ -86,3 +87,15 @@ class Weights:
             name: `optimizer/<part>/<parameter>/<key>`.
         """
         return state
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all of them together, of any shapes, 0-d in float32 at least."""
+    halves = [g for g in gradients if g.dtype in HALF]
+    if not halves:
+        return nn.utils.get_total_norm(gradients)
+    wide = [g for g in gradients if g.dtype not in HALF]
+    # PyTorch's own would round the norm of each tensor to half precision.
+    norms = torch._foreach_norm(halves, 2, torch.float32)
+    norms += torch._foreach_norm(wide, 2) if wide else ()
+    return torch.linalg.vector_norm(torch.stack(norms))

@@ -8,7 +8,7 @@ be what came before and a value what came then.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn.functional import linear, logsigmoid, normalize, rms_norm, silu
 
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.kernels.delta_rule import delta_rule
+from wavelet_lm.roles import VECTOR
 from wavelet_lm.transforms.history import Ring, carried
 from wavelet_lm.transforms.means import wide
 
@@ -48,6 +49,8 @@ class DeltaMemory(nn.Module):
     """
 
     component = "delta memory"
+    # Gates and decays are added up in float32: a head that forgets 1 in 10,000 needs its digits.
+    roles: ClassVar = {"rates.bias": VECTOR}
 
     def __init__(self, config: ModelConfig):
         super().__init__()
