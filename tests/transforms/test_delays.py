@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from wavelet_lm.transforms.correlation import correlate
+from wavelet_lm.transforms.correlation import DelayedSum, correlate
 from wavelet_lm.transforms.delays import Crawl, Shift
+from wavelet_lm.transforms.history import remember
 
 
 def slow_crawl(x: torch.Tensor, crawl: Crawl) -> torch.Tensor:
@@ -78,3 +79,21 @@ def test_gradient(k):
     x = torch.randn(2, 12 + k - 1, 2, dtype=torch.float64, requires_grad=True)
     taps = torch.randn(k, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda x, taps: correlate(x, taps, 12), (x, taps))
+
+
+@pytest.mark.parametrize("K", [1, 3, 8])
+@pytest.mark.parametrize("min_lag, T", [(1, 12), (4, 12), (6, 4)])
+def test_a_compiled_step_filters_as_every_other_does(K, min_lag, T):
+    """At the start of a text, where the signal may be shorter than the lags."""
+    taps = torch.randn(K, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, T, 3, dtype=torch.float64, requires_grad=True)
+    theirs = remember(x, None, min_lag + K - 1).filtered(taps, min_lag)
+    ours = DelayedSum.apply(taps, x, min_lag)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, (taps, x), grad),
+        torch.autograd.grad(theirs, (taps, x), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

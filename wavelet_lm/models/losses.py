@@ -52,7 +52,9 @@ class _MeanCrossEntropy(torch.autograd.Function):
     """Both gradients are taken per chunk in the forward pass, while its logits exist.
 
     They are kept unscaled (∂/∂logits = softmax − onehot), so that nothing underflows in half
-    precision; backward multiplies by the incoming gradient over N.
+    precision; backward multiplies by the incoming gradient over N. In half precision the logits'
+    gradient of a single chunk is kept in place of the weight's, which backward takes in one product
+    with what is scaled, the smaller factor.
     """
 
     @staticmethod
@@ -67,7 +69,8 @@ class _MeanCrossEntropy(torch.autograd.Function):
         grads_hidden: list[Tensor] = []
         grad_weight = None
         with torch.autocast(device, enabled=False):
-            chunks = _chunks(hidden.to(dtype), n_vocab, targets, GRADIENT_CHUNK_ELEMENTS)
+            chunks = [*_chunks(hidden.to(dtype), n_vocab, targets, GRADIENT_CHUNK_ELEMENTS)]
+            ctx.is_late = len(chunks) == 1 and dtype in (torch.bfloat16, torch.float16)
             for h, t in chunks:
                 logits = _wide(h @ w.T)
                 if len(w) > n_vocab:
@@ -76,17 +79,23 @@ class _MeanCrossEntropy(torch.autograd.Function):
                 total += (log_norm - logits.gather(-1, t[:, None])).sum()
                 grad = _less_one_hot(logits.sub_(log_norm).exp_(), t).to(dtype)
                 grads_hidden.append(grad @ w)
-                grad_weight = _plus_product(grad_weight, grad.T, h, weight.dtype)
-        ctx.save_for_backward(torch.cat(grads_hidden), grad_weight)
+                if not ctx.is_late:
+                    grad_weight = _plus_product(grad_weight, grad.T, h, _wide(h).dtype)
+        of_weight = (grad, h) if ctx.is_late else (grad_weight,)
+        ctx.save_for_backward(torch.cat(grads_hidden), *of_weight)
         ctx.n, ctx.n_vocab, ctx.dtypes = len(targets), n_vocab, (hidden.dtype, weight.dtype)
         return total / ctx.n
 
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, *saved = ctx.saved_tensors
         scale = grad_output / ctx.n
         of_hidden, of_weight = ctx.dtypes
-        grad_weight = grad_weight[: ctx.n_vocab].to(of_weight) * scale
+        if ctx.is_late:
+            grad, h = saved
+            grad_weight = (grad.T @ (h * scale))[: ctx.n_vocab].to(of_weight)
+        else:
+            grad_weight = (saved[0][: ctx.n_vocab] * scale).to(of_weight)
         return grad_hidden.to(of_hidden) * scale, grad_weight, None
 
 

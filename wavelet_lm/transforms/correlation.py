@@ -31,3 +31,36 @@ def correlate(x: Tensor, taps: Tensor, length: int) -> Tensor:
     windows = x.unfold(1, block + K - 1, block)  # [B, n_blocks, C, block + K − 1], a view
     y = torch.matmul(band, windows.transpose(2, 3))  # [B, n_blocks, block, C]
     return y.reshape(x.shape[0], n_blocks * block, -1)[:, :length]
+
+
+class DelayedSum(torch.autograd.Function):
+    """y_t = Σ_j taps_j · x_{t−m−j} for few taps, zeros before the text, for a compiled step.
+
+    Nothing is put before the signal, and its gradient is one expression: the compiler makes a
+    kernel of each, where autograd would have a padded gradient for every tap.
+    """
+
+    @staticmethod
+    def forward(ctx, taps: Tensor, x: Tensor, min_lag: int) -> Tensor:
+        """[K], [B, T, C], m -> [B, T, C]."""
+        ctx.save_for_backward(taps, x)
+        ctx.min_lag = min_lag
+        return sum(tap * shifted(x, min_lag + j) for j, tap in enumerate(taps.unbind()))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """[B, T, C] -> [K], [B, T, C]."""
+        taps, x = ctx.saved_tensors
+        lags = range(ctx.min_lag, ctx.min_lag + len(taps))
+        of_taps = torch.stack([(grad * shifted(x, lag)).sum() for lag in lags])
+        pairs = zip(taps.unbind(), lags, strict=True)
+        return of_taps, sum(tap * shifted(grad, -lag) for tap, lag in pairs), None
+
+
+def shifted(x: Tensor, lag: int) -> Tensor:
+    """x_{t−lag} of x [B, T, C], zero outside of it: the same shape."""
+    T = x.shape[1]
+    lag = max(-T, min(T, lag))
+    if lag >= 0:
+        return nn.functional.pad(x[:, : T - lag], (0, 0, lag, 0))
+    return nn.functional.pad(x[:, -lag:], (0, 0, 0, -lag))

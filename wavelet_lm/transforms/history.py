@@ -29,7 +29,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from wavelet_lm.transforms.correlation import correlate
+from wavelet_lm.transforms.correlation import MAX_SHIFTED_TAPS, DelayedSum, correlate
 
 
 class Signal(Protocol):
@@ -109,7 +109,7 @@ class Window:
     def state(self) -> Tensor:
         """The last `max_lag` positions, [B, max_lag, C]."""
         T = self._x.shape[1]
-        if self._whole is None and T >= self._max_lag:  # nothing need be put together
+        if T >= self._max_lag:  # nothing need be put together
             return self._x[:, T - self._max_lag :]
         return self.whole()[:, T:]
 
@@ -128,6 +128,8 @@ class Window:
 
     def filtered(self, taps: Tensor, min_lag: int = 0) -> Tensor:
         T, K = self._x.shape[1], len(taps)
+        if torch.compiler.is_compiling() and self._past is None and K <= MAX_SHIFTED_TAPS:
+            return DelayedSum.apply(taps.to(self._x.dtype), self._x, min_lag)
         start = self._max_lag - min_lag - K + 1
         # The largest lag comes first in time.
         signal = self.whole()[:, start : start + T + K - 1]

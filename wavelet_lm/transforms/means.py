@@ -170,6 +170,14 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def as_factor(x: Tensor) -> Tensor:
+    """x of any shape in the dtype in which autocast would multiply it."""
+    device = x.device.type
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Products in x's own dtype, x of any shape, where autocast would take another."""
     # The meta device has no autocast to switch off.

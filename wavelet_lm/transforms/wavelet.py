@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from wavelet_lm.transforms.history import Ring
+from wavelet_lm.transforms.means import wide
 
 Histories = tuple[Tensor | Ring, ...]
 
@@ -78,6 +79,7 @@ class Wavelet(nn.Module):
         They may be one tensor [levels + 1, B, T, C].
         """
         x, *details = bands
+        x = wide(x)  # sums over all levels
         for k, detail in zip(reversed(range(self.levels)), details, strict=True):
             x = self.merge(k, x, detail)
         return x

@@ -21,6 +21,7 @@ from wavelet_lm.transforms.means import (
     ExponentialMeanState,
     RunningMeanState,
     WindowedMeanState,
+    as_factor,
     running_mean,
 )
 
@@ -108,7 +109,7 @@ class Block(nn.Module):
         if self.delta_memory is not None:
             recalled, delta = self.delta_memory(h, bands, delta)
             x = x + recalled
-        bands = self.decomposed_norm(torch.stack(bands))
+        bands = self.decomposed_norm(torch.stack([as_factor(band) for band in bands]))
         if mean is not None:
             bands = self.bypass(bands, mean, mean_prev)
         x = x + self.mixed_signal(bands, wavelet)
@@ -125,7 +126,7 @@ class Block(nn.Module):
     def mixed_signal(self, bands: Tensor, wavelet: nn.Module) -> Tensor:
         """Bands [S, B, T, Cp], gated and mixed, and the signal [B, T, C] that they make."""
         mixed = self.mixer_dropout(self.mixed_norm(self.mixer(self.phase_gate(bands))))
-        mixed = mixed * self.scale_weights[:, None, None, None]
+        mixed = as_factor(mixed * self.scale_weights[:, None, None, None])
         signal = self.projection(wavelet.reconstruct(mixed))
         return self.projection_dropout(signal)
 

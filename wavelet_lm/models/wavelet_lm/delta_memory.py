@@ -18,7 +18,7 @@ from wavelet_lm.config import ModelConfig
 from wavelet_lm.kernels.delta_rule import delta_rule
 from wavelet_lm.roles import VECTOR
 from wavelet_lm.transforms.history import Ring, carried
-from wavelet_lm.transforms.means import wide
+from wavelet_lm.transforms.means import as_factor, wide
 
 EPSILON = 1e-5
 
@@ -126,7 +126,8 @@ class DeltaMemory(nn.Module):
 
     def rule_inputs(self, h: Tensor, bands: list[Tensor]) -> tuple[RuleInputs, Tensor]:
         """What the rule gets of h [B, T, C] and its bands; the gate W_g h [B, T, heads · dv]."""
-        features = torch.cat((h, *reversed(bands[len(bands) - self.n_bands :])), -1)
+        read = (h, *reversed(bands[len(bands) - self.n_bands :]))
+        features = torch.cat([as_factor(part) for part in read], -1)
         q, k = self.queries_and_keys(features).unflatten(-1, (2, self.heads, -1)).unbind(2)
         v, gate, rates = self.values_and_gates(h)
         beta, decay = wide(rates).split(self.heads, -1)

@@ -13,6 +13,7 @@ from wavelet_lm.config import ModelConfig
 from wavelet_lm.models.wavelet_lm.layers import Gain, ScaleNorm
 from wavelet_lm.roles import MAP, Role
 from wavelet_lm.transforms.hadamard import HadamardTransform
+from wavelet_lm.transforms.means import as_factor
 
 IDENTITY_NOISE = 1e-3
 GATE_NOISE = 0.02
@@ -67,6 +68,7 @@ class SpectralMixer(nn.Module):
     def forward(self, bands: Tensor) -> Tensor:
         """Bands [S, B, T, Cp], coarse to fine -> mixed bands of the same shape."""
         S, B, T, _ = bands.shape
+        bands = as_factor(bands)  # once for all that reads them
         rotate_weights: nn.Module = self.rotate
         n_signal_rows = S * B * T
         if self.reads_rotated or n_signal_rows <= self.n_weight_rows:
@@ -139,7 +141,7 @@ def mix_scales(
     Bands [S, B, T, Cp], routing [S, S] -> [S, B, T, Cp]. Neighbours of one width are computed
     together.
     """
-    bands = as_factor(bands)  # once for all that reads them
+    bands = as_factor(bands)
     gates = bands if routing is None else Routed.apply(as_factor(routing), bands)
     groups = [list(group) for _, group in groupby(mixers, key=lambda mixer: mixer.width)]
     if len(groups) == 1:
@@ -190,14 +192,6 @@ def rotated(weights: dict[str, Tensor], rotate: nn.Module) -> dict[str, Tensor]:
 def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [n, B, T, in], weight [n, out, in] -> [n, B, T, out]."""
     return torch.bmm(x.flatten(1, 2), weight.mT).unflatten(1, x.shape[1:3])
-
-
-def as_factor(x: Tensor) -> Tensor:
-    """x of any shape in the dtype in which autocast would multiply it."""
-    device = x.device.type
-    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
 
 
 class Routed(torch.autograd.Function):
