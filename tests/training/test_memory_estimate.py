@@ -15,6 +15,7 @@ from wavelet_lm.training import memory_estimate
 from wavelet_lm.training.memory_estimate import refuse_what_cannot_train, savings
 from wavelet_lm.training.optimizers import Optimizer, state_bytes, step_bytes
 from wavelet_lm.training.rehearsal import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS, rehearse
+from wavelet_lm.training.working_weights import WorkingWeights
 
 V = 256
 CPU = torch.device("cpu")
@@ -175,3 +176,16 @@ def test_a_process_takes_what_is_said(row, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "training_memory.py")])
     assert abs(training_memory.apart(row)["error"]) <= 0.1
+
+
+@pytest.mark.parametrize("optimizer, accum", [("Adagrad", 1), ("Adagrad", 2), ("AdamW", 1)])
+def test_copies_in_half_precision_are_held(optimizer, accum):
+    config = tiny_config(**NETWORK, optimizer=optimizer, grad_accum=accum, amp_dtype="bf16")
+    model = build_model(config, V)
+    n = sum(p.numel() for p in WorkingWeights(model, torch.bfloat16).copies)
+    held = rehearse(config, V, "cuda", torch.bfloat16).held
+    buffers = sum(b.nbytes for b in model.buffers())
+    assert held[WEIGHTS] == 4 * n_params(model) + 2 * n + buffers
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if held[ACTIVATIONS] < 8 * n:  # most is held in the optimizer's step
+        assert held[GRADIENTS] == 4 * trained - 2 * n * (accum == 1)

