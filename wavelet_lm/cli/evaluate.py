@@ -1,4 +1,7 @@
-"""Evaluate a trained model: `python -m wavelet_lm.evaluation RUN --split test`."""
+"""Evaluate a trained model: `python -m wavelet_lm.evaluation RUN --split test`.
+
+Under torchrun the processes share the windows.
+"""
 
 import json
 import sys
@@ -12,6 +15,8 @@ from wavelet_lm.evaluation.likelihood import evaluate_run
 from wavelet_lm.quantization.options import QuantizationOptions
 from wavelet_lm.tables import table
 from wavelet_lm.threads import use_threads
+from wavelet_lm.training.processes import ALONE, Processes
+from wavelet_lm.training.together import together
 
 
 def main() -> None:
@@ -37,15 +42,17 @@ def main() -> None:
     if args.json:
         check_writable(args.json)
     use_threads(args.threads)
-    evaluate_and_print(
-        args.checkpoint,
-        args.split,
-        dataset=args.dataset,
-        batch_size=args.batch_size,
-        device=args.device,
-        quantization=quantization_options(vars(args)),
-        json_file=args.json,
-    )
+    with together() as processes:
+        evaluate_and_print(
+            args.checkpoint,
+            args.split,
+            dataset=args.dataset,
+            batch_size=args.batch_size,
+            device=args.device,
+            quantization=quantization_options(vars(args)),
+            json_file=args.json,
+            processes=processes,
+        )
 
 
 def evaluate_and_print(
@@ -57,14 +64,17 @@ def evaluate_and_print(
     device: str = "auto",
     quantization: QuantizationOptions | None = None,
     json_file: str | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """`evaluate_run` with a progress bar and the table on standard output; returns the results.
 
-    The file, if any, is written first, for standard output may turn out to be full or closed.
+    The file, if any, is written first, for standard output may turn out to be full or closed. Of
+    several processes, which share the windows, the first one speaks and writes.
     """
     from tqdm import tqdm
 
-    with tqdm(unit=" tokens", unit_scale=True, disable=None, leave=False) as bar:
+    silent = None if processes.is_main else True
+    with tqdm(unit=" tokens", unit_scale=True, disable=silent, leave=False) as bar:
         results = evaluate_run(
             run,
             split,
@@ -73,8 +83,11 @@ def evaluate_and_print(
             device=device,
             quantization=quantization,
             progress=bar.update,
-            log=lambda message: print(message, file=sys.stderr),
+            log=lambda message: processes.is_main and print(message, file=sys.stderr),
+            among=None if processes.size == 1 else processes,
         )
+    if not processes.is_main:
+        return results
     if json_file:
         write_text(json_file, json.dumps(results, indent=1) + "\n")
     about = ", ".join(f"{key} {results[key]}" for key in ("run", "dataset", "split", "tokenizer"))

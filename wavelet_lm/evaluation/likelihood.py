@@ -15,12 +15,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wavelet_lm.devices import amp_dtype, autocast, reading, resolve_device
 from wavelet_lm.errors import UserError
@@ -35,6 +37,25 @@ if TYPE_CHECKING:
 BATCH_POSITIONS = 4096
 
 
+class Sharing(Protocol):
+    """Processes that share the windows of a text: what is asked of `training/processes.py`."""
+
+    rank: int
+    size: int
+
+    def device_name(self, name: str) -> str:
+        """The device of this process, where one is named for all."""
+
+    def connect(self, device: torch.device) -> None:
+        """Make ready to add up."""
+
+    def in_turn(self, make: Callable[[], Any]) -> Any:
+        """What each makes, the first of each machine before the others there."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all of them of values [n]; for all."""
+
+
 def score(
     model: nn.Module,
     tokens: np.ndarray,
@@ -45,6 +66,7 @@ def score(
     device: torch.device,
     amp: AbstractContextManager | None = None,
     progress: Callable[[int], object] | None = None,
+    among: Sharing | None = None,
 ) -> tuple[float, int]:
     """The summed negative log-likelihood of tokens 1 … N − 1 in nats, and their number N − 1.
 
@@ -56,10 +78,14 @@ def score(
         batch_size: windows at once.
         amp: autocast context to run in, re-enterable.
         progress: called with the number of targets scored by each batch.
+        among: the processes that score a part of the batches each; all get the sums of all.
     """
     total = 0.0
     n_scored = 0
-    for batch, n_context in window_batches(len(tokens), block_size, stride, batch_size):
+    batches = window_batches(len(tokens), block_size, stride, batch_size)
+    if among is not None:
+        batches = islice(batches, among.rank, None, among.size)
+    for batch, n_context in batches:
         window = torch.from_numpy(tokens[batch].astype(np.int64)).to(device)
         with reading(model), amp or nullcontext():
             losses = model.token_losses(window[:, :-1], window[:, 1:])[:, n_context:]
@@ -67,7 +93,10 @@ def score(
         n_scored += losses.numel()
         if progress is not None:
             progress(losses.numel())
-    return total, n_scored
+    if among is not None:
+        sums = torch.tensor([total, n_scored], dtype=torch.float64, device=device)
+        total, n_scored = among.total(sums).tolist()
+    return total, int(n_scored)
 
 
 def window_batches(
@@ -104,6 +133,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     amp: AbstractContextManager | None = None,
     progress: Callable[[int], object] | None = None,
+    among: Sharing | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Both protocols, `non_overlapping` and `sliding`, as plain numbers.
 
@@ -144,6 +174,7 @@ def evaluate(
             device=torch.device(device),
             amp=amp,
             progress=progress,
+            among=among,
         )
         if not math.isfinite(nats):
             raise UserError(
@@ -178,6 +209,7 @@ def evaluate_run(
     quantization: QuantizationOptions | None = None,
     progress: Callable[[int], object] | None = None,
     log: Callable[[str], None] = print,
+    among: Sharing | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run folder or checkpoint on its own data, or on `dataset` with its tokenizer.
 
@@ -186,6 +218,7 @@ def evaluate_run(
             and of a text of one's own (`dataset`) all of it.
         batch_size: windows at once; None suits the size of the run's windows.
         quantization: how to quantize the model and evaluate that as well; None asks its config.
+        among: the processes that share the windows; each gets the figures of all of them.
 
     Returns:
         What `evaluate` does, and `run`, `dataset`, `split`, `tokenizer`, `n_params`; what
@@ -197,10 +230,13 @@ def evaluate_run(
     from wavelet_lm.quantization.options import QuantizationOptions
     from wavelet_lm.quantization.quantize import quantize
 
-    where = resolve_device(device)
+    where = resolve_device(device if among is None else among.device_name(device))
+    if among is not None:
+        among.connect(where)
     model, tokenizer = load_model(run, where, log), load_tokenizer(run)
     check_vocabulary(model, tokenizer)
-    name, split, chosen = split_of_run(model.config, tokenizer, split, dataset, log)
+    found = partial(split_of_run, model.config, tokenizer, split, dataset, log)
+    name, split, chosen = found() if among is None else among.in_turn(found)
     config = model.config if dataset is None else model.config.replace(dataset=dataset)
     quantization = quantization or QuantizationOptions()
     scheme = quantization.scheme(model, str(run))
@@ -217,6 +253,7 @@ def evaluate_run(
             device=where,
             amp=autocast(where, precision),
             progress=progress,
+            among=among,
         )
 
     results = evaluated(model)
