@@ -36,6 +36,7 @@ BEAT = 1.0  # seconds between two beats
 MISSED = 20.0  # seconds without one after which a process of another machine is gone
 LOOK = 5.0  # seconds in which a living process is seen to beat
 GRACE = 5.0  # seconds that a process has to end by itself after another has failed
+HEARD = 3.0  # seconds that the others have to hear of it, where this process holds the store
 POLL = 0.05
 RENDEZVOUS = timedelta(minutes=10)
 # Of a collective: a process that is gone is found by its heart; one may well wait for a long save.
@@ -163,6 +164,8 @@ class ProcessGroup(Processes):
             try:
                 store.add(f"beats/{self.rank}", 1)
                 if store.check(["failed"]):
+                    self._unsaid.acquire(blocking=False)  # the reason has been said
+                    store.add("n_heard", int(not self.is_main))
                     break
                 if watch.misses():
                     if self._speaks_first(gone(watched)):
@@ -180,6 +183,11 @@ class ProcessGroup(Processes):
         if self._heart_store.add("n_failed", 1) > 1:
             return False
         self._heart_store.set("failed", reason)
+        until = time.monotonic() + HEARD
+        while self.is_main and time.monotonic() < until:  # the store ends with this process
+            if self._heart_store.add("n_heard", 0) >= self.size - 1:
+                break
+            time.sleep(POLL)
         return True
 
     def _speaks_without_store(self) -> bool:

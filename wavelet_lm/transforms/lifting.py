@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from wavelet_lm.roles import Runs
 from wavelet_lm.transforms.delays import Crawl, Shift
 from wavelet_lm.transforms.history import Ring
-from wavelet_lm.transforms.means import as_factor, wide
+from wavelet_lm.transforms.means import as_factor, as_summand
 from wavelet_lm.transforms.wavelet import Histories, Wavelet
 
 INIT_NOISE = 0.01
@@ -114,7 +114,7 @@ class LiftingWavelet(Wavelet):
             approximation, details = bands.split((1, self.levels))
         else:
             approximation, details = bands[:1], torch.stack(list(bands[1:]))
-        x = 2 ** (self.levels / 2) * wide(approximation[0])
+        x = 2 ** (self.levels / 2) * as_summand(approximation[0])
         updates = side_by_side(list(reversed(self._updates)), details)
         for k, update in zip(reversed(range(self.levels)), updates.unbind(), strict=True):
             x = torch.sub(x, update, alpha=2 ** (k / 2))

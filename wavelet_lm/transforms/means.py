@@ -178,6 +178,13 @@ def as_factor(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
+def as_summand(x: Tensor) -> Tensor:
+    """x of any shape in float32 where autocast makes half precision of it, else as it is."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return wide(x)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Products in x's own dtype, x of any shape, where autocast would take another."""
     # The meta device has no autocast to switch off.

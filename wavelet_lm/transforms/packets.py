@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.roles import Runs
-from wavelet_lm.transforms.means import wide
+from wavelet_lm.transforms.means import as_summand
 from wavelet_lm.transforms.wavelet import Histories, Wavelet
 
 
@@ -69,7 +69,7 @@ class WaveletPackets(nn.Module):
 
     def reconstruct(self, bands: Sequence[Tensor] | Tensor) -> Tensor:
         """Bands back to [B, T, C], pointwise in time; exact where the wavelet's own way is."""
-        nodes = wide(torch.stack(list(bands), 2))
+        nodes = as_summand(torch.stack(list(bands), 2))
         for k in reversed(range(self.wavelet.levels)):
             nodes = self.wavelet.merge(k, nodes[:, :, 0::2], nodes[:, :, 1::2])
         return nodes[:, :, 0]

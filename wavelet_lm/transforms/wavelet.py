@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from wavelet_lm.transforms.history import Ring
-from wavelet_lm.transforms.means import wide
+from wavelet_lm.transforms.means import as_summand
 
 Histories = tuple[Tensor | Ring, ...]
 
@@ -79,7 +79,7 @@ class Wavelet(nn.Module):
         They may be one tensor [levels + 1, B, T, C].
         """
         x, *details = bands
-        x = wide(x)  # sums over all levels
+        x = as_summand(x)  # sums over all levels
         for k, detail in zip(reversed(range(self.levels)), details, strict=True):
             x = self.merge(k, x, detail)
         return x

@@ -36,9 +36,9 @@ class MultinodalLM(LanguageModel):
         )
 
     def runs(self) -> dict[nn.Module, Runs]:
-        """Every cell is gated by the same matrix, side by side."""
-        passes = self.config.loop_iterations
-        return {self.gates: Runs(passes, passes * len(self.cells))}
+        """Every cell is gated by the same matrix, in a product of its own."""
+        n_products = self.config.loop_iterations * len(self.cells)
+        return {self.gates: Runs(n_products, n_products)}
 
     def output_weight(self) -> Tensor:
         weight = torch.cat([cell.head.weight for cell in self.cells], dim=1)
