@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2 as httpx
 import openai
@@ -310,6 +311,22 @@ def test_a_full_server_says_so_and_a_client_that_leaves_frees_its_row(slow):
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{url}/v1/completions", json={**ENDLESS, "stream": False}, timeout=0.3)
     wait_for(lambda: service.n_streams == service.scheduler.n_writing == 0)
+
+
+def test_long_prompts_that_come_at_once_do_not_overfill_a_server(slow):
+    service, url, model = slow
+    encode, together = service._encode, threading.Barrier(4)
+
+    def encode_together(text):
+        together.wait(20)
+        return encode(text)
+
+    service._encode = encode_together
+    threading.Timer(0.5, model.may_go_on.set).start()
+    body = {"prompt": "a" * 20_000, "max_tokens": 1}
+    with ThreadPoolExecutor(4) as pool:
+        answers = pool.map(lambda _: post(url, "/v1/completions", body), range(4))
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503]
 
 
 @pytest.mark.parametrize("slow", [{"timeout": 0.3}], indirect=True)

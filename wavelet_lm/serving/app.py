@@ -336,7 +336,7 @@ class Web:
 
     async def list_states(self, request: Request) -> Response:
         """All saved states."""
-        data = [self.service.summary(name) for name in self.service.states.names()]
+        data = [self.service.said(*state) for state in self.service.states.all()]
         return JSONResponse({"object": "list", "data": data})
 
     async def make_state(self, request: Request) -> Response:

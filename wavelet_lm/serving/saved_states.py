@@ -34,7 +34,7 @@ class Summary:
 
 
 class SavedStates:
-    """Named states of one model.
+    """Named states of one model; any thread may ask for them.
 
     Args:
         folder: where they are kept, one file each as `generate.py --save_state` writes it; None:
@@ -73,9 +73,9 @@ class SavedStates:
     def __len__(self) -> int:
         return len(self._summaries)
 
-    def names(self) -> list[str]:
-        """Of all states, the oldest first."""
-        return sorted(self._summaries, key=lambda name: (self._summaries[name].created, name))
+    def all(self) -> list[tuple[str, Summary]]:
+        """What is said of all states, the oldest first, as they are at one moment."""
+        return sorted(self._summaries.items(), key=lambda state: (state[1].created, state[0]))
 
     def summary(self, name: str) -> Summary:
         """What is said of a state.
@@ -83,9 +83,10 @@ class SavedStates:
         Raises:
             Refused: there is none of this name.
         """
-        if name not in self._summaries:
-            raise Refused(404, f"there is no state {name!r}", "state")
-        return self._summaries[name]
+        found = self._summaries.get(name)
+        if found is None:
+            raise _unknown(name)
+        return found
 
     def new_name(self) -> str:
         """A name that no state has."""
@@ -121,7 +122,10 @@ class SavedStates:
         """
         self.summary(name)
         if self._folder is None:
-            return self._in_memory[name]
+            known = self._in_memory.get(name)
+            if known is None:  # deleted in this moment
+                raise _unknown(name)
+            return known
         return self._read(self._folder / f"{name}{SUFFIX}")
 
     def forget(self, name: str) -> None:
@@ -130,8 +134,8 @@ class SavedStates:
         Raises:
             Refused: there is none of this name.
         """
-        self.summary(name)
-        del self._summaries[name]
+        if self._summaries.pop(name, None) is None:
+            raise _unknown(name)
         self._in_memory.pop(name, None)
         if self._folder is not None:
             (self._folder / f"{name}{SUFFIX}").unlink(missing_ok=True)
@@ -185,6 +189,10 @@ class SavedStates:
         if not is_plausible(state, n, self._model.vocab_size):
             raise UserError(f"{path}: its state is damaged; save the state again")
         return self._layout.pack(state, logits, n, tokens, seen)
+
+
+def _unknown(name: str) -> Refused:
+    return Refused(404, f"there is no state {name!r}", "state")
 
 
 def is_plausible(state: Any, n: int, vocab_size: int) -> bool:

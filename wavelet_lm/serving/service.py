@@ -25,7 +25,7 @@ from wavelet_lm.serving.job import Choice, Job, Written
 from wavelet_lm.serving.known import Known
 from wavelet_lm.serving.options import ServeOptions
 from wavelet_lm.serving.refused import Refused
-from wavelet_lm.serving.saved_states import SavedStates
+from wavelet_lm.serving.saved_states import SavedStates, Summary
 from wavelet_lm.serving.scheduler import Scheduler
 from wavelet_lm.serving.state_cache import StateCache
 
@@ -174,7 +174,7 @@ class Service:
             Refused: a prompt that cannot be, or a server that is full or about to end.
         """
         start = await self.state(asked.state)
-        self._check_room(len(texts) * asked.best_of)
+        self._check_room(len(texts) * asked.best_of)  # before anything is encoded
         prompts = [await self.tokens(text, start) for text in texts]
         if asked.save_as is not None:
             self.states.check_room(asked.save_as)
@@ -204,7 +204,6 @@ class Service:
         Raises:
             Refused: as `writing`.
         """
-        self._check_room(1)
         n = (0 if start is None else start.n) + len(tokens)
         self._n_tokens(1, n)
         work = Work([Job(tokens, [], start)], [tokens], 0, written=[[]])
@@ -219,6 +218,7 @@ class Service:
     @asynccontextmanager
     async def _in_progress(self, work: Work) -> AsyncIterator[None]:
         n_streams = sum(max(1, len(job.choices)) for job in work.jobs)
+        self._check_room(n_streams)  # others have come while a long prompt was encoded
         self.n_streams += n_streams
         loop = asyncio.get_running_loop()
         timers = []
@@ -227,8 +227,6 @@ class Service:
             self._jobs.add(job)
             self.scheduler.submit(job)
             timers.append(loop.call_later(self.limits.timeout, self.scheduler.end, job, "timeout"))
-        if self._stopping:
-            self.stop()
         try:
             yield
         finally:
@@ -256,12 +254,21 @@ class Service:
         Raises:
             Refused: there is none of this name.
         """
-        found = self.states.summary(name)
-        said = {"id": name, "object": "state", "created": found.created, "tokens": found.n}
-        said["bytes"] = self.scheduler.layout.n_bytes
+        said = self.said(name, self.states.summary(name))
         if known is not None:
             said["tail"] = self.tokenizer.decode(known.last)
         return said
+
+    def said(self, name: str, found: Summary) -> dict[str, Any]:
+        """The same, of a state that was found."""
+        n_bytes = self.scheduler.layout.n_bytes
+        return {
+            "id": name,
+            "object": "state",
+            "created": found.created,
+            "tokens": found.n,
+            "bytes": n_bytes,
+        }
 
     # --- prompts ---------------------------------------------------------------------------------
 
