@@ -9,6 +9,7 @@ from tests.training.test_optimizers import make, weights
 from wavelet_lm.kernels.adagrad import adagrad_
 from wavelet_lm.roles import maps
 from wavelet_lm.training.precision import LossScale, Precision, collapsed
+from wavelet_lm.training.weights import Weights
 
 CPU = torch.device("cpu")
 
@@ -47,7 +48,7 @@ def test_on_a_cpu_a_clipped_step_is_pytorchs_bit_for_bit(name, size):
     for seed in range(3):
         set_gradients(model, seed, size)
         set_gradients(twin, seed, size)
-        precision.update(optimizer, model, 1.0)
+        precision.update(optimizer, Weights(model), 1.0)
         nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
         other.step()
     for (key, a), b in zip(weights(model).items(), weights(twin).values(), strict=True):
@@ -64,7 +65,7 @@ def test_in_the_step_itself_clipping_and_scale_are_what_they_are_apart(name, cli
     for seed in range(3):
         set_gradients(model, seed, scale or 1)
         set_gradients(twin, seed)
-        precision.update(optimizer, model, clip)
+        precision.update(optimizer, Weights(model), clip)
         if clip:
             nn.utils.clip_grad_norm_(twin.parameters(), clip)
         other.step()
@@ -79,17 +80,17 @@ def test_an_overflow_anywhere_leaves_weights_and_state_as_they_were(name, clip):
     model, optimizer = make(name)
     precision = precision_of(model, scale=1024.0)
     set_gradients(model, 0)
-    precision.update(optimizer, model, clip)
+    precision.update(optimizer, Weights(model), clip)
     before, state = weights(model), {k: t.clone() for k, t in optimizer.state()[0].items()}
     set_gradients(model, 1)
     matrix = next(p for p in model.parameters() if p in maps(model))
     matrix.grad[0, 0] = float("inf")
-    precision.update(optimizer, model, clip)
+    precision.update(optimizer, Weights(model), clip)
     assert all(torch.equal(before[key], p) for key, p in weights(model).items())
     assert all(torch.equal(state[key], t) for key, t in optimizer.state()[0].items())
     assert precision.scaler.value == 512
     set_gradients(model, 2)
-    precision.update(optimizer, model, clip)
+    precision.update(optimizer, Weights(model), clip)
     assert not torch.equal(before["embedding.weight"], model.embedding.weight)
 
 
@@ -102,7 +103,7 @@ def test_no_step_on_a_gpu_reads_a_number(name, scale):
     precision = precision_of(model, scale=scale, on_device=True)
     set_gradients(model, 0)
     with NothingIsRead():
-        precision.update(optimizer, model, 1.0)
+        precision.update(optimizer, Weights(model), 1.0)
     with pytest.raises(AssertionError, match="a number is read"), NothingIsRead():
         float(model.embedding.weight.detach().sum())
 
@@ -112,7 +113,7 @@ def test_gradients_that_are_no_numbers_are_not_hidden_by_clipping():
         model, optimizer = make("AdamW")
         set_gradients(model, 0)
         model.embedding.weight.grad[0, 0] = float("nan")
-        precision_of(model, on_device=on_device).update(optimizer, model, 1.0)
+        precision_of(model, on_device=on_device).update(optimizer, Weights(model), 1.0)
         assert any(bool(p.isnan().any()) for p in model.parameters())
 
 

@@ -13,7 +13,7 @@ from wavelet_lm.models.registry import build_model
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
 from wavelet_lm.training.run import resume
-from wavelet_lm.training.weights import total_norm
+from wavelet_lm.training.weights import Weights, total_norm
 from wavelet_lm.training.working_weights import WorkingWeights, copied_dtype, gradient
 
 VOCAB = 30
@@ -56,7 +56,7 @@ class Trial:
 
     def step(self, seed):
         loss = self.backward(seed)
-        self.precision.update(self.optimizer, self.model, 1.0)
+        self.precision.update(self.optimizer, Weights(self.model), 1.0)
         self.optimizer.zero_grad()
         return loss
 
@@ -135,7 +135,7 @@ def test_a_step_is_the_slow_one_on_float32_weights_and_leaves_them_cast():
                 sums[name] = sums.get(name, 0) + g * g
                 with torch.no_grad():
                     p -= twin.model.config.lr * g / (sums[name].sqrt() + 1e-8)
-        trial.precision.update(trial.optimizer, trial.model, 1.0)
+        trial.precision.update(trial.optimizer, Weights(trial.model), 1.0)
         trial.optimizer.zero_grad()
         assert trial.optimizer.gradients() == []
     for (name, p), q in zip(trial.model.named_parameters(), twin.model.parameters(), strict=True):
@@ -156,7 +156,7 @@ def test_on_a_gpu_the_pass_of_adagrad_reads_and_writes_the_copies():
     adagrad._update = adagrad_
     for each in (trial, other):
         each.backward(0)
-        each.precision.update(each.optimizer, each.model, 1.0)
+        each.precision.update(each.optimizer, Weights(each.model), 1.0)
     assert all(p.grad is None for p in trial.working.copies)
     for p, q in zip(trial.model.parameters(), other.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)

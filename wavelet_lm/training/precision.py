@@ -4,14 +4,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wavelet_lm import devices
 from wavelet_lm.config import TrainingConfig
 from wavelet_lm.errors import UserError
 from wavelet_lm.training.float8 import refuse_without_float8
 from wavelet_lm.training.optimizers import Optimizer
-from wavelet_lm.training.weights import Weights, total_norm
+from wavelet_lm.training.weights import Weights
 
 # Below this loss scale no gradient is left that fp16 could hold.
 SMALLEST_SCALE = 2.0**-10
@@ -96,7 +96,7 @@ class Precision:
         """Add the gradient of a loss (0-d), scaled where float16 needs it."""
         (loss * self.scaler.value if self.scaler.enabled else loss).backward()
 
-    def update(self, optimizer: Optimizer, model: nn.Module | Weights, grad_clip: float) -> None:
+    def update(self, optimizer: Optimizer, weights: Weights, grad_clip: float) -> None:
         """Clip the gradients and step; with loss scaling a step that overflowed is skipped.
 
         One pass reads the gradients for their norm. On a GPU the step's own pass does the rest, and
@@ -107,7 +107,7 @@ class Precision:
             optimizer.step()
             return
         gradients = optimizer.gradients()
-        norm = (model.norm if isinstance(model, Weights) else total_norm)(gradients)
+        norm = weights.norm(gradients)
         if self._steps_on_cpu() and not scaler.enabled and not optimizer.copies:
             factor = grad_clip / (norm + 1e-6)
             if not bool(factor >= 1):  # also where it is NaN, which is not to go unnoticed
