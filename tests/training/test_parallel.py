@@ -90,7 +90,10 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_another_parallel(tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_process_holds_its_share_of_the_weights(tmp_path, size):
-    """The rest is one block, gathered, and what FSDP2 sends and receives, of that size each."""
+    """The rest is one block, gathered, and what FSDP2 sends and receives, of that size each.
+
+    A step has a share of the gradients and of the sums as well, and what backward keeps.
+    """
     with started(size, "-m", "tests.training.shares", "fsdp") as processes:
         for status, out, stderr in ended(processes):
             assert status == 0, stderr
@@ -98,7 +101,7 @@ def test_a_process_holds_its_share_of_the_weights(tmp_path, size):
             share, block = held["all"] / size, held["block"]
             assert held["weights"] < share + block / 4
             assert held["forward"] < share + 4 * block
-            assert held["step"] < 3 * share + 5.5 * block
+            assert held["step"] < 3 * share + 7 * block
 
 
 @pytest.mark.slow
