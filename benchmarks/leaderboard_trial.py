@@ -42,6 +42,7 @@ from wavelet_lm.training.memory_estimate import peak_bytes, reset_peak
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
 from wavelet_lm.training.recall import Recall
+from wavelet_lm.training.weights import Weights
 
 # Validations of a run: parts of its budget, evenly spaced on a logarithmic axis.
 N_POINTS = 12
@@ -170,7 +171,8 @@ class Training:
         self.model, self.settings, self.trial = model, settings, trial
         self.device = next(model.parameters()).device
         self.precision = Precision(config, self.device)
-        self.optimizer = Optimizer(model, config)
+        self.weights = Weights(model)
+        self.optimizer = Optimizer(model, config, self.weights)
         self.loss_function: Callable[..., Any] = model.loss
         self.batches = RandomCrops(data.train.tokens, trial.batch, settings.context, trial.seed)
         self.bytes_per_token = data.valid.n_bytes / len(data.valid.tokens)
@@ -228,7 +230,7 @@ class Training:
         self.optimizer.set_lr(lr)
         with self.clock.running():
             self._backward(self.step)
-            self.precision.update(self.optimizer, self.model, self.grad_clip)
+            self.precision.update(self.optimizer, self.weights, self.grad_clip)
             self.optimizer.zero_grad()
         self.lrs.append(lr)
         self.step += 1
@@ -396,7 +398,7 @@ def recalled(
         batch = [tuple(part.to(device) for part in one) for one in recall.batch(step)]
         for loss in recall.losses(step, batch):
             precision.backward(loss)
-        precision.update(optimizer, model, config.grad_clip)
+        precision.update(optimizer, Weights(model), config.grad_clip)
         optimizer.zero_grad()
     n = RECALL_EXAMPLES
     found = {part: recall.asked(part, n, streamed=False) for part in ("valid", "test")}

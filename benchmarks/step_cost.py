@@ -51,6 +51,7 @@ from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.models.registry import model_without_weights, n_params
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
+from wavelet_lm.training.weights import Weights
 from wavelet_lm.training.working_weights import WorkingWeights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,7 +162,7 @@ def optimizer_bytes(
             traffic.n_bytes = 0
             with traffic:
                 working.gather(in_float32=config.grad_accum > 1)
-                precision.update(optimizer, model, config.grad_clip)
+                precision.update(optimizer, Weights(model), config.grad_clip)
     finally:
         triton_adagrad.Launcher = original
     return traffic.n_bytes
