@@ -22,6 +22,15 @@ class UserError(Exception):
     """A mistake in what the user gave; the message is one complete line."""
 
 
+def missing_extra(what: str, library: str, extra: str) -> UserError:
+    """The error of something that needs a library which only an extra of the project installs.
+
+    Args:
+        what: needs it, as the user asked for it.
+    """
+    return UserError(f'{what} needs {library}; install it with pip install "wavelet-lm[{extra}]"')
+
+
 class Interrupted(BaseException):
     """A stop that the user asked for (Ctrl-C, SIGTERM, SIGHUP); the message says how to go on.
 

@@ -161,6 +161,6 @@ def test_a_missing_library_is_named(kind, monkeypatch):
     check_backend(scheme(backend, embedding=2, mlp=16))
     for name in [n for n in sys.modules if n == backend or n.startswith(f"{backend}.")]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=f"needs {backend}; install it with python -m pip install"):
+    with pytest.raises(UserError, match=f"needs {backend}; install it with pip install"):
         check_backend(scheme(backend))
     check_backend(scheme(calibrated=True, mlp=2))

@@ -25,7 +25,7 @@ from typing import Any
 
 from wavelet_lm.atomic_files import atomic_path
 from wavelet_lm.cli.flags import OneLineParser, add_config_flags, listed, parse_flags
-from wavelet_lm.config import FIELDS, Config, check_values, read_json_object
+from wavelet_lm.config import FIELDS, Config, check_values, read_config
 from wavelet_lm.data.dataset import TokenizedText, prepare_data
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.experiments.comparison import Budget, check, compare, summary, tokens_per_step
@@ -121,7 +121,7 @@ def what_to_train(
         if both:
             raise UserError(f"--{option} decides {both[0]}; drop --{both[0]}")
     budget = None if own["budget"] is None else Budget.parse(own["budget"])
-    given = read_json_object(own["config"])
+    given = read_config(own["config"])
     check_values(given, own["config"])
     values = {**given, **flags}
     if values.get("init_from"):

@@ -24,7 +24,7 @@ from wavelet_lm.config import (
     keys_read_by,
     nearest,
     parse_value,
-    read_json_object,
+    read_config,
     show,
 )
 from wavelet_lm.errors import UserError
@@ -303,7 +303,7 @@ def _chosen_model(arguments: Sequence[str]) -> str:
     model = given.get("--model")
     if model is None:
         with contextlib.suppress(UserError):  # a file that cannot be read is complained of later
-            model = read_json_object(given.get("--config", "config.json")).get("model")
+            model = read_config(given.get("--config", "config.json")).get("model")
     return str(model).partition("+")[0].partition(":")[0].partition(",")[0]
 
 

@@ -16,7 +16,7 @@ from wavelet_lm.cli.quantization_flags import add_quantization_flags, quantizati
 from wavelet_lm.config import show
 from wavelet_lm.data.tokenizers import load_modality
 from wavelet_lm.devices import resolve_device
-from wavelet_lm.errors import Interrupted, UserError
+from wavelet_lm.errors import Interrupted, UserError, missing_extra
 from wavelet_lm.inference.build_engine import open_writer
 from wavelet_lm.inference.declarations import FLAGS
 from wavelet_lm.inference.generation_options import GenerationOptions
@@ -104,9 +104,7 @@ def serve(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn", "prometheus_client", "h11", "jinja2"):
             raise
-        raise UserError(
-            f'{error.name} is missing; python -m pip install -c constraints.txt -e ".[serve]"'
-        ) from None
+        raise missing_extra("serve", error.name, "serve") from None
     log = functools.partial(print, file=sys.stderr, flush=True)
     names = [spec.name for spec in dataclasses.fields(ServeOptions)]
     limits = ServeOptions(**{name: getattr(args, name) for name in names})

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wavelet_lm.cli.flags import OneLineParser, add_config_flags, parse_flags
-from wavelet_lm.config import Config, check_values, read_json_object
+from wavelet_lm.config import Config, check_values, read_config
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import UserError
 from wavelet_lm.experiments.comparison_folder import ComparisonFolder
@@ -89,7 +89,7 @@ def configs_of(
     Raises:
         UserError: a name, a key or a value is not as it should be, or there is no such device.
     """
-    given = {} if file is None else read_json_object(file)
+    given = {} if file is None else read_config(file)
     check_values(given, file or "")
     values = {"model": "wavelet_lm", **defaults, **given, **flags}
     if "block_size" in flags or "+block_size" in values["model"]:

@@ -6,13 +6,17 @@ a grid of them: `--set lr=0.01,0.02 --set layers=2,3`.
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from wavelet_lm.cli.flags import OneLineParser, add_config_flags, parse_flags
-from wavelet_lm.config import Config, ConfigError, read_json_object
+from wavelet_lm.config import Config, ConfigError, presets, read_config
 from wavelet_lm.streams import output_is_optional
+from wavelet_lm.tables import aligned
 from wavelet_lm.training.processes import Processes, one_process_only
 from wavelet_lm.training.together import together
+
+DEFAULT = "config.json"  # of the repository: the headline model
 
 
 def main() -> None:
@@ -24,7 +28,9 @@ def main() -> None:
         argument_default=argparse.SUPPRESS,
     )
     sets = "train every value, and every combination of several --set; lists apart by ;"
-    parser.add_argument("--config", metavar="FILE", help="config file [config.json]")
+    parser.add_argument(
+        "--config", metavar="FILE", help="config file, or the name of a preset [config.json]"
+    )
     goes_on = "go on with a run, bit for bit; or on to another --max_steps, see docs/training.md"
     parser.add_argument("--resume", metavar="RUN", help=goes_on)
     parser.add_argument("--set", metavar="KEY=V1,V2", action="append", help=sets)
@@ -47,6 +53,13 @@ def run(flags: dict[str, Any], processes: Processes) -> None:
 
     names = ("config", "set", "sweep", "devices")
     file, sets, grid, devices = (flags.pop(name, None) for name in names)
+    if file is None and not (Path(DEFAULT).exists() or flags.get("init_from")):
+        if processes.is_main:
+            print(preset_table())
+        raise ConfigError(
+            f"which config? there is no {DEFAULT} in this folder; give --config with a file or one"
+            " of these names, such as --config quickstart"
+        )
     source = file or "config"
     if sets or grid:
         one_process_only("a sweep")
@@ -90,5 +103,17 @@ def config_values(file: str | None, flags: dict) -> dict:
 
         base = Checkpoint(find_own_checkpoint(flags["init_from"])).config.to_dict()
     else:
-        base = read_json_object(file or "config.json")
+        base = read_config(file or DEFAULT)
     return {**base, **flags}
+
+
+def preset_table() -> str:
+    """The presets by name: their size, and what they train on."""
+    rows = [["preset", "blocks", "channels", "positions", "data set", "tokenizer", "steps"]]
+    for name in presets():
+        config = Config.from_json(name)
+        sizes = (config.layers, config.C, config.block_size)
+        steps = "" if config.max_steps is None else f"{config.max_steps:,}"
+        numbers = (f"{size:,}" for size in sizes)
+        rows.append([name, *numbers, config.dataset, config.tokenizer, steps])
+    return aligned(rows)

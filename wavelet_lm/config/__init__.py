@@ -14,10 +14,12 @@ from wavelet_lm.config.config import (
     check_values,
     checked_value,
     parse_value,
+    read_config,
     read_json_object,
 )
 from wavelet_lm.config.model import WAVELET_GPT_KEYS, ModelConfig, keys_read_by
 from wavelet_lm.config.option import ConfigError, Option, nearest, show, type_words
+from wavelet_lm.config.presets import find_config, presets
 from wavelet_lm.config.rules import cell_config
 from wavelet_lm.config.run import DataConfig, GenerationConfig, QuantizationConfig, TrainingConfig
 
@@ -37,9 +39,12 @@ __all__ = [
     "cell_config",
     "check_values",
     "checked_value",
+    "find_config",
     "keys_read_by",
     "nearest",
     "parse_value",
+    "presets",
+    "read_config",
     "read_json_object",
     "show",
     "type_words",

@@ -11,6 +11,7 @@ from typing import Any
 
 from wavelet_lm.config.model import ModelConfig
 from wavelet_lm.config.option import ConfigError, checked, nearest, parsed
+from wavelet_lm.config.presets import find_config, presets
 from wavelet_lm.config.rules import check_contradictions
 from wavelet_lm.config.run import DataConfig, GenerationConfig, QuantizationConfig, TrainingConfig
 from wavelet_lm.errors import UserError
@@ -37,7 +38,7 @@ class Config(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Quantiza
 
     @classmethod
     def from_json(cls, path: str | Path, **overrides: Any) -> Config:
-        """Read a flat JSON file; keyword overrides win over its values.
+        """Read a flat JSON file or a preset by name; keyword overrides win over its values.
 
         Examples:
             >>> config = wavelet_lm.Config.from_json("configs/quickstart.json", layers=2)
@@ -47,7 +48,7 @@ class Config(ModelConfig, DataConfig, TrainingConfig, GenerationConfig, Quantiza
             Traceback (most recent call last):
             wavelet_lm.config.option.ConfigError: config.json: layers is 0; it must be >= 1
         """
-        return cls.from_dict({**read_json_object(path), **overrides}, source=str(path))
+        return cls.from_dict({**read_config(path), **overrides}, source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, JSON-ready: tuples are lists."""
@@ -82,6 +83,21 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}, an object is needed")
     return values
+
+
+def read_config(name: str | Path) -> dict[str, Any]:
+    """The keys in the config file at a path, or in the preset of that name.
+
+    Raises:
+        UserError: there is neither, or it is no JSON object.
+    """
+    file = find_config(name)
+    if not file.exists() and not Path(name).is_absolute():
+        raise UserError(
+            f"{name}: there is no such file{nearest(str(name), presets())}; presets are"
+            f" {', '.join(presets())}"
+        )
+    return read_json_object(file)
 
 
 def checked_value(key: str, value: Any) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wavelet_lm.atomic_files import check_writable, write_text
-from wavelet_lm.errors import UserError
+from wavelet_lm.errors import UserError, missing_extra
 from wavelet_lm.training.provenance import environment
 
 
@@ -28,10 +28,7 @@ def check_plot(path: str, flag: str = "--plot") -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError(
-            f"{flag} needs matplotlib; install it with"
-            ' python -m pip install -c constraints.txt -e ".[bench]"'
-        ) from None
+        raise missing_extra(flag, "matplotlib", "bench") from None
 
 
 def check_targets(paths: Iterable[str | None]) -> None:

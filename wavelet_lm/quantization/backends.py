@@ -20,17 +20,14 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from wavelet_lm.errors import UserError
+from wavelet_lm.errors import UserError, missing_extra
 from wavelet_lm.fusion.linear import BatchedLinear, FusedLinear
 from wavelet_lm.quantization.scheme import Scheme
 from wavelet_lm.quantization.weights import QuantizedBatchedLinear, QuantizedLinear
 
 # torchao's 4 bits need a further package (mslk), or a GPU alone in a format of its own.
 OFFERED_BITS = {"bitsandbytes": (4, 8, 16), "torchao": (8, 16)}
-INSTALL = {
-    "bitsandbytes": "python -m pip install -c constraints.txt bitsandbytes",
-    "torchao": 'python -m pip install -c constraints.txt -e ".[quant]"',
-}
+EXTRAS = {"bitsandbytes": "cuda", "torchao": "quant"}
 
 
 def check_backend(scheme: Scheme) -> None:
@@ -122,9 +119,7 @@ def _library(backend: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(
-            f"--ptq_backend {backend} needs {backend}; install it with {INSTALL[backend]}"
-        ) from None
+        raise missing_extra(f"--ptq_backend {backend}", backend, EXTRAS[backend]) from None
     finally:
         logging.disable(disabled)
 

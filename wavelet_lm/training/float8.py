@@ -8,7 +8,7 @@ backward; weights, gradients and optimizer stay as they are, and all else is com
 import torch
 from torch import nn
 
-from wavelet_lm.errors import UserError
+from wavelet_lm.errors import UserError, missing_extra
 
 CAPABILITY = (8, 9)  # from Ada on: RTX 40, L40, H100
 MULTIPLE = 16  # of both sizes of a matrix, as the GPU's products need it
@@ -41,7 +41,7 @@ def use_float8(model: nn.Module, *, emulate: bool = False) -> None:
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
-        raise UserError("amp_dtype fp8 needs torchao: pip install torchao") from None
+        raise missing_extra("amp_dtype fp8", "torchao", "quant") from None
 
     def suits(layer: nn.Module, name: str) -> bool:
         is_head = name.rpartition(".")[2] == "head"  # the loss multiplies by its weight itself

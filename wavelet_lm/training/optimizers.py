@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from wavelet_lm import roles
 from wavelet_lm.config import TrainingConfig
-from wavelet_lm.errors import UserError
+from wavelet_lm.errors import missing_extra
 from wavelet_lm.kernels.adagrad import decay_
 from wavelet_lm.training.adagrad import Adagrad
 from wavelet_lm.training.muon import STACK_BYTES, Muon, stacks
@@ -279,9 +279,7 @@ def _bitsandbytes(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch
     try:
         import bitsandbytes
     except ImportError:
-        raise UserError(
-            f"optimizer {config.optimizer} needs bitsandbytes: pip install bitsandbytes"
-        ) from None
+        raise missing_extra(f"optimizer {config.optimizer}", "bitsandbytes", "cuda") from None
     groups = [{**group, "params": [p for _, p in group["params"]]} for group in groups]
     options: dict[str, Any] = {"lr": config.lr, "eps": config.optimizer_eps}
     if config.optimizer == "AdamW8bit":
