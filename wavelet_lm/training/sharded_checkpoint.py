@@ -57,7 +57,8 @@ class ShardedSaver:
         self._processes = processes
         # Its collectives run beside those of the training, and must not be taken for them.
         self._group = dist.new_group(backend="gloo")
-        self._pending: Future | None = None
+        # What is being written, and on the first process its getting its name, which comes after.
+        self._pending: list[Future] = []
         self._saved: tuple[nn.Module, Weights, dict[str, Any]] | None = None
 
     def save(
@@ -88,12 +89,12 @@ class ShardedSaver:
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._pending = dcp.async_save(
-                tensors, storage_writer=writer, process_group=self._group
-            )
+            written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
+        self._pending = [written]
         if self._processes.is_main:
-            self._pending.add_done_callback(lambda done: self._end(done, temporary, name))
-
+            named: Future = Future()
+            written.add_done_callback(lambda _: self._end(written, named, temporary, name))
+            self._pending.append(named)
         self._saved = (model, weights, {"step": metadata["step"]})
 
     def finish(self) -> None:
@@ -112,13 +113,13 @@ class ShardedSaver:
         self._processes.wait_for_all()
 
     def _finish_writing(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
+        pending, self._pending = self._pending, []
+        if not pending:
             return
-        error = pending.exception()
+        errors = [error for done in pending if (error := done.exception()) is not None]
         self._processes.wait_for_all()  # until the first process has renamed it
-        if error is not None:
-            raise _as_user_error(error, self._folder)
+        if errors:
+            raise _as_user_error(errors[0], self._folder)
 
     def _begin(self, temporary: Path, model: nn.Module, metadata: dict[str, Any]) -> None:
         try:
@@ -135,10 +136,19 @@ class ShardedSaver:
         }
         write_text(temporary / STATE, json.dumps(state, indent=1) + "\n")
 
-    def _end(self, done: Future, temporary: Path, name: str) -> None:
-        if done.exception() is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-            return
+    def _end(self, written: Future, named: Future, temporary: Path, name: str) -> None:
+        """In the thread that wrote: nobody else would hear of an error."""
+        try:
+            if written.exception() is None:
+                self._name(temporary, name)
+            else:
+                shutil.rmtree(temporary, ignore_errors=True)
+        except Exception as error:
+            named.set_exception(error)
+        else:
+            named.set_result(None)
+
+    def _name(self, temporary: Path, name: str) -> None:
         sync_folder(temporary)
         temporary.rename(self._folder / name)
         sync_folder(self._folder)
@@ -150,6 +160,8 @@ class ShardedSaver:
 
 def _as_user_error(error: BaseException, folder: Path) -> UserError:
     """The one line for what a process could not write."""
+    if isinstance(error, OSError):
+        return as_user_error(error, folder)
     for rank, (cause, _) in getattr(error, "failures", {}).items():
         if isinstance(cause, OSError):
             return UserError(f"rank {rank}: {as_user_error(cause, folder / STATE)}")
