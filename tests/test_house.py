@@ -22,6 +22,7 @@ PACKAGE = [file for file in SOURCES if file.startswith("wavelet_lm/")]
 
 # The libraries of others that a package may import, besides PyTorch and numpy.
 LIBRARIES = {
+    None: {"huggingface_hub"},  # of the modules beside the packages
     "cli": {"matplotlib", "shtab", "tqdm"},
     "serving": {"h11", "jinja2", "prometheus_client", "starlette", "uvicorn"},
     "experiments": {"matplotlib"},
@@ -31,7 +32,7 @@ LIBRARIES = {
     "inference": {"safetensors"},
     "quantization": {"bitsandbytes", "torchao"},
     "fusion": set(),
-    "interop": set(),
+    "interop": {"huggingface_hub"},
     "models": {"safetensors"},
     "transforms": {"pywt"},
     "kernels": {"fla", "triton"},

@@ -14,7 +14,7 @@ def test_the_page_is_up_to_date():
 
 
 def test_every_older_name_is_that_of_a_door():
-    assert OLDER.keys() == COMMANDS.keys() - {"completion"}  # which is of the console command
+    assert OLDER.keys() <= COMMANDS.keys()  # newer commands are of the console command alone
     for name, typed in OLDER.items():
         place = typed.split()[-1].removesuffix(".py").replace(".", "/")
         files = [ROOT / f"{place}.py", ROOT / place / "__main__.py"]

@@ -21,7 +21,7 @@ from wavelet_lm.training.together import together
 
 def main() -> None:
     parser = OneLineParser(
-        run="run folder, or a checkpoint inside it",
+        run="run folder, checkpoint file, or hf://user/name",
         description=__doc__,
     )
     parser.add_argument(

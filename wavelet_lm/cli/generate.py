@@ -9,6 +9,7 @@ from wavelet_lm.cli.interactive import converse
 from wavelet_lm.cli.modality_files import continue_file, run_modality
 from wavelet_lm.cli.terminal import Output, read_prompt, write_batch, write_samples
 from wavelet_lm.devices import resolve_device
+from wavelet_lm.hub_paths import is_in_hub
 from wavelet_lm.inference.build_engine import open_writer
 from wavelet_lm.models.checkpoint import find_checkpoint
 from wavelet_lm.threads import use_threads
@@ -26,7 +27,7 @@ def main() -> None:
         checkpoint=find_checkpoint(options.checkpoint),
         command=command_line(),
         as_json=options.json or options.prompts is not None,
-        record=not options.no_record,
+        record=not (options.no_record or is_in_hub(options.checkpoint)),
         metrics=bool(options.metrics),
     )
     use_threads(options.threads)

@@ -33,7 +33,9 @@ def parse_options(description: str, arguments: list[str] | None = None) -> Gener
 def build_parser(description: str) -> argparse.ArgumentParser:
     """The parser of `generate`; `description` heads its help."""
     parser = OneLineParser(
-        run="run folder, or checkpoint file", description=description, epilog=EPILOG
+        run="run folder, checkpoint file, or hf://user/name",
+        description=description,
+        epilog=EPILOG,
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for spec in dataclasses.fields(GenerationOptions):

@@ -16,6 +16,7 @@ COMMANDS = {
     "scope": "draw what each scale sees in a text",
     "quantize": "make a checkpoint with weights of 8, 4 or 2 bits",
     "convert": "make a run folder of a published checkpoint",
+    "push": "send a run to the hub of models",
     "count": "what a config costs, by component",
     "listops": "generate ListOps",
     "completion": "print what makes bash, zsh or fish complete all this",

@@ -24,7 +24,7 @@ from wavelet_lm.threads import use_threads
 
 def main() -> None:
     parser = OneLineParser(
-        run="run folder, or checkpoint file",
+        run="run folder, checkpoint file, or hf://user/name",
         description="Make a quantized checkpoint, which generate.py and evaluation read directly.",
     )
     parser.add_argument("--out", metavar="RUN8", required=True, help="run folder to make")

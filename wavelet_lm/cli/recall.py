@@ -73,7 +73,7 @@ TRAINING_OPTIONS = ("config", "seeds", "examples", "curriculum")
 def main() -> None:
     one_process_only("recall")
     parser = OneLineParser(
-        run="run folder or checkpoint file, which --task needle reads",
+        run="run folder, checkpoint file or hf://user/name, which --task needle reads",
         needs_run=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

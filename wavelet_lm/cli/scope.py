@@ -32,7 +32,7 @@ PAGE = ".html"
 
 def main() -> None:
     parser = OneLineParser(
-        run="run folder, or a checkpoint inside it",
+        run="run folder, checkpoint file, or hf://user/name",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

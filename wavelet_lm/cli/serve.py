@@ -17,6 +17,7 @@ from wavelet_lm.config import show
 from wavelet_lm.data.tokenizers import load_modality
 from wavelet_lm.devices import resolve_device
 from wavelet_lm.errors import Interrupted, UserError, missing_extra
+from wavelet_lm.hub_paths import hub_name
 from wavelet_lm.inference.build_engine import open_writer
 from wavelet_lm.inference.declarations import FLAGS
 from wavelet_lm.inference.generation_options import GenerationOptions
@@ -32,7 +33,11 @@ be seen by others. Without one everybody who reaches the address may write."""
 
 
 def main() -> None:
-    parser = OneLineParser(run="run folder, or checkpoint file", description=__doc__, epilog=EPILOG)
+    parser = OneLineParser(
+        run="run folder, checkpoint file, or hf://user/name",
+        description=__doc__,
+        epilog=EPILOG,
+    )
     where = parser.add_argument_group("where")
     where.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
     where.add_argument("--port", type=int, default=8000, help="its port; 0: any free one [8000]")
@@ -131,7 +136,7 @@ def serve(args: argparse.Namespace) -> None:
         options = GenerationOptions(**service_options)
         keep_freed_memory()
         writer = open_writer(options, resolve_device(args.device), log)
-        name = args.name or run_name(checkpoint)
+        name = args.name or hub_name(args.checkpoint) or run_name(checkpoint)
         if writer.model.config.fwpkm_inference_updates:
             log("fast weights rest: memory that learns has no fixed size")
         folder = None if args.states is None else Path(args.states).expanduser()

@@ -141,7 +141,9 @@ class TrainingConfig:
         1, "saves of the training state that are kept, the newest ones", minimum=1
     )
     skip_warmup_saves: bool = option(True, "write no best checkpoint during warm-up")
-    init_from: str = option("", "run or checkpoint file whose weights to start from")
+    init_from: str = option(
+        "", "run, checkpoint file or hf://user/name whose weights to start from"
+    )
     out_dir: str = option("logs", "folder in which the run folder is made")
     runs_file: str | None = option("runs.md", "table to which a finished run adds its row")
     benchmark_only: bool = option(False, "evaluate benchmark_run_dir and do not train")

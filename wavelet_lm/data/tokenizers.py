@@ -22,6 +22,7 @@ from wavelet_lm.atomic_files import atomic_path, unreadable
 from wavelet_lm.data.modalities import MODALITY_NAMES, Modality, find_modality
 from wavelet_lm.data.tokenizer_base import Tokenizer, Tokens
 from wavelet_lm.errors import UserError
+from wavelet_lm.hub_paths import local_path
 from wavelet_lm.json_files import brief, read_json
 
 if TYPE_CHECKING:
@@ -292,7 +293,7 @@ def _vocabulary_error(message: str, vocab_size: int) -> str:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a run folder, of its `tokenizer` folder, or beside a checkpoint file."""
-    path = Path(path).expanduser()
+    path = local_path(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such run folder or checkpoint")
     file = tokenizer_file(path)
@@ -312,7 +313,7 @@ def load_modality(path: str | Path) -> Modality | None:
 
 def tokenizer_file(path: str | Path) -> Path | None:
     """Where `load_tokenizer` reads, None where there is nothing to read."""
-    path = Path(path).expanduser()
+    path = local_path(path)
     folder = path if path.is_dir() else path.parent
     files = (place / "tokenizer.json" for place in (folder / "tokenizer", folder))
     return next(filter(Path.is_file, files), None)

@@ -12,6 +12,7 @@ from torch import nn
 from wavelet_lm.data import tokenizers
 from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.errors import UserError
+from wavelet_lm.hub_paths import is_in_hub
 from wavelet_lm.models import checkpoint
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.stored_model import StoredModel
@@ -24,6 +25,8 @@ def load_model(
     log: Callable[[str], object] = lambda line: None,
 ) -> nn.Module:
     """The model of a run folder, a checkpoint file or a published `.pt`, in eval mode on `device`.
+
+    A run folder may be `hf://user/name[@revision]`, one in the hub (`hub_paths.py`).
 
     Of a quantized checkpoint it is a fused model, which reads and does not train. A published
     checkpoint needs its `config.json` beside it; `log` gets what of it was ignored.
@@ -74,6 +77,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         read_tensors,
     )
 
+    if is_in_hub(path):
+        return tokenizers.load_tokenizer(path)
     file = Path(path).expanduser()
     beside = [file.parent / "tokenizer" / "tokenizer.json", file.parent / "tokenizer.json"]
     if not is_published(file) or any(map(Path.is_file, beside)):

@@ -29,6 +29,7 @@ from wavelet_lm.data.tokenizers import (
     named_tokenizer,
 )
 from wavelet_lm.errors import UserError
+from wavelet_lm.hub_paths import is_in_hub
 from wavelet_lm.interop.published_config import read_published_config
 from wavelet_lm.interop.published_names import Source, published_layout
 from wavelet_lm.models.checkpoint import check_finite, save_checkpoint
@@ -44,7 +45,7 @@ SHOWN = 3
 
 def is_published(path: str | Path) -> bool:
     """Whether a path means a published checkpoint and not one of this project."""
-    return Path(path).suffix in SUFFIXES
+    return not is_in_hub(path) and Path(path).suffix in SUFFIXES
 
 
 def load_published(

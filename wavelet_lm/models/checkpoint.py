@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from wavelet_lm.atomic_files import atomic_path
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
+from wavelet_lm.hub_paths import local_path
 from wavelet_lm.json_files import brief, parse_json, said_format
 from wavelet_lm.models.registry import model_without_weights
 from wavelet_lm.models.stored_model import StoredModel, TensorReader
@@ -233,8 +234,12 @@ def check_shapes(
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint file that `path` means: itself, or a run folder's best, else its last."""
-    path = Path(path).expanduser()
+    """The checkpoint file that `path` means: itself, or a run folder's best, else its last.
+
+    Raises:
+        UserError: the folder has none, or a run of the hub cannot be fetched.
+    """
+    path = local_path(path)
     if path.is_dir():
         for name in ("best.safetensors", "last.safetensors"):
             if (path / name).is_file():

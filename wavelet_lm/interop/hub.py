@@ -1,0 +1,124 @@
+"""Sends a run to the hub of models; `hub_paths.py` fetches what was sent.
+
+What goes there is the run's own files: its config, the best weights, the tokenizer and the metrics,
+and a card that says what the model is and how to use it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wavelet_lm.data.tokenizers import load_tokenizer
+from wavelet_lm.errors import UserError, missing_extra
+from wavelet_lm.hub_paths import FILES, LOG_IN, NAME, SCHEME, first_line
+from wavelet_lm.models.checkpoint import Checkpoint
+from wavelet_lm.models.registry import n_params
+
+CARD = "README.md"
+
+
+def push(run: str | Path, name: str, private: bool = False) -> str:
+    """Send a run folder to `user/name`, which is made where there is none; the address of it there.
+
+    A card that is there already is kept, for it may say more than ours.
+
+    Args:
+        run: a run folder with best.safetensors and its tokenizer.
+        name: `user/name`.
+        private: where the model is made, only for its owner to see.
+
+    Raises:
+        UserError: the run or the name cannot be read, or the hub does not take it.
+    """
+    if not NAME.fullmatch(name):
+        raise UserError(f"{name}: a model of the hub is named user/name")
+    folder = Path(run).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{run}: there is no such run folder")
+    checkpoint = Checkpoint(folder / "best.safetensors")
+    load_tokenizer(folder)
+    files = sorted({file for pattern in FILES for file in folder.glob(pattern) if file.is_file()})
+    card = model_card(name, checkpoint, _metrics(folder / "metrics.jsonl"))
+    try:
+        from huggingface_hub import CommitOperationAdd, HfApi, errors
+    except ImportError:
+        raise missing_extra("push", "huggingface_hub", "hub") from None
+    hub = HfApi(library_name="wavelet-lm")
+    try:
+        hub.create_repo(name, private=private, exist_ok=True)
+        added = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
+        if not hub.file_exists(name, CARD):
+            added.append(CommitOperationAdd(CARD, card.encode()))
+        hub.create_commit(name, added, commit_message=f"Run {folder.resolve().name}")
+    except errors.HfHubHTTPError as error:
+        status = None if error.response is None else error.response.status_code
+        words = f"not allowed; {LOG_IN}" if status in (401, 403, 404) else first_line(error)
+        raise UserError(f"{SCHEME}{name}: {words}") from None
+    except Exception as error:  # of its HTTP client too, which is another in other versions
+        raise UserError(f"{SCHEME}{name}: could not be sent ({first_line(error)})") from None
+    return f"{hub.endpoint}/{name}"
+
+
+def model_card(name: str, checkpoint: Checkpoint, rows: list[Mapping[str, Any]]) -> str:
+    """The page that a model of the hub begins with.
+
+    Args:
+        rows: the run's metrics, of which the last test, else the last validation, is said.
+    """
+    config = checkpoint.config
+    data = Path(config.dataset).name  # of a file on somebody's disk the name alone
+    lines = [
+        "---",
+        "library_name: wavelet-lm",
+        "pipeline_tag: text-generation",
+        f"tags: [{config.model}]",
+        "---",
+        "",
+        f"# {name.partition('/')[2]}",
+        "",
+        f"A `{config.model}` of {n_params(checkpoint.without_weights()):,} parameters:"
+        f" {config.layers} blocks of {config.C} channels, trained on `{data}` with windows of"
+        f" {config.block_size:,} tokens.",
+    ]
+    if checkpoint.quantization is not None:
+        lines += ["", "Its weights are quantized: it writes and is evaluated, and does not train."]
+    if scored := _score(rows):
+        lines += ["", scored]
+    lines += [
+        "",
+        "```bash",
+        'pip install "wavelet-lm[hub]"',
+        f'wavelet-lm generate {SCHEME}{name} --prompt "The "',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _score(rows: list[Mapping[str, Any]]) -> str | None:
+    """What the last test says, else the last validation; None where nothing was scored in bytes."""
+    for row in reversed([row for row in rows if row.get("event") == "test"]):
+        found = row.get("sliding", {}).get("bits_per_byte")
+        if found is not None:
+            return f"{found:.4f} bits per byte on the {row.get('split')} split, sliding windows."
+    for row in reversed([row for row in rows if row.get("event") == "eval"]):
+        if row.get("bits_per_byte") is not None:
+            return f"{row['bits_per_byte']:.4f} bits per byte on the validation split."
+    return None
+
+
+def _metrics(file: Path) -> list[Mapping[str, Any]]:
+    """The lines of metrics.jsonl that can be read."""
+    rows = []
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # torn by a crash
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
