@@ -32,7 +32,7 @@ LIBRARIES = {
     "inference": {"safetensors"},
     "quantization": {"bitsandbytes", "torchao"},
     "fusion": set(),
-    "interop": {"huggingface_hub"},
+    "interop": {"huggingface_hub", "onnx", "onnxruntime", "onnxscript"},
     "models": {"safetensors"},
     "transforms": {"pywt"},
     "kernels": {"fla", "triton"},

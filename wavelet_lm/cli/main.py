@@ -17,6 +17,7 @@ COMMANDS = {
     "quantize": "make a checkpoint with weights of 8, 4 or 2 bits",
     "convert": "make a run folder of a published checkpoint",
     "push": "send a run to the hub of models",
+    "export": "make an ONNX or torch.export file of a run, for other programs",
     "count": "what a config costs, by component",
     "listops": "generate ListOps",
     "completion": "print what makes bash, zsh or fish complete all this",

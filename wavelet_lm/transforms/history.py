@@ -138,8 +138,8 @@ class Window:
     def visible(self, count: Count) -> tuple[Tensor, Tensor | None]:
         if self._past is None:
             return self._x, None
-        T = self._x.shape[1]
-        n_known = min(int(count.position.max()), self._max_lag)
+        T, n_most = self._x.shape[1], count.largest()
+        n_known = self._max_lag if n_most is None else min(n_most, self._max_lag)
         known = self.whole()[:, self._max_lag - n_known :]
         positions = torch.arange(n_known + T, device=known.device)
         lags = positions[n_known:, None] - positions
@@ -177,8 +177,8 @@ class Count:
         return self.position + T
 
     def largest(self) -> int | None:
-        """The most positions of a text; None where to know would make the host wait."""
-        return int(self.position.max())
+        """The most positions of a text; None where it would make the host wait, or in a graph."""
+        return None if torch.compiler.is_exporting() else int(self.position.max())
 
 
 # --- buffers of fixed size -----------------------------------------------------------------------

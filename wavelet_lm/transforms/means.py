@@ -187,8 +187,11 @@ def as_summand(x: Tensor) -> Tensor:
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Products in x's own dtype, x of any shape, where autocast would take another."""
-    # The meta device has no autocast to switch off.
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    # The meta device has no autocast, and where there is none it is no part of an exported graph.
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _no_positions(x: Tensor) -> Tensor:

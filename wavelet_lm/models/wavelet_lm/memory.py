@@ -131,6 +131,8 @@ class ValueTable(nn.Module):
     def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Σ_j weights_ij · weight[rows_ij], for rows (int64) and weights [N, k] -> [N, C]."""
         weights = weights.to(self.weight.dtype)
+        if torch.compiler.is_exporting():  # other programs have no such operator
+            return (weights[..., None] * self.weight[rows]).sum(1)
         return nn.functional.embedding_bag(
             rows, self.weight, mode="sum", per_sample_weights=weights
         )

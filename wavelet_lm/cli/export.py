@@ -1,0 +1,62 @@
+"""Make a file of a run that other programs read: `wavelet-lm export onnx logs/RUN --out FILE`."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+from wavelet_lm.atomic_files import check_writable
+from wavelet_lm.cli.flags import OneLineParser
+from wavelet_lm.errors import UserError
+from wavelet_lm.fusion.fuse import is_fused
+from wavelet_lm.inference.loading import load_model, load_tokenizer
+
+
+class Format(NamedTuple):
+    """What is written, and by which function `module:name`: (model, tokenizer, out) -> files.
+
+    suffix: that the name of the file must have; "" where it is a folder.
+    """
+
+    words: str
+    function: str
+    suffix: str
+
+
+FORMATS = {
+    "onnx": Format("a step for onnxruntime", "wavelet_lm.interop.onnx_export:export_onnx", ".onnx"),
+    "torch": Format(
+        "a step for torch.export.load", "wavelet_lm.interop.torch_export:export_torch", ".pt2"
+    ),
+}
+
+
+def main() -> None:
+    width = max(map(len, FORMATS))
+    parser = OneLineParser(
+        description=__doc__,
+        epilog="\n".join(f"{name:{width}}  {form.words}" for name, form in FORMATS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("format", choices=FORMATS, help="what to make")
+    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint file, or hf://user/name")
+    parser.add_argument("--out", metavar="FILE", required=True, help="where to write it")
+    args = parser.parse_args()
+    form, out = FORMATS[args.format], Path(args.out).expanduser()
+    if form.suffix:
+        if out.suffix != form.suffix:
+            raise UserError(f"--out {out}: the name must end in {form.suffix}")
+        check_writable(out)
+    log = partial(print, file=sys.stderr)
+    model, tokenizer = load_model(args.run, "cpu", log), load_tokenizer(args.run)
+    if is_fused(model):
+        raise UserError(f"{args.run} is quantized; export the run that it was made from")
+    if any(getattr(module, "learns", False) for module in model.modules()):
+        log("fast weights rest: memory that learns has no fixed size")
+    module, _, name = form.function.partition(":")
+    write: Callable[..., list[Path]] = getattr(import_module(module), name)
+    for file in write(model, tokenizer, out):
+        print(file)

@@ -1,0 +1,32 @@
+"""Write on with model.onnx: python THIS "a text" [tokens]; numbers where it does not read bytes."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def main(text: str, wanted: str = "200") -> None:
+    """Print the text and so many tokens more, each the likeliest."""
+    import onnxruntime
+
+    here = Path(__file__).parent
+    names = json.loads((here / "model.json").read_text())
+    session = onnxruntime.InferenceSession(here / "model.onnx")
+    state = {leaf["input"]: np.zeros(leaf["shape"], leaf["dtype"]) for leaf in names["state"]}
+    outputs = [names["logits"]["output"], *(leaf["output"] for leaf in names["state"])]
+    reads_bytes = names["tokenizer"] == "bytes"
+    tokens = list(text.encode()) if reads_bytes else [int(number) for number in text.split()]
+    n_given = len(tokens)
+    for n in range(n_given + int(wanted) - 1):
+        feed = {names["token"]["input"]: np.array([tokens[n]], np.int64), **state}
+        logits, *after = session.run(outputs, feed)
+        state = dict(zip(state, after, strict=True))
+        if n + 1 == len(tokens):
+            tokens.append(int(logits[0].argmax()))
+    print(bytes(tokens).decode(errors="replace") if reads_bytes else tokens)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
