@@ -41,7 +41,7 @@ def main() -> None:
         epilog="\n".join(f"{name:{width}}  {form.words}" for name, form in FORMATS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("format", choices=FORMATS, help="what to make")
+    parser.add_argument("format", choices=tuple(FORMATS), help="what to make")
     parser.add_argument("run", metavar="RUN", help="run folder, checkpoint file, or hf://user/name")
     parser.add_argument("--out", metavar="FILE", required=True, help="where to write it")
     args = parser.parse_args()
