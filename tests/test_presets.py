@@ -8,6 +8,8 @@ from tests.cli.test_command_lines import ROOT
 from wavelet_lm.cli import train
 from wavelet_lm.config import Config, find_config, presets, read_config
 from wavelet_lm.errors import UserError
+from wavelet_lm.training.processes import command_words
+from wavelet_lm.training.run_folder import RunFolder
 
 
 def test_the_presets_are_the_files_of_the_repository():
@@ -62,3 +64,12 @@ def test_train_takes_the_config_of_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["wavelet-lm train", "--device", "cpu", "--tokenizer", "char"])
     with pytest.raises(UserError, match=r"nowhere\.txt"):
         train.main()
+
+
+def test_what_is_to_be_typed_next_begins_as_what_was_typed(tmp_path, monkeypatch):
+    """Where the project is installed there is no train.py."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    assert RunFolder(tmp_path).go_on == f"python train.py --resume {tmp_path}"
+    monkeypatch.setattr("sys.argv", ["wavelet-lm train"])
+    assert RunFolder(tmp_path).go_on == f"wavelet-lm train --resume {tmp_path}"
+    assert command_words("generate") == ["wavelet-lm", "generate"]

@@ -20,6 +20,7 @@ from wavelet_lm.quantization.checkpoint import save_quantized
 from wavelet_lm.quantization.options import QuantizationOptions
 from wavelet_lm.quantization.quantize import quantize
 from wavelet_lm.threads import use_threads
+from wavelet_lm.training.processes import command_words
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
         adapt=adapt,
         log=lambda line: print(line, file=sys.stderr),
     )
-    print(f"try it: python generate.py --checkpoint {args.out}")
+    print(f"try it: {' '.join(command_words('generate'))} --checkpoint {args.out}")
 
 
 def quantize_run(

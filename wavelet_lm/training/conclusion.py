@@ -15,6 +15,7 @@ from wavelet_lm.inference.text.record import RECORD, record
 from wavelet_lm.models.checkpoint import load_own_model
 from wavelet_lm.tables import table
 from wavelet_lm.training.loop import Trainer
+from wavelet_lm.training.processes import command_words
 from wavelet_lm.training.runs_table import append_run, row_line
 from wavelet_lm.training.summary import row_of
 
@@ -39,7 +40,7 @@ def conclude(trainer: Trainer) -> None:
     tokenizer, flags = task.data.tokenizer, ["--prompt", config.generation_prompt]
     if isinstance(tokenizer, Modality):
         flags = ["--out", f"more{tokenizer.output}"]
-    command = ["python", "generate.py", "--checkpoint", str(run.path), *flags]
+    command = [*command_words("generate"), "--checkpoint", str(run.path), *flags]
     run.log(f"more of it: {shlex.join(command)}")
 
 

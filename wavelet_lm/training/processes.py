@@ -8,6 +8,7 @@ MASTER_ADDR and MASTER_PORT; where WORLD_SIZE is missing or 1 there is one proce
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -94,6 +95,13 @@ def one_process_only(what: str) -> None:
         raise UserError(
             f"{what} runs in one process and {size} were started; start it without torchrun"
         )
+
+
+def command_words(name: str) -> list[str]:
+    """The words that start a command, as this one was started: by `wavelet-lm`, or by its file."""
+    if sys.argv[0].startswith("wavelet-lm "):
+        return ["wavelet-lm", name]
+    return ["python", f"{name}.py"]
 
 
 def launcher() -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from wavelet_lm.atomic_files import append_line, as_user_error, write_text
 from wavelet_lm.config import CHANGES, Config, read_json_object
 from wavelet_lm.errors import UserError
-from wavelet_lm.training.processes import launcher
+from wavelet_lm.training.processes import command_words, launcher, n_processes
 from wavelet_lm.training.provenance import command_line, environment
 
 
@@ -35,7 +35,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer = self.path / "tokenizer"
         self.command, self.title = command_line(), ""
-        self.go_on = shlex.join([*launcher(), "train.py", "--resume", str(self.path)])
+        start = command_words("train") if n_processes() == 1 else [*launcher(), "train.py"]
+        self.go_on = shlex.join([*start, "--resume", str(self.path)])
 
     @classmethod
     def create(cls, config: Config, data_name: str, command: str | None = None) -> "RunFolder":
