@@ -41,6 +41,7 @@ SMALL = {
     "device": "cpu",
     "num_new_tokens": 5,
     "generation_prompt": "a",
+    "loss_plot": False,
 }
 
 
@@ -126,7 +127,11 @@ def figures(run: Path) -> list[dict]:
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [
-        {key: value for key, value in row.items() if key not in ("tokens_per_second", "seconds")}
+        {
+            key: value
+            for key, value in row.items()
+            if key not in ("tokens_per_second", "seconds", "memory_bytes")
+        }
         for row in rows
         if row["event"] in ("train", "eval")
     ]

@@ -7,13 +7,14 @@ import pytest
 
 from tests.training import runs
 from tests.training.several import ended, go_on, job, run_job, started, train_together
+from wavelet_lm.training.run_folder import RunFolder
 
 SEQUENTIAL = {"data_order": "sequential", "decompose_bypass_cross_window": True}
 # Adam makes steps of any gradient, of one that is rounding alone, too, unless its epsilon is above.
 ADAMW = {"optimizer": "AdamW", "optimizer_eps": 1e-5}
 # Each with what another has not: order, optimizer, memories, tied and shared weights.
 MODELS = {
-    "headline": {"fwpkm_enabled": True, "fwpkm_num_keys": 9},
+    "headline": {"fwpkm_enabled": True, "fwpkm_num_keys": 9, "sample_interval": 3},
     "delta": {
         "delta_memory": True,
         **ADAMW,
@@ -50,6 +51,16 @@ def losses(folder: Path) -> list[tuple]:
     return [(row["event"], row["step"], row.get("loss", row.get("val_loss"))) for row in rows]
 
 
+def watched(folder: Path) -> tuple[list[float], list[float], list[int]]:
+    """Norms of the gradients, weights and lags of all scales, and the steps of samples."""
+    rows = RunFolder(runs.only_run(folder)).metrics()
+    blocks = [block for row in rows if row["event"] == "scales" for block in row["blocks"]]
+    weights = [weight for block in blocks for weight in block["weights"]]
+    lags = [lag for block in blocks for lags in block["lags"] for lag in lags]
+    samples = [row["step"] for row in rows if row["event"] == "sample"]
+    return [row["grad_norm"] for row in rows if "grad_norm" in row], weights + lags, samples
+
+
 def assert_same(folder: Path, other: Path, within: float = 1e-5) -> None:
     expected, found = losses(folder), losses(other)
     assert [row[:2] for row in found] == [row[:2] for row in expected]
@@ -70,6 +81,8 @@ def compare(folder: Path, steps: int, sizes: tuple[int, ...], models: dict) -> N
             for kind in ("ddp", "fsdp"):
                 other = folder / name / f"{kind}{size}"
                 assert_same(folder / name / "alone", other, WITHIN.get(name, 1e-5))
+                for a, b in zip(watched(folder / name / "alone"), watched(other), strict=True):
+                    assert b == pytest.approx(a, rel=1e-3)
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path):

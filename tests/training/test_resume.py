@@ -222,7 +222,7 @@ def test_ctrl_c_after_the_last_step_tells_how_to_evaluate(tmp_path, monkeypatch)
         patch.setattr("wavelet_lm.training.conclusion.evaluate_run", interrupted)
         train(runs.run_config(tmp_path))
     run = resume(runs.only_run(tmp_path))
-    assert [row["event"] for row in run.metrics()][-2:] == ["test", "end"]
+    assert [row["event"] for row in run.metrics()][-3:] == ["test", "sample", "end"]
 
 
 @pytest.mark.parametrize("during", ["validate", "save"])

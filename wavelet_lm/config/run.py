@@ -136,6 +136,18 @@ class TrainingConfig:
         minimum=1,
     )
     log_interval: int = option(10, "steps between lines of metrics.jsonl", minimum=1)
+    track: str = option(
+        "none",
+        "who else gets the metrics: TensorBoard, Weights & Biases (offline unless WANDB_MODE says"
+        " otherwise) or trackio",
+        choices=("none", "tensorboard", "wandb", "trackio"),
+    )
+    sample_interval: int = option(
+        0, "steps between samples, texts of generation_prompt; 0 = one at the end alone", minimum=0
+    )
+    loss_plot: bool = option(
+        True, "draw the losses to loss.png at the end of a run, where matplotlib is installed"
+    )
     save_interval: int = option(1000, "steps between saves of the last checkpoint", minimum=1)
     keep_checkpoints: int = option(
         1, "saves of the training state that are kept, the newest ones", minimum=1

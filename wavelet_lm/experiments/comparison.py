@@ -35,6 +35,7 @@ from wavelet_lm.training.memory_estimate import refuse_what_cannot_train
 from wavelet_lm.training.report import Diverged
 from wavelet_lm.training.run_folder import RunFolder
 from wavelet_lm.training.task import Task
+from wavelet_lm.training.tracking import refuse_watching
 
 AXES = ("step", "epoch", "seconds", "flops")
 
@@ -149,6 +150,7 @@ def check(configs: Mapping[str, Config], vocab_size: int) -> dict[str, Row]:
     """
     costs = {}
     for name, config in configs.items():
+        refuse_watching(name, config)
         try:
             model = model_without_weights(config, vocab_size)
             refuse_what_cannot_train(model, resolve_device(config.device))

@@ -21,6 +21,7 @@ from wavelet_lm.training.loop import Trainer
 from wavelet_lm.training.recall import Recall
 from wavelet_lm.training.report import Diverged
 from wavelet_lm.training.run_folder import RunFolder
+from wavelet_lm.training.tracking import refuse_watching
 
 Row = dict[str, Any]
 
@@ -53,6 +54,8 @@ def compare(
         Interrupted: Ctrl-C or SIGTERM; the run that it stops is lost.
     """
     runs: list[Row] = []
+    for name, config in configs.items():
+        refuse_watching(name, config)
     for seed in seeds:
         for name, config in configs.items():
             log(f"\n{name}, seed {seed}: run {len(runs) + 1} of {len(seeds) * len(configs)}")

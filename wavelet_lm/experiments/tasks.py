@@ -22,7 +22,9 @@ from wavelet_lm.threads import use_threads
 from wavelet_lm.training.changes import refuse_other_config
 from wavelet_lm.training.classification import Classification, Score, accuracy, total_steps
 from wavelet_lm.training.loop import Trainer
+from wavelet_lm.training.running import running
 from wavelet_lm.training.saved_state import open_saved
+from wavelet_lm.training.tracking import check_tracker, tracked
 
 Judge = Callable[[SequenceClassifier, Examples, Config], dict[str, Any]]
 
@@ -86,6 +88,7 @@ def compare(
     for name, config in configs.items():
         # Every step has its line of the metrics, of which the curve is made.
         config = config.replace(block_size=task.longest, log_interval=1)
+        check_tracker(config)
         use_threads(config.threads)
         device = resolve_device(config.device)
         try:
@@ -134,12 +137,13 @@ def train_one(
         trainer.restore(open_saved(run.last))
         run.drop_metrics_after(done.step, done.evaluated_step)
         run.log(f"resumed at step {done.step} of {done.total_steps}: {run.command}")
-    trainer.train()
-    Checkpoint(run.best).load_into(model)
-    figures = {part: judge(model, getattr(task, part), config) for part in JUDGED}
-    counts = {"n_params": n_params(model), "best_step": done.best_step}
-    run.write_metrics(event="test", step=done.step, **counts, **figures)
-    run.write_metrics(event="end", step=done.step, seconds=round(done.seconds, 3))
+    with running(run), tracked(config, run, done.step):
+        trainer.train()
+        Checkpoint(run.best).load_into(model)
+        figures = {part: judge(model, getattr(task, part), config) for part in JUDGED}
+        counts = {"n_params": n_params(model), "best_step": done.best_step}
+        run.write_metrics(event="test", step=done.step, **counts, **figures)
+        run.write_metrics(event="end", step=done.step, seconds=round(done.seconds, 3))
 
 
 def row_of(run: ModelRun, config: Config) -> dict[str, Any]:

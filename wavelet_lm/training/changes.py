@@ -14,7 +14,7 @@ from wavelet_lm.errors import UserError
 from wavelet_lm.training.run_folder import RunFolder
 from wavelet_lm.training.saved_files import Saved
 
-# Where things lie, and what computes: these may also be edited in the run's config.json.
+# Where things lie, what computes, who watches: these may also be edited in the run's config.json.
 PLACES = (
     "dataset",
     "cache_dir",
@@ -26,6 +26,9 @@ PLACES = (
     "fsdp_cpu_offload",
     "rank_logs",
     "keep_checkpoints",
+    "track",
+    "sample_interval",
+    "loss_plot",
     "out_dir",
     "runs_file",
     "init_from",

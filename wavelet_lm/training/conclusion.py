@@ -1,25 +1,18 @@
 """The end of a language model's run: its best weights are evaluated and write their first text."""
 
 import shlex
-from pathlib import Path
 
 from wavelet_lm.data.modalities import Modality
 from wavelet_lm.errors import UserError
 from wavelet_lm.evaluation.likelihood import evaluate_run
-from wavelet_lm.inference.completion import Strategy, Writer
-from wavelet_lm.inference.decoder import Decoder
-from wavelet_lm.inference.generation import encode_prompt
-from wavelet_lm.inference.rows import Request
-from wavelet_lm.inference.sampling.logits import SamplingOptions
-from wavelet_lm.inference.text.record import RECORD, record
 from wavelet_lm.models.checkpoint import load_own_model
 from wavelet_lm.tables import table
 from wavelet_lm.training.loop import Trainer
+from wavelet_lm.training.loss_picture import draw_losses
 from wavelet_lm.training.processes import command_words
 from wavelet_lm.training.runs_table import append_run, row_line
+from wavelet_lm.training.samples import keep, sample
 from wavelet_lm.training.summary import row_of
-
-SAMPLE_TOKENS = 512
 
 
 def conclude(trainer: Trainer) -> None:
@@ -36,6 +29,8 @@ def conclude(trainer: Trainer) -> None:
     _write_sample(trainer)
     if config.runs_file:
         _add_row(trainer, row_of(trainer, results))
+    if config.loss_plot:
+        run.log(draw_losses(run))
     run.write_metrics(event="end", step=done.step, seconds=round(done.seconds, 3))
     tokenizer, flags = task.data.tokenizer, ["--prompt", config.generation_prompt]
     if isinstance(tokenizer, Modality):
@@ -61,29 +56,19 @@ def _write_sample(trainer: Trainer) -> None:
 
     What is no text has no such prompt, and goes to a file of the run folder.
     """
-    run, config = trainer.run, trainer.config
-    options = SamplingOptions(
-        config.temperature, config.top_k, config.top_p, config.repetition_penalty
-    )
-    tokenizer = trainer.task.data.tokenizer
-    is_text = not isinstance(tokenizer, Modality)
-    prompt = config.generation_prompt if is_text else ""
+    run, done, tokenizer = trainer.run, trainer.progress, trainer.task.data.tokenizer
     model = load_own_model(run.best, trainer.task.device)
-    request = Request(config.seed, min(config.num_new_tokens, SAMPLE_TOKENS))
     try:
-        writer = Writer(Decoder(model, context="auto"), model, tokenizer, Strategy(options))
-        first = encode_prompt(tokenizer, prompt) if is_text else [tokenizer.start]
-        reading = writer.read([first])
-        (sample,) = writer.write(reading, [request])
+        found = sample(model, tokenizer, trainer.config)
     except UserError as error:  # such as a prompt that a char vocabulary cannot spell
         run.log(f"no sample: {error}")
         return
-    if sample.reason == "interrupted":
+    if found.completion.reason == "interrupted":
         raise KeyboardInterrupt
-    if is_text:
-        run.log(f"a sample:\n{prompt}{sample.text}\n")
-    else:
-        sample.text = str(run.path / f"sample{tokenizer.output}")
-        tokenizer.write(Path(sample.text), sample.tokens)
-        run.log(f"a sample: {sample.text}")
-    record(run.path / RECORD, run.command, prompt, sample, options)
+    keep(run, tokenizer, found)
+    text = found.completion.text
+    is_text = not isinstance(tokenizer, Modality)
+    run.log(f"a sample:\n{found.prompt}{text}\n" if is_text else f"a sample: {text}")
+    run.write_metrics(
+        event="sample", step=done.step, best_step=done.best_step, prompt=found.prompt, text=text
+    )

@@ -1,6 +1,7 @@
 """The task of a language model: the next token of windows of a text."""
 
 import math
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,10 +18,14 @@ from wavelet_lm.data.batches import (
 from wavelet_lm.data.dataset import TokenizedText
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.checkpoint import Checkpoint
+from wavelet_lm.models.stored_model import StoredModel
 from wavelet_lm.models.wavelet_lm.model import Carry
 from wavelet_lm.training.device_batches import to_device
 from wavelet_lm.training.processes import ALONE, Processes
+from wavelet_lm.training.run_folder import RunFolder
+from wavelet_lm.training.samples import TOKENS_ON_THE_WAY, keep, sample
 from wavelet_lm.training.task import MicroBatch, Task, Validation
+from wavelet_lm.training.weights import Weights
 
 # A loss this many times that of guessing uniformly has left the region from which it recovers.
 EXPLODED = 4.0
@@ -113,6 +118,26 @@ class LanguageModelling(Task):
             bits_per_byte = loss / math.log(2) * len(valid.tokens) / valid.n_bytes
             words.append(f"{bits_per_byte:.4f} bits/byte")
         return Validation(loss, {"val_loss": loss, "bits_per_byte": bits_per_byte}, words)
+
+    def sample(self, run: RunFolder, weights: Weights, step: int) -> dict[str, str]:
+        whole = weights.gathered()
+        if not self.processes.is_main:
+            return {}
+        config, tokenizer, device = self.config, self.data.tokenizer, self.device
+        generators = [device] if device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(generators):
+                # A model of its own, of the same weights: what is trained is not touched.
+                model = StoredModel(config, tokenizer.vocab_size, whole.__getitem__, device)
+                found = sample(model, tokenizer, config, TOKENS_ON_THE_WAY)
+        except (UserError, torch.OutOfMemoryError) as error:
+            run.log(f"no sample: {str(error).splitlines()[0]}")
+            return {}
+        if found.completion.reason == "interrupted":  # by a signal that the loop is to hear of
+            signal.raise_signal(signal.SIGINT)
+            return {}
+        keep(run, tokenizer, found, f"samples/step_{step:08}")
+        return {"prompt": found.prompt, "text": found.completion.text}
 
     # --- what a resumed run needs -----------------------------------------------------------------
 

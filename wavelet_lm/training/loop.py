@@ -57,8 +57,9 @@ class Trainer:
         self.optimizer = Optimizer(task.model, config, self.weights, self.working.copies)
         self.batches = DeviceBatches(task.batch, task.device)
         self.progress = Progress(total_steps)
-        self.report = Report(config, task, run, self.progress)
+        self.report = Report(config, task, run, self.progress, self.weights)
         self._unread: tuple[int, LateReading] | None = None
+        self._unknown = torch.full((), math.nan, device=task.device)
         self._signals = StopSignals()
         self._agreed_to_stop = False
 
@@ -86,6 +87,7 @@ class Trainer:
             self.batches.fetch(done.step)
             while done.step < done.total_steps and not self._stops():
                 self._validate_if_due()
+                self._sample_if_due()
                 if done.step % self.config.save_interval == 0 and done.step > 0:
                     self.save()
                 started = time.perf_counter()
@@ -96,6 +98,7 @@ class Trainer:
                 self.report.step(bar)
             if not self._stops():
                 self._validate_if_due()
+                self._sample_if_due()
             self.save()
             self.saver.finish()
             if self._stops():
@@ -124,11 +127,12 @@ class Trainer:
                 total += loss.detach() / n
         self.batches.fetch(step + 1)  # while this one computes
         self.weights.take_gradients()
-        self.precision.update(self.optimizer, self.weights, self.config.grad_clip)
+        norm = self.precision.update(self.optimizer, self.weights, self.config.grad_clip)
         self.optimizer.zero_grad()
         # The loss is read one step late, so that the host never waits for the step it has queued.
         self._read_loss()
-        values = torch.stack([total, self.precision.scaler.value])
+        norm = self._unknown if norm is None else norm.to(total)
+        values = torch.stack([total, self.precision.scaler.value, norm])
         processes = self.task.processes
         if processes.size > 1:
             asked = torch.full((1,), float(self._signals.received > 0), device=self.task.device)
@@ -142,7 +146,7 @@ class Trainer:
         """Read the loss that is still on its way; stop when it is not one to go on from."""
         if self._unread is None:
             return
-        step, (loss, scale, *asked) = self._unread[0], self._unread[1].read()
+        step, (loss, scale, norm, *asked) = self._unread[0], self._unread[1].read()
         self._unread = None
         self._agreed_to_stop |= any(asked)
         if not math.isfinite(loss):
@@ -153,7 +157,7 @@ class Trainer:
         self.progress.smooth_loss = SMOOTHING * old + (1 - SMOOTHING) * loss
         if self.report.is_due(step) and collapsed(scale):
             raise self.report.diverged(f"every fp16 gradient overflows at step {step}")
-        self.report.trained(step, loss)
+        self.report.trained(step, loss, norm)
 
     # --- validation and checkpoints --------------------------------------------------------------
 
@@ -182,6 +186,12 @@ class Trainer:
             self._require_finite_weights()
             done.best_loss, done.best_step = found.loss, done.step
             self._save_best()
+
+    def _sample_if_due(self) -> None:
+        step, interval = self.progress.step, self.config.sample_interval
+        if interval and step and step % interval == 0:
+            self._read_loss()
+            self.report.sampled(self.task.sample(self.run, self.weights, step))
 
     def _save_best(self) -> None:
         """Write the weights of now to `best.safetensors`, as those of the best step."""

@@ -198,6 +198,8 @@ class ShardedWeights(Weights):
     A single number, which cannot be shared out, is whole in every process.
     """
 
+    are_whole = False
+
     def __init__(self, model: nn.Module, processes: Processes):
         super().__init__(model)
         self._processes = processes
@@ -264,6 +266,11 @@ class ShardedWeights(Weights):
             if self._processes.is_main:
                 whole[name] = full.to("cpu", copy=True)
         return whole
+
+    @torch.no_grad()
+    def whole(self, names: Iterable[str]) -> dict[str, Tensor]:
+        shares = super().whole(names).items()
+        return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in shares}
 
     @torch.no_grad()
     def load(self, checkpoint: Saved) -> None:

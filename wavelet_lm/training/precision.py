@@ -82,6 +82,7 @@ class Precision:
                 " overflowed in another; use --amp_dtype bf16 or fp32"
             )
         self.scaler = LossScale(device, enabled=self.dtype == torch.float16)
+        self._measures = config.track != "none" and not config.optimizer_in_backward
         tf32 = config.allow_tf32 and device.type == "cuda"
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
@@ -96,16 +97,21 @@ class Precision:
         """Add the gradient of a loss (0-d), scaled where float16 needs it."""
         (loss * self.scaler.value if self.scaler.enabled else loss).backward()
 
-    def update(self, optimizer: Optimizer, weights: Weights, grad_clip: float) -> None:
+    def update(self, optimizer: Optimizer, weights: Weights, grad_clip: float) -> Tensor | None:
         """Clip the gradients and step; with loss scaling a step that overflowed is skipped.
 
         One pass reads the gradients for their norm. On a GPU the step's own pass does the rest, and
         the host waits for none of it; on a CPU the norm says whether anything is to be clipped.
+
+        Returns:
+            The norm of the gradients before they were clipped, 0-d; None where neither clipping nor
+            a tracker asks for it.
         """
         scaler = self.scaler
         if not grad_clip and not scaler.enabled:
+            norm = weights.norm(optimizer.gradients()) if self._measures else None
             optimizer.step()
-            return
+            return norm
         gradients = optimizer.gradients()
         norm = weights.norm(gradients)
         if self._steps_on_cpu() and not scaler.enabled and not optimizer.copies:
@@ -113,16 +119,17 @@ class Precision:
             if not bool(factor >= 1):  # also where it is NaN, which is not to go unnoticed
                 torch._foreach_mul_(gradients, factor)
             optimizer.step()
-            return
+            return norm
         norm = norm / scaler.value
         divisor = ((norm + 1e-6) / grad_clip).clamp(min=1) if grad_clip else torch.ones_like(norm)
         if not scaler.enabled:
             optimizer.step(divisor)
-            return
+            return norm
         # The norm is of all gradients: an overflow in those of one optimizer stops every one.
         overflow = (~norm.isfinite()).float()
         optimizer.step(divisor * scaler.value, overflow)
         scaler.update(overflow)
+        return norm
 
 
 def collapsed(scale: float) -> bool:

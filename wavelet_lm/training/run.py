@@ -28,10 +28,12 @@ from wavelet_lm.training.memory_estimate import refuse_large_model_on_cpu
 from wavelet_lm.training.parallel_choice import chosen_parallel, refuse_another_number
 from wavelet_lm.training.processes import ALONE, Processes
 from wavelet_lm.training.run_folder import RunFolder, SilentRunFolder, check_folder
+from wavelet_lm.training.running import running
 from wavelet_lm.training.runs_table import check_table
 from wavelet_lm.training.saved_files import newest
 from wavelet_lm.training.saved_state import require_state
 from wavelet_lm.training.summary import announcement
+from wavelet_lm.training.tracking import check_tracker, tracked
 from wavelet_lm.training.weights import Weights
 
 
@@ -50,6 +52,7 @@ def train(config: Config, command: str | None = None, processes: Processes = ALO
     refuse_another_number(config, processes)
     check_table(config.runs_file)
     check_folder(config.out_dir)
+    check_tracker(config)
     device = _device(config, processes)
     source = find_own_checkpoint(config.init_from) if config.init_from else None
     # Before any data is fetched: could this machine train it at all?
@@ -124,6 +127,7 @@ def resume(
     if not longer and saved["total_steps"] in ends:
         raise _finished(path, saved["step"])
     check_table(config.runs_file)
+    check_tracker(config)
     use_threads(config.threads)
     device = _device(config, processes)
     _log_apart(run, config, processes)
@@ -242,14 +246,15 @@ def _finish(trainer: Trainer) -> RunFolder:
 
         loss = parallelize(task.model, loss, task.device, task.n_passes)
     task.loss_function = loss
-    trainer.train()
-    if not task.processes.is_main:
-        return run
-    try:
-        conclude(trainer)
-    except (KeyboardInterrupt, Interrupted) as stop:
-        raise Interrupted(
-            getattr(stop, "signum", signal.SIGINT),
-            f"stopped after the training, which is saved; evaluate it with: {run.go_on}",
-        ) from None
+    with running(run), tracked(config, run, trainer.progress.step):
+        trainer.train()
+        if not task.processes.is_main:
+            return run
+        try:
+            conclude(trainer)
+        except (KeyboardInterrupt, Interrupted) as stop:
+            raise Interrupted(
+                getattr(stop, "signum", signal.SIGINT),
+                f"stopped after the training, which is saved; evaluate it with: {run.go_on}",
+            ) from None
     return run

@@ -4,7 +4,7 @@ import errno
 import json
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -24,6 +24,7 @@ class RunFolder:
         command: that makes the run.
         go_on: the command that goes on with it.
         title: what stands before its progress bar.
+        listeners: get every line of the metrics as it is written.
     """
 
     def __init__(self, path: str | Path):
@@ -37,6 +38,7 @@ class RunFolder:
         self.command, self.title = command_line(), ""
         start = command_words("train") if n_processes() == 1 else [*launcher(), "train.py"]
         self.go_on = shlex.join([*start, "--resume", str(self.path)])
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     @classmethod
     def create(cls, config: Config, data_name: str, command: str | None = None) -> "RunFolder":
@@ -91,10 +93,14 @@ class RunFolder:
 
     def log(self, message: str) -> None:
         """One line for people: on standard output (above a progress bar) and in log.txt."""
+        self.say(message)
+        self.note(message)
+
+    def say(self, message: str) -> None:
+        """One line for people on standard output alone."""
         from tqdm import tqdm
 
         tqdm.write(message)
-        self.note(message)
 
     def note(self, message: str) -> None:
         """One line in log.txt alone."""
@@ -103,6 +109,8 @@ class RunFolder:
     def write_metrics(self, **values: Any) -> None:
         """Append a line of JSON to metrics.jsonl."""
         append_line(self.metrics_file, json.dumps(values))
+        for hear in tuple(self.listeners):
+            hear(values)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All complete lines of metrics.jsonl; a line torn by a crash is left out."""
@@ -120,7 +128,9 @@ class RunFolder:
 
         A checkpoint saved on Ctrl-C may stand before the evaluation that is due at its step.
         """
-        limits = {"train": step, "eval": evaluated_step}
+        # A sample of the step that is gone on from is written again, as the same text.
+        limits = {"train": step, "eval": evaluated_step, "scales": evaluated_step}
+        limits["sample"] = step - 1
         rows = self.metrics()
         # A run that is trained longer keeps the results of its first end, but not a half-written
         # conclusion.
@@ -130,7 +140,7 @@ class RunFolder:
             for row in rows
             if (
                 row["step"] <= limits[row["event"]]
-                if row["event"] in limits
+                if row["event"] in limits and "best_step" not in row
                 else row["step"] in ends
             )
         ]
@@ -145,8 +155,8 @@ class SilentRunFolder(RunFolder):
 
     log_file: Path | None = None
 
-    def log(self, message: str) -> None:
-        self.note(message)
+    def say(self, message: str) -> None:
+        """Nothing."""
 
     def note(self, message: str) -> None:
         if self.log_file is not None:

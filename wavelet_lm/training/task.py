@@ -13,6 +13,8 @@ from wavelet_lm.config import Config
 from wavelet_lm.data.batches import passes_per_step
 from wavelet_lm.models.checkpoint import Checkpoint
 from wavelet_lm.training.processes import ALONE, Processes
+from wavelet_lm.training.run_folder import RunFolder
+from wavelet_lm.training.weights import Weights
 
 MicroBatch = tuple[Tensor, ...]
 
@@ -74,6 +76,13 @@ class Task:
     def validate(self) -> Validation:
         """The weights of now, without dropout; no random number is drawn."""
         raise NotImplementedError
+
+    def sample(self, run: RunFolder, weights: Weights, step: int) -> dict[str, str]:
+        """What the weights of now write, for metrics.jsonl; empty where a task writes nothing.
+
+        No random number is drawn, and the model stays in training. For all processes.
+        """
+        return {}
 
     # --- what a resumed run needs -----------------------------------------------------------------
 

@@ -23,7 +23,12 @@ class Weights:
     """All weights of a model, whole.
 
     `parameters` and `named_parameters` are what the optimizer steps on, as those of a module are.
+
+    Attributes:
+        are_whole: whether the model's own parameters are.
     """
+
+    are_whole = True
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -71,6 +76,11 @@ class Weights:
     def shares(self) -> dict[str, Tensor]:
         """Every weight by name, as a part of a whole one where it is a share."""
         return {name: p.detach() for name, p in self.model.named_parameters()}
+
+    def whole(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some weights whole, by name, where they are; for all processes."""
+        shares = self.shares()
+        return {name: shares[name] for name in names}
 
     def load(self, checkpoint: Saved) -> None:
         """Take over the weights of a checkpoint; raises UserError where they do not fit."""
