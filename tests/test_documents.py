@@ -28,7 +28,7 @@ WRITTEN = [page for page in PAGES if not page.endswith(GENERATED)]
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 # What a run or the reader makes, and what a run folder or a data set holds.
 MADE = re.compile(
-    r"(data|logs|tokenizer|valid|checkpoints)/|runs\.md|(log|generations)\.txt|(environment|comparison|state)\.json|my\.txt"
+    r"(data|logs|tokenizer|valid|checkpoints|samples|tensorboard|wandb)/|runs\.md|(log|generations)\.txt|(environment|comparison|state)\.json|my\.txt"
     r"|valid\.txt|book\.txt|model\.json|model_generate\.py"
 )
 

@@ -14,6 +14,8 @@ COMMANDS = {
     "fsd50k": "train and judge models on the sounds of FSD-50K",
     "recall": "what models look up in the text before, and how far back",
     "scope": "draw what each scale sees in a text",
+    "runs": "a table of the runs in a folder",
+    "report": "one page about runs: curves, configs, samples, scales",
     "quantize": "make a checkpoint with weights of 8, 4 or 2 bits",
     "convert": "make a run folder of a published checkpoint",
     "push": "send a run to the hub of models",
