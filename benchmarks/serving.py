@@ -1,20 +1,24 @@
 """What a server does with many streams: speed, memory, texts, and how soon a known prompt begins.
 
     python benchmarks/serving.py --json FILE
+    python benchmarks/serving.py --soak 100000 --compare 1000000
     python benchmarks/serving.py --streams 16 --tokens 32 --states 64 --soak 200 --prompt 4096
 
 A model with random weights (`--config`, or a trained `--checkpoint`) is served by `wavelet-lm
-serve` in a process of its own, and asked over HTTP by this one:
+serve` in a process of its own, and asked over HTTP by this one, with each number of `--threads`:
 
 - speed: one stream alone and `--streams` of them at once, in turns; tokens per second from the
-  first request to the last token, and whether each text is the one that was written alone;
-- memory: resident bytes of the server before and after `--states` states were made, and along
-  `--soak` requests;
-- the first token of a prompt of `--prompt` tokens, read for the first time and known.
+  first request to the last token, and whether texts are those that are written alone;
+- and with the first number of threads, memory: resident bytes of the server before and after
+  `--states` states were made, and along `--soak` requests; and the first token of a prompt of
+  `--prompt` tokens, read for the first time and known.
 
 Beside it the project's GPT with as many parameters (± 5%), which reads `--gpt_context` tokens,
 behind the same server: its speed, its memory, and what a state of it takes. `--no_gpt` leaves it
 out.
+
+Where other programs are busy, seconds on the clock are theirs too: beside each speed stands that
+by the seconds of CPU that the server itself took.
 """
 
 from __future__ import annotations
@@ -25,129 +29,53 @@ if __name__ == "__main__":
     start()  # before the imports below, which take seconds
 
 import asyncio
-import contextlib
-import json
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from equal_gpt import gpt_shape
-from report import check_targets, median, positive, table, write_results
+from report import check_targets, median, positive, positives, table, write_results
+from served_process import Server, served
 
 from wavelet_lm.cli.flags import OneLineParser
 from wavelet_lm.config import Config
 from wavelet_lm.data.tokenizers import ByteTokenizer
-from wavelet_lm.errors import UserError, run_command
+from wavelet_lm.errors import run_command
 from wavelet_lm.models.checkpoint import save_checkpoint
 from wavelet_lm.models.registry import build_model, n_params
 
-ROOT = Path(__file__).parents[1]
 MiB = 2**20
 VOCAB = 256
 SAMPLES = 8  # measurements of the soak
+ONE_STREAM = 4  # texts of one stream, for every time that many are written at once
 ALONGSIDE = 16  # connections that the soak asks by
+KNOWN = 9  # times that a known prompt is asked for
+GPT_STATES = 64  # of a GPT, at most: each is as large as its context
+SAY_EVERY = 10.0  # seconds between two lines of progress
+STARTED = time.perf_counter()
 
 
-@contextlib.contextmanager
-def served(run: str, *options: str) -> Iterator[Server]:
-    """A server of a run, in a process of its own.
-
-    Raises:
-        UserError: it did not start.
-    """
-    command = [sys.executable, "-m", "wavelet_lm.serving", run, "--port", "0", *options]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if " at http://" in line:
-                break
-        else:
-            raise UserError(f"the server did not start: {''.join(lines[-1:]).strip()}")
-        yield Server(process, int(line.split("://")[1].split()[0].rpartition(":")[2]))
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        process.stderr.close()
+def say(line: str) -> None:
+    """A line of progress, on standard error."""
+    print(f"{time.perf_counter() - STARTED:5.0f} s  {line}", file=sys.stderr, flush=True)
 
 
-class Server:
-    """A server that is running, asked without any library in between."""
+class Progress:
+    """Says how far one of the longer measurements is, now and then."""
 
-    def __init__(self, process: subprocess.Popen, port: int):
-        self._process, self._port = process, port
+    def __init__(self, what: str, n: int):
+        self._what, self._n, self._said = what, n, time.perf_counter()
 
-    def resident(self) -> int:
-        """Bytes of memory that it has."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii")
-        return 1024 * int(status.partition("VmRSS:")[2].split()[0])
-
-    async def events(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
-        """What comes of a stream, as it comes."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
-        writer.write(request_of("POST", "/v1/completions", {**body, "stream": True}, close=True))
-        while part := await reader.read(1 << 16):
-            yield part
-        writer.close()
-
-    async def text(self, body: dict[str, Any]) -> str:
-        """A text that is streamed.
-
-        Raises:
-            UserError: it was refused.
-        """
-        return streamed_text(b"".join([part async for part in self.events(body)]))
-
-    async def ask(self, asked: list[tuple[str, str, dict[str, Any] | None]]) -> list[Any]:
-        """Requests one after the other on one connection; their answers.
-
-        Raises:
-            UserError: one was refused.
-        """
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
-        answers = []
-        for method, path, body in asked:
-            writer.write(request_of(method, path, body))
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-            length = int(head.partition("content-length:")[2].split()[0])
-            answers.append(json.loads(await reader.readexactly(length)))
-            if "error" in answers[-1]:
-                raise UserError(f"{path}: {answers[-1]['error']['message']}")
-        writer.close()
-        return answers
-
-
-def request_of(method: str, path: str, body: dict[str, Any] | None, close: bool = False) -> bytes:
-    """A request as it is sent."""
-    content = b"" if body is None else json.dumps(body).encode()
-    last = "Connection: close\r\n" * close
-    head = f"{method} {path} HTTP/1.1\r\nHost: a\r\n{last}Content-Length: {len(content)}\r\n\r\n"
-    return head.encode() + content
-
-
-def streamed_text(received: bytes) -> str:
-    """The text in the events of a stream.
-
-    Raises:
-        UserError: an event is an error.
-    """
-    text = []
-    for line in received.splitlines():
-        at = line.find(b'{"')
-        if line.startswith(b"data: {") or b'{"error"' in line:
-            event = json.loads(line[at:])
-            if "error" in event:
-                raise UserError(f"a stream failed: {event['error']['message']}")
-            text += [choice["text"] for choice in event["choices"]]
-    return "".join(text)
+    def at(self, done: int) -> None:
+        """So much of it is done."""
+        if time.perf_counter() - self._said >= SAY_EVERY:
+            say(f"{self._what}: {done:,} of {self._n:,}")
+            self._said = time.perf_counter()
 
 
 # --- what is measured ----------------------------------------------------------------------------
@@ -165,30 +93,58 @@ def ask_for(seed: int, tokens: int) -> dict[str, Any]:
     }
 
 
+class Speeds:
+    """Tokens per second in several runs, by the clock and by the CPU of a server."""
+
+    def __init__(self, server: Server):
+        self._server = server
+        self.by_clock: list[float] = []
+        self.by_cpu: list[float] = []
+
+    async def of(self, bodies: Sequence[dict[str, Any]]) -> list[str]:
+        """Texts that are written at once."""
+        n = sum(body["max_tokens"] for body in bodies)
+        started, before = time.perf_counter(), self._server.cpu_seconds()
+        texts = await asyncio.gather(*map(self._server.text, bodies))
+        self.by_clock.append(n / (time.perf_counter() - started))
+        self.by_cpu.append(n / max(0.01, self._server.cpu_seconds() - before))
+        return texts
+
+
 async def speeds(
     server: Server, streams: int, tokens: int, repeats: int, n_compared: int
 ) -> dict[str, Any]:
-    """One stream alone and many at once, in turns, and so many of their texts written alone."""
-    single, many, equal = [], [], 0
+    """One stream alone and many at once, in turns, and so many of their texts written alone.
+
+    One stream writes several texts, one after the other, so that it takes some time too.
+    """
+    single, many, equal = Speeds(server), Speeds(server), 0
     written: dict[int, str] = {}
     for repeat in range(repeats):
         seeds = range(repeat * streams, (repeat + 1) * streams)
-        for _ in range(2):  # the second time prompts are known, as they are for the one stream
-            started = time.perf_counter()
-            texts = await asyncio.gather(*(server.text(ask_for(s, tokens)) for s in seeds))
-            seconds = time.perf_counter() - started
-        many.append(streams * tokens / seconds)
-        written |= dict(zip(seeds, texts, strict=True))
-        started = time.perf_counter()
-        await server.text(ask_for(seeds[0], tokens))
-        single.append(tokens / (time.perf_counter() - started))
+        bodies = [ask_for(seed, tokens) for seed in seeds]
+        await Speeds(server).of(bodies)  # after which prompts are known, as they are for the one
+        written |= dict(zip(seeds, await many.of(bodies), strict=True))
+        for body in bodies[:ONE_STREAM]:
+            await single.of([body])
+        say(
+            f"{repeat + 1} of {repeats}: {streams} streams {many.by_clock[-1]:,.0f} tokens/s, one"
+            f" {median(single.by_clock[-ONE_STREAM:]):,.0f}"
+        )
     compared = list(written)[:: max(1, len(written) // n_compared)][:n_compared]
-    for seed in compared:
+    progress = Progress("texts written alone", len(compared))
+    for done, seed in enumerate(compared):
         equal += await server.text(ask_for(seed, tokens)) == written[seed]
+        progress.at(done)
+    by_clock, by_cpu = (
+        {"alone": median(alone), "at_once": median(at_once)}
+        for alone, at_once in ((single.by_clock, many.by_clock), (single.by_cpu, many.by_cpu))
+    )
     return {
-        "tokens_per_second_alone": median(single),
-        "tokens_per_second": median(many),
-        "ratio": median(many) / median(single),
+        "tokens_per_second": by_clock,
+        "tokens_per_cpu_second": by_cpu,
+        "ratio": by_clock["at_once"] / by_clock["alone"],
+        "ratio_by_cpu": by_cpu["at_once"] / by_cpu["alone"],
         "texts": len(compared),
         "texts_equal": equal,
     }
@@ -197,9 +153,12 @@ async def speeds(
 async def idle_states(server: Server, n: int) -> dict[str, Any]:
     """What n saved states take."""
     ((health,),) = [await server.ask([("GET", "/health", None)])]
-    before = server.resident()
-    asked = [("POST", "/v1/states", {"text": f"state {i}", "name": f"s{i}"}) for i in range(n)]
-    await server.ask(asked)
+    before, progress = server.resident(), Progress("states", n)
+    for start in range(0, n, 64):
+        part = range(start, min(n, start + 64))
+        asked = [{"text": f"state {i}", "name": f"s{i}"} for i in part]
+        await server.ask([("POST", "/v1/states", body) for body in asked])
+        progress.at(start)
     return {
         "state_bytes": health["state_bytes"],
         "states": n,
@@ -222,9 +181,10 @@ async def soak(server: Server, n: int) -> dict[str, Any]:
         )
         done = until
         resident.append(server.resident())
-        print(f"{done:,} requests, {resident[-1] / MiB:,.1f} MiB", file=sys.stderr)
+        say(f"{done:,} of {n:,} requests, {resident[-1] / MiB:,.1f} MiB")
     seconds = time.perf_counter() - started
-    return {"requests": n, "requests_per_second": n / seconds, "resident_bytes": resident}
+    figures = {"requests": n, "requests_per_second": n / seconds, "resident_bytes": resident}
+    return {"soak": figures}
 
 
 async def first_token(server: Server, n: int, repeats: int) -> dict[str, Any]:
@@ -232,6 +192,7 @@ async def first_token(server: Server, n: int, repeats: int) -> dict[str, Any]:
     prompt = "".join(random.Random(1).choices("abcdefgh \n", k=n))
     body = {"prompt": prompt, "seed": 1, "max_tokens": 4, "ignore_eot": True}
     seconds = []
+    say(f"reading {n:,} tokens")
     for _ in range(1 + repeats):
         started = time.perf_counter()
         received = b""
@@ -241,24 +202,30 @@ async def first_token(server: Server, n: int, repeats: int) -> dict[str, Any]:
                 seconds.append(time.perf_counter() - started)
                 break
         await asyncio.sleep(0.1)
-    return {"prompt": n, "first_token_new": seconds[0], "first_token_known": median(seconds[1:])}
+    new, *known = seconds
+    return {
+        "prompt": n,
+        "first_token_new": new,
+        "first_token_known": median(known),
+        "first_token_known_least": min(known),
+    }
 
 
-async def measure(server: Server, args: Any, whole: bool) -> dict[str, Any]:
-    """All figures of a server; without `whole` those of a GPT. Each is told once it is there."""
+async def measure(server: Server, args: Any, is_gpt: bool, whole: bool) -> dict[str, Any]:
+    """The figures of a server; without `whole` its speeds alone. Each is told once it is there."""
     row = {"resident_bytes_idle": server.resident()}
     await server.text(ask_for(0, 4))  # so that everything is loaded
-    parts = [speeds(server, args.streams, args.tokens, args.repeats, args.compare)]
+    parts = [lambda: speeds(server, args.streams, args.tokens, args.repeats, args.compare)]
+    if whole and not is_gpt:
+        parts.append(lambda: first_token(server, args.prompt, KNOWN))
     if whole:
-        parts.append(first_token(server, args.prompt, 5))
-    parts.append(idle_states(server, args.states if whole else min(args.states, 64)))
+        n_states = min(args.states, GPT_STATES) if is_gpt else args.states
+        parts.append(lambda: idle_states(server, n_states))
+    if whole and not is_gpt:
+        parts.append(lambda: soak(server, args.soak))
     for part in parts:
-        figures = await part
-        print(", ".join(f"{name} {value:,.4g}" for name, value in figures.items()), file=sys.stderr)
-        row |= figures
+        row |= await part()
         row.setdefault("resident_bytes_after_streams", server.resident())
-    if whole:
-        row["soak"] = await soak(server, args.soak)
     return row
 
 
@@ -277,19 +244,21 @@ def main() -> None:
     parser.add_argument("--checkpoint", metavar="RUN", help="a trained run in its place")
     for name, default, words in (
         ("streams", 256, "at once"),
-        ("tokens", 128, "of each of them"),
+        ("tokens", 64, "of each of them"),
         ("repeats", 3, "of the speeds"),
-        ("compare", 1_000_000, "texts, at most, that are written again alone"),
+        ("compare", 64, "texts, at most, that are written again alone"),
         ("prompt", 100_000, "tokens of the long prompt"),
         ("states", 4096, "that are saved"),
-        ("soak", 100_000, "requests of the soak"),
+        ("soak", 4000, "requests of the soak"),
         ("cache_mib", 64, "MiB of the server's state cache"),
-        ("gpt_context", 1024, "tokens that the GPT reads"),
-        ("threads", 1, "of the server"),
+        ("gpt_context", 256, "tokens that the GPT reads"),
     ):
         parser.add_argument(
             f"--{name}", type=positive, default=default, metavar="N", help=f"{words} [{default:,}]"
         )
+    parser.add_argument(
+        "--threads", type=positives, default=(1, 2), metavar="LIST", help="of the server [1,2]"
+    )
     parser.add_argument("--no_gpt", action="store_true", help="leave the GPT out")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
@@ -305,12 +274,14 @@ def main() -> None:
             gpt = config.replace(model="gpt", **shape)
             runs.append(("gpt", *make_run(Path(folder) / "gpt", gpt)))
         for name, run, n in runs:
-            # A small cache, since memory is flat from where it is full.
-            options = ["--threads", args.threads, "--max_streams", args.streams]
-            options = [*map(str, options), "--state_cache", f"{args.cache_mib}MiB"]
-            with served(run, *options) as server:
-                figures = asyncio.run(measure(server, args, name == "wavelet_lm"))
-            rows.append({"model": name, "n_params": n, **figures})
+            for threads in args.threads:
+                say(f"{name}, {threads} thread{'s' * (threads > 1)}")
+                # A small cache, since memory is flat from where it is full.
+                options = ["--threads", str(threads), "--max_streams", str(args.streams)]
+                with served(run, *options, "--state_cache", f"{args.cache_mib}MiB") as server:
+                    whole = threads == args.threads[0]
+                    figures = asyncio.run(measure(server, args, name == "gpt", whole))
+                rows.append({"model": name, "n_params": n, "threads": threads, **figures})
     print(describe(rows))
     if args.json:
         write_results(args.json, rows, config=args.config, **sizes(args))
@@ -319,33 +290,44 @@ def main() -> None:
 
 def sizes(args: Any) -> dict[str, int]:
     """What was asked for, for the file."""
-    names = ("streams", "tokens", "repeats", "gpt_context", "threads", "cache_mib")
+    names = ("streams", "tokens", "repeats", "gpt_context", "cache_mib")
     return {name: getattr(args, name) for name in names}
 
 
 def describe(rows: list[dict[str, Any]]) -> str:
     """The figures as a table, and those of one model alone as lines."""
-    head = ["model", "alone, tokens/s", "at once, tokens/s", "ratio", "texts equal", "state KiB"]
+    head = ["model", "threads", "alone, tokens/s", "at once", "ratio", "by CPU", "texts equal"]
+    head += ["MiB then"]
     cells = [
         [
             row["model"],
-            f"{row['tokens_per_second_alone']:,.0f}",
-            f"{row['tokens_per_second']:,.0f}",
+            row["threads"],
+            f"{row['tokens_per_second']['alone']:,.0f}",
+            f"{row['tokens_per_second']['at_once']:,.0f}",
             f"{row['ratio']:.1f}",
+            f"{row['ratio_by_cpu']:.1f}",
             f"{row['texts_equal']} of {row['texts']}",
-            f"{row['state_bytes'] / 1024:,.1f}",
+            f"{row['resident_bytes_after_streams'] / MiB:,.0f}",
         ]
         for row in rows
     ]
-    first, resident = rows[0], rows[0]["soak"]["resident_bytes"]
+    states = [
+        f"{row['model']}: a state has {row['state_bytes'] / 1024:,.1f} KiB, {row['states']:,} of"
+        f" them take {row['states_resident_bytes'] / MiB:,.1f} MiB"
+        for row in rows
+        if "states" in row
+    ]
+    first = rows[0]
+    soak = first["soak"]
     return "\n".join(
         [
             table(head, cells),
+            *states,
             f"{first['prompt']:,} tokens: first token after {first['first_token_new']:.2f} s, known"
-            f" after {1000 * first['first_token_known']:.1f} ms",
-            f"{first['states']:,} states: {first['states_resident_bytes'] / MiB:,.1f} MiB more",
-            f"{first['soak']['requests']:,} requests: resident MiB "
-            + " ".join(f"{n / MiB:,.1f}" for n in resident),
+            f" after {1000 * first['first_token_known']:.1f} ms, at least"
+            f" {1000 * first['first_token_known_least']:.1f}",
+            f"{soak['requests']:,} requests, {soak['requests_per_second']:,.0f}/s: resident MiB "
+            + " ".join(f"{n / MiB:,.1f}" for n in soak["resident_bytes"]),
         ]
     )
 
