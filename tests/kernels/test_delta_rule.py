@@ -177,6 +177,21 @@ def test_a_text_is_what_it_is_alone():
         assert torch.equal(alone, whole[b : b + 1])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_state_is_written_over_itself(compiled, dtype, monkeypatch):
+    """With the same bits as where it is new; that of other texts in the same memory stays."""
+    if not compiled:
+        monkeypatch.setattr(module, "library", lambda *names, **values: None)
+    *parts, state = draw(3, 1, 2, 4, 8, dtype)
+    buffer = torch.cat((state, state))
+    y, states = delta_rule(*parts, state, every=1)
+    own_y, own_states = delta_rule(*parts, buffer[:3], every=1, into=buffer[:3, None])
+    assert torch.equal(own_y, y) and torch.equal(own_states, states)
+    assert own_states.data_ptr() == buffer.data_ptr()
+    assert torch.equal(buffer, torch.cat((states[:, 0], state)))
+
+
 @pytest.mark.parametrize("every", [None, 1])
 def test_without_a_compiler_the_plain_forms_do_it(every, monkeypatch):
     inputs = [x.requires_grad_() for x in draw(2, 40, 2, 3, 4)]

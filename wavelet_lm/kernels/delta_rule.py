@@ -35,7 +35,7 @@ CHUNK = 32
 # Up to so many positions the recurrence itself takes fewer passes than the chunked form.
 FEW_POSITIONS = 4
 # Numbers of the states, times positions, from which a CPU kernel is worth a second thread.
-THREAD_WORK = 1 << 20
+THREAD_WORK = 1 << 19
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLA_CHUNK = 64  # fla-core's own
 HAS_FLA = importlib.util.find_spec("fla") is not None
@@ -53,14 +53,20 @@ def delta_rule(
     beta: Tensor,
     state: Tensor,
     every: int | None = None,
+    into: Tensor | None = None,
 ) -> Result:
     """The rule in the form that suits device and length.
 
     Returns y [B, T, H, dv] and the states after every `every`-th position and after the last,
     [B, N, H, dk, dv]; `every` None: after the last alone. Shapes and dtypes as the module says.
+
+    into: where the states of one position are put, [B, 1, H, dk, dv], dense, without gradients; it
+        may be the memory of `state`, which is then neither copied nor kept. None: a new tensor.
     """
     T = q.shape[1]
     inputs = (q, k, v, log_decay, beta, state)
+    if into is not None:
+        return _one_position(inputs, into)
     if q.is_cpu and not torch.compiler.is_exporting():  # to where there is no such kernel
         y, states = _on_cpu(*inputs, every or CHUNK)
     elif every or T <= FEW_POSITIONS:
@@ -70,6 +76,18 @@ def delta_rule(
     else:
         y, states = chunked(*inputs)
     return y, states if every else states[:, -1:]
+
+
+def _one_position(inputs: tuple[Tensor, ...], into: Tensor) -> Result:
+    """y and `into`; a kernel holds the state that it reads apart from the one that it writes."""
+    v = inputs[2]
+    kernel = _kernel(inputs) if v.is_cpu else None
+    if kernel is None:
+        y, states = recurrent(*inputs)
+        return y, into.copy_(states)
+    y = v.new_empty(v.shape)
+    _run(kernel.delta_rule_forward, _Inputs.of(inputs, 1), y, into)
+    return y, into
 
 
 def recurrent(

@@ -81,6 +81,9 @@ class Carry(Protocol):
     def before(self) -> Tensor:
         """It, in the shape that the state was given."""
 
+    def place(self, dtype: torch.dtype) -> Tensor | None:
+        """Where the next output may be put, over the last one, [B, 1, C]; None: nowhere."""
+
     def after(self, y: Tensor) -> Tensor | Ring:
         """The state when the recurrence has given y [B, T, C], or [B, 1, C] of the last one."""
 
@@ -157,6 +160,9 @@ class LastOutput:
 
     def before(self) -> Tensor:
         return self._state
+
+    def place(self, dtype: torch.dtype) -> None:
+        return None
 
     def after(self, y: Tensor) -> Tensor:
         return y[:, -1] if self._state.ndim == 2 else y[:, -1:]
@@ -342,9 +348,15 @@ class Ring:
         last = self.buffer if self.size == 1 else self.at(1, 1)
         return last[:, 0] if self._is_one else last
 
+    def place(self, dtype: torch.dtype) -> Tensor | None:
+        """The one slot, where nobody asks for gradients and no compiler plans the memory."""
+        free = self.size == 1 and self.buffer.dtype == dtype and not torch.is_grad_enabled()
+        return self.buffer if free and not torch.compiler.is_compiling() else None
+
     def after(self, y: Tensor) -> Ring:
         if self.size == 1:
-            self.buffer.copy_(y)
+            if torch.compiler.is_compiling() or y.data_ptr() != self.buffer.data_ptr():
+                self.buffer.copy_(y)
         else:
             self.write(y)
         return self

@@ -112,8 +112,12 @@ class DeltaMemory(nn.Module):
         if state is None:
             state = inputs.v.new_zeros(len(h), self.heads * self.key_dim * self.value_dim)
         scan = carried(state)
+        place = scan.place(inputs.v.dtype)
         y, states = delta_rule(
-            *inputs, self.matrices(scan.before(), inputs), every=1 if scan.keeps_every else None
+            *inputs,
+            self.matrices(scan.before(), inputs),
+            every=1 if scan.keeps_every else None,
+            into=None if place is None else self.matrices(place[:, 0], inputs)[:, None],
         )
         normal = rms_norm(y, y.shape[-1:], eps=EPSILON).to(gate.dtype) * self.norm_weight
         y = normal.flatten(2) * silu(gate)
