@@ -29,6 +29,7 @@ if __name__ == "__main__":
     start()  # before the imports below, which take seconds
 
 import asyncio
+import itertools
 import random
 import sys
 import tempfile
@@ -273,18 +274,18 @@ def main() -> None:
             shape = {"layers": layers, "C": C, "heads": heads, "block_size": args.gpt_context}
             gpt = config.replace(model="gpt", **shape)
             runs.append(("gpt", *make_run(Path(folder) / "gpt", gpt)))
-        for name, run, n in runs:
-            for threads in args.threads:
-                say(f"{name}, {threads} thread{'s' * (threads > 1)}")
-                # A small cache, since memory is flat from where it is full.
-                options = ["--threads", str(threads), "--max_streams", str(args.streams)]
-                with served(run, *options, "--state_cache", f"{args.cache_mib}MiB") as server:
-                    whole = threads == args.threads[0]
-                    figures = asyncio.run(measure(server, args, name == "gpt", whole))
-                rows.append({"model": name, "n_params": n, "threads": threads, **figures})
+        for threads, (name, run, n) in itertools.product(args.threads, runs):
+            say(f"{name}, {threads} thread{'s' * (threads > 1)}")
+            # A small cache, since memory is flat from where it is full.
+            options = ["--threads", str(threads), "--max_streams", str(args.streams)]
+            with served(run, *options, "--state_cache", f"{args.cache_mib}MiB") as server:
+                whole = threads == args.threads[0]
+                figures = asyncio.run(measure(server, args, name == "gpt", whole))
+            rows.append({"model": name, "n_params": n, "threads": threads, **figures})
+            if args.json:  # what is interrupted leaves what it has
+                write_results(args.json, rows, config=args.config, **sizes(args))
     print(describe(rows))
     if args.json:
-        write_results(args.json, rows, config=args.config, **sizes(args))
         print(f"written to {args.json}")
 
 

@@ -109,7 +109,7 @@ def test_nobody_else_is_affected(n, monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(process, "IDLE_SECONDS", 1)
     lines, model = [], small_model()
     limits = ServeOptions(
-        max_streams=32, max_tokens=50, max_prompt=400, max_body=16384, max_states=20, timeout=5.0
+        max_streams=32, max_tokens=50, max_prompt=400, max_body=16384, max_states=20, timeout=60.0
     )
     service = servers.make_service(
         model, limits=limits, folder=tmp_path / "states", log=lines.append
@@ -205,3 +205,66 @@ def test_a_slow_client_is_not_waited_for(monkeypatch):
             with socket.create_connection(address, timeout=10) as connection:
                 connection.sendall(sent)
                 assert connection.recv(12) == answer
+
+
+def test_a_further_request_is_not_waited_for_either(monkeypatch):
+    monkeypatch.setattr(process, "HEAD_SECONDS", 0.2)
+    with servers.served(servers.make_service()) as url:
+        address = urlparse(url).hostname, urlparse(url).port
+        with socket.create_connection(address, timeout=10) as connection:
+            for _ in range(2):
+                connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n")
+                answer = b""
+                while not answer.endswith(b"}]}"):
+                    answer += connection.recv(4096)
+            connection.sendall(b"GET /v1")
+            assert connection.recv(4096) == b""
+
+
+def test_who_takes_nothing_is_given_up(monkeypatch):
+    """Its row has long ended; so must the request, which counts as a stream."""
+    monkeypatch.setattr(process, "TAKE_SECONDS", 0.2)
+
+    def listen(host, port):
+        listener = process.listen(host, port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listener
+
+    monkeypatch.setattr(servers, "listen", listen)
+    service = servers.make_service()
+    with servers.served(service) as url, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((urlparse(url).hostname, urlparse(url).port))
+        body = {"prompt": "bad", "max_tokens": 400, "logprobs": 10, "stream": True}
+        content = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(content)}"
+        connection.sendall(head.encode() + b"\r\n\r\n" + content)
+        servers.wait_for(lambda: service.n_streams == 1)
+        servers.wait_for(lambda: service.n_streams == 0 == service.scheduler.n_writing)
+
+
+def test_a_context_that_ends_ends_no_other_text():
+    """The state after an answer has read one token more than the answer needs."""
+    lines, longest = [], 24
+    model = small_model(model="gpt", C=16, heads=2, block_size=longest)
+    service = servers.make_service(model, log=lines.append)
+    with servers.served(service) as url:
+        for n, name, status in ((22, "s", 400), (21, "s", 200), (22, None, 200), (23, None, 400)):
+            body = {"prompt": "bad", "max_tokens": n, "seed": 1}
+            body |= {} if name is None else {"save_state": name}
+            sent = servers.post(url, PATHS[0], body)
+            assert sent.status_code == status, sent.text
+        assert service.states.get("s").n == longest
+    assert lines == []
+
+
+def test_a_state_of_a_prompt_that_was_not_read_is_refused(monkeypatch):
+    service = servers.make_service(limits=ServeOptions(timeout=0.001))
+    monkeypatch.setattr(service.scheduler, "_read", lambda: None)
+    with servers.served(service) as url:
+        body = {"prompt": "bad", "max_tokens": 5, "save_state": "s"}
+        sent = servers.post(url, PATHS[0], body)
+        assert (sent.status_code, sent.headers["retry-after"]) == (503, "2")
+        sent = servers.post(url, PATHS[0], {**body, "stream": True})
+        assert "not read to its end" in sent.text
+    assert not service.states.all()

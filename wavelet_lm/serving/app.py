@@ -284,7 +284,7 @@ class Web:
     ) -> AsyncIterator[bytes]:
         started, begun = time.perf_counter(), set()
         try:
-            async for number, written in work.updates():
+            async for number, written in work.updates(self._pace):
                 by_choice: dict[int, list[Written]] = {}
                 for one in written:
                     by_choice.setdefault(one.choice, []).append(one)
@@ -302,7 +302,6 @@ class Web:
                         await self._save(asked, work)
                     begun.add(index)
                     yield answer.event(index, part, **extra)
-                await asyncio.sleep(PACE * self.service.scheduler.n_writing)
         except Refused as refused:
             yield sse(refused.body())
             return
@@ -314,9 +313,12 @@ class Web:
             yield answer.usage_event(self._usage(work))
         yield DONE
 
+    def _pace(self) -> float:
+        return PACE * self.service.scheduler.n_writing
+
     async def _save(self, asked: fields.Asked, work: Work) -> None:
         if asked.save_as is not None:
-            await self._keep(asked.save_as, work.jobs[0].known)
+            await self._keep(asked.save_as, work.known())
 
     async def _keep(self, name: str, known: Any) -> None:
         try:

@@ -138,7 +138,7 @@ class Scheduler:
             if reason is None:
                 self._guarded(job, self._begin, job)
             else:
-                self._end(job, reason)
+                self._guarded(job, self._end, job, reason)
         self._read()
         if self._writing:
             try:
@@ -160,7 +160,7 @@ class Scheduler:
         try:
             action(*arguments)
         except Exception as error:
-            self._log(f"reading failed: {error!r}")
+            self._log(f"a text failed: {error!r}")
             self._fail(job, error)
 
     def _fail(self, job: Job, error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from wavelet_lm.serving.service import Service
 # Seconds in which a new connection has to bring its first request's head, and those that a kept
 # one may be idle.
 HEAD_SECONDS, IDLE_SECONDS = 15.0, 30
+# Seconds in which a client has to take what waits for it, some 48 KiB.
+TAKE_SECONDS = 30.0
 # Seconds that answers have to end in when the server does.
 GRACE_SECONDS = 20
 # Connections beside those of the most streams: for health, pages and refusals.
@@ -25,16 +28,30 @@ MORE_CONNECTIONS = 256
 class Protocol(H11Protocol):
     """HTTP/1.1 that does not wait for ever, and takes nonsense amid an answer calmly."""
 
+    _hurry: asyncio.TimerHandle | None = None  # while a request's head is waited for
+    _full: asyncio.TimerHandle | None = None  # while nothing more can be sent
+
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
-        self._hurry = self.loop.call_later(HEAD_SECONDS, self._give_up)
+        self._hurry = self.loop.call_later(HEAD_SECONDS, transport.close)
 
-    def _give_up(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._hurry = _cancelled(self._hurry)
+        elif self._hurry is None and not self.transport.is_closing():  # a further request begins
+            self._hurry = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._full = self.loop.call_later(TAKE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._full = _cancelled(self._full)
+        super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._hurry.cancel()
+        self._hurry, self._full = _cancelled(self._hurry), _cancelled(self._full)
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -42,6 +59,11 @@ class Protocol(H11Protocol):
             super().send_400_response(msg)
         except h11.LocalProtocolError:  # an answer is on its way already
             self.transport.close()
+
+
+def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
 
 
 class Server(uvicorn.Server):

@@ -52,8 +52,12 @@ class Work:
     inbox: Inbox = field(default_factory=Inbox)
     written: list[list[list[Written]]] = field(default_factory=list)
 
-    async def updates(self) -> AsyncIterator[tuple[int, list[Written]]]:
+    async def updates(
+        self, pace: Callable[[], float] = lambda: 0.0
+    ) -> AsyncIterator[tuple[int, list[Written]]]:
         """What is written, as the number of the job and what it wrote, until all is.
+
+        pace: seconds between what is told at once and what is told next, but for a job's end.
 
         Raises:
             Refused: a job failed.
@@ -72,6 +76,18 @@ class Work:
                     self.written[number][one.choice].append(one)
             for number, written in news.items():
                 yield number, written
+            if open_jobs:
+                await self.inbox.rest(pace())
+
+    def known(self) -> Known:
+        """What is known of the one text.
+
+        Raises:
+            Refused: time, or the server, came to an end before it was read.
+        """
+        if self.jobs[0].known is None:
+            raise Refused(503, "the text was not read to its end", retry_after=RETRY_AFTER)
+        return self.jobs[0].known
 
     @property
     def n_prompt(self) -> int:
@@ -182,7 +198,8 @@ class Service:
         jobs = []
         for i, tokens in enumerate(prompts):
             seeds = range(asked.seed + i * asked.best_of, asked.seed + (i + 1) * asked.best_of)
-            n = self._n_tokens(asked.max_tokens, n_before + len(tokens))
+            keeps = asked.save_as is not None
+            n = self._n_tokens(asked.max_tokens, n_before + len(tokens), last_is_read=keeps)
             after = self._line_before(asked, tokens, start)
             rows = [
                 self._row(asked, Request(seed, n, (*asked.stop, *stop)), after) for seed in seeds
@@ -192,7 +209,7 @@ class Service:
                 Choice(row, seed, options, asked.alternatives or 0)
                 for row, seed in zip(rows, seeds, strict=True)
             ]
-            jobs.append(Job(tokens, choices, start, asked.save_as is not None))
+            jobs.append(Job(tokens, choices, start, keeps))
         work = Work(jobs, prompts, n_before)
         work.written = [[[] for _ in job.choices] for job in jobs]
         async with self._in_progress(work):
@@ -210,10 +227,7 @@ class Service:
         async with self._in_progress(work):
             async for _ in work.updates():
                 pass
-        known = work.jobs[0].known
-        if known is None:
-            raise Refused(503, "the text was not read to its end", retry_after=RETRY_AFTER)
-        return known
+        return work.known()
 
     @asynccontextmanager
     async def _in_progress(self, work: Work) -> AsyncIterator[None]:
@@ -223,7 +237,9 @@ class Service:
         loop = asyncio.get_running_loop()
         timers = []
         for job in work.jobs:
-            job.tell = lambda job, written: self._mail.send(work.inbox, (job, written, job.done))
+            job.tell = lambda job, written: self._mail.send(
+                work.inbox, (job, written, job.done), urgent=job.done
+            )
             self._jobs.add(job)
             self.scheduler.submit(job)
             timers.append(loop.call_later(self.limits.timeout, self.scheduler.end, job, "timeout"))
@@ -318,24 +334,27 @@ class Service:
         except UserError as error:
             raise Refused(400, str(error), "prompt") from None
 
-    def _n_tokens(self, asked: int | None, n_read: int) -> int:
+    def _n_tokens(self, asked: int | None, n_read: int, last_is_read: bool = False) -> int:
         """How many tokens are written after so many; fewer than asked for are an error.
+
+        last_is_read: the state after an answer, which is wanted, has read its last token too.
 
         Raises:
             Refused: the model cannot read that many.
         """
         longest = self.decoder.longest
         n = min(self.config.num_new_tokens, self.limits.max_tokens) if asked is None else asked
-        if longest is not None and n_read + n - 1 > longest:
-            if asked is None and n_read <= longest:
-                return longest - n_read + 1
-            raise Refused(
-                400,
-                f"the prompt's {n_read:,} tokens and {n:,} more are too many for this model, which"
-                f" reads {longest:,}",
-                "prompt",
-            )
-        return n
+        room = n if longest is None else longest - n_read + (not last_is_read)
+        if n <= room:
+            return n
+        if asked is None and room > 0:
+            return room
+        raise Refused(
+            400,
+            f"the prompt's {n_read:,} tokens and {n:,} more are too many for this model, which"
+            f" reads {longest:,}",
+            "prompt",
+        )
 
     def _line_before(self, asked: Asked, tokens: list[int], start: Known | None) -> str | None:
         """Where text is cleaned, the beginning of the line that it goes on with."""
