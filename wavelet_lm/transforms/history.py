@@ -349,7 +349,7 @@ class Ring:
         return last[:, 0] if self._is_one else last
 
     def place(self, dtype: torch.dtype) -> Tensor | None:
-        """The one slot, where nobody asks for gradients and no compiler plans the memory."""
+        """The one slot [B, 1, C], where nobody asks for gradients and no compiler plans memory."""
         free = self.size == 1 and self.buffer.dtype == dtype and not torch.is_grad_enabled()
         return self.buffer if free and not torch.compiler.is_compiling() else None
 
