@@ -15,6 +15,7 @@ from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
 from wavelet_lm.inference.loading import find_own_checkpoint, load_model, load_tokenizer
 from wavelet_lm.interop.hub import push
+from wavelet_lm.training.run_folder import RunFolder
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 NAME = "ann/small-waves"
@@ -143,6 +144,11 @@ def test_texts_are_not_recorded_in_the_cache(hub, run, monkeypatch, capsys):
 def test_names_that_cannot_be(path):
     with pytest.raises(UserError, match="is written hf://user/name"):
         load_model(path)
+
+
+def test_a_run_of_the_hub_is_not_gone_on_with():
+    with pytest.raises(UserError, match=f"start a new run .* --init_from {PATH}$"):
+        RunFolder.open(PATH)
 
 
 def test_what_is_no_run_is_refused(hub, run, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 from wavelet_lm.atomic_files import append_line, as_user_error, write_text
 from wavelet_lm.config import CHANGES, Config, read_json_object
 from wavelet_lm.errors import UserError
+from wavelet_lm.hub_paths import is_in_hub
 from wavelet_lm.training.processes import command_words, launcher, n_processes
 from wavelet_lm.training.provenance import command_line, environment
 
@@ -81,6 +82,11 @@ class RunFolder:
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
         """A folder that is there; raises UserError if it is no run folder."""
+        if is_in_hub(path):
+            raise UserError(
+                f"{path}: only the weights are in the hub; start a new run from them with"
+                f" --init_from {path}"
+            )
         run = cls(path)
         if not run.config_file.is_file():
             raise UserError(f"{path}: not a run folder (it has no config.json)")
