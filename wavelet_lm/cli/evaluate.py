@@ -1,6 +1,7 @@
 """Evaluate a trained model: `python -m wavelet_lm.evaluation RUN --split test`.
 
-Under torchrun the processes share the windows.
+Under torchrun the processes share the windows. The tasks that other models are judged by are
+`wavelet-lm eval`.
 """
 
 import json

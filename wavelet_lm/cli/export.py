@@ -1,4 +1,4 @@
-"""Make a file of a run that other programs read: `wavelet-lm export onnx logs/RUN --out FILE`."""
+"""Make of a run what other programs read: `wavelet-lm export hf logs/RUN --out hf-RUN`."""
 
 import argparse
 import sys
@@ -27,6 +27,9 @@ class Format(NamedTuple):
 
 
 FORMATS = {
+    "hf": Format(
+        "a folder for transformers", "wavelet_lm.interop.transformers_folder:export_hf", ""
+    ),
     "onnx": Format("a step for onnxruntime", "wavelet_lm.interop.onnx_export:export_onnx", ".onnx"),
     "torch": Format(
         "a step for torch.export.load", "wavelet_lm.interop.torch_export:export_torch", ".pt2"
@@ -54,7 +57,7 @@ def main() -> None:
     model, tokenizer = load_model(args.run, "cpu", log), load_tokenizer(args.run)
     if is_fused(model):
         raise UserError(f"{args.run} is quantized; export the run that it was made from")
-    if any(getattr(module, "learns", False) for module in model.modules()):
+    if form.suffix and any(getattr(module, "learns", False) for module in model.modules()):
         log("fast weights rest: memory that learns has no fixed size")
     module, _, name = form.function.partition(":")
     write: Callable[..., list[Path]] = getattr(import_module(module), name)

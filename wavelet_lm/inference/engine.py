@@ -25,6 +25,7 @@ from wavelet_lm.inference.build_engine import open_checkpoint
 from wavelet_lm.inference.checks import check_seed, check_whole
 from wavelet_lm.inference.completion import Strategy, Writer
 from wavelet_lm.inference.declarations import DTYPES, FLAGS
+from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import check_vocabulary, encode_prompt
 from wavelet_lm.inference.generation_options import GenerationOptions
 from wavelet_lm.inference.live_decoder import LiveDecoder, live_decoder_of
@@ -155,6 +156,11 @@ class Engine:
         is_there = isinstance(model, LiveDecoder)
         self._decoder = model if is_there else LiveDecoder(model, **how, adapt=adapt)
         self._draft = None if draft is None else LiveDecoder(draft, **how, adapt=False)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder of the model's weights as they are now."""
+        return self._decoder.current()[1]
 
     # --- writing ---------------------------------------------------------------------------------
 

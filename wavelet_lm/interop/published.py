@@ -278,7 +278,7 @@ def published_tokenizer(path: Path, vocab_size: int, name: str | None = None) ->
             f"{path}: its vocabulary of {vocab_size} is not GPT-2's ({GPT2_VOCAB}); convert it with"
             " python -m wavelet_lm.interop.published FILE --out RUN --tokenizer NAME_OR_FOLDER"
         )
-    tokenizer = _gpt2_by_name() if name in (None, "gpt2") else _tokenizer(name)
+    tokenizer = named_or_stored_tokenizer(name or "gpt2")
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens and {path}"
@@ -294,7 +294,14 @@ def _gpt2_by_name() -> Tokenizer:
     return tokenizer
 
 
-def _tokenizer(name: str) -> Tokenizer:
+def named_or_stored_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a name, `gpt2` or `bytes`, or of a folder that holds one.
+
+    Raises:
+        UserError: there is none of that name or in that folder.
+    """
+    if name == "gpt2":
+        return _gpt2_by_name()
     if Path(name).expanduser().exists():
         return load_tokenizer(name)
     check_tokenizer_name(name)

@@ -226,10 +226,18 @@ def lifting_net(
 
 
 def is_plain(net: nn.Module) -> bool:
-    """Whether a net is of ordinary layers, as in training, and draws no random numbers."""
+    """Whether a net is of ordinary layers, as in training, and draws no random numbers.
+
+    Layers of others in their place, as adapters are, and weights of others' types, as quantized
+    ones are, know themselves how to be applied.
+    """
     layers = list(net) if isinstance(net, nn.Sequential) else [net]
     dropped = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in layers)
-    return not dropped and {type(layer) for layer in layers} <= {nn.Linear, nn.GELU, nn.Dropout}
+    types = {type(layer) for layer in layers}
+    if dropped or not types <= {nn.Linear, nn.GELU, nn.Dropout}:
+        return False
+    linears = [layer for layer in layers if type(layer) is nn.Linear]
+    return not any(hasattr(layer.weight, "__tensor_flatten__") for layer in linears)
 
 
 def side_by_side(nets: list[nn.Module], x: Tensor) -> Tensor:

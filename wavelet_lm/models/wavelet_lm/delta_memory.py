@@ -18,6 +18,7 @@ from wavelet_lm.config import ModelConfig
 from wavelet_lm.kernels.delta_rule import delta_rule
 from wavelet_lm.roles import VECTOR
 from wavelet_lm.transforms.history import Ring, carried
+from wavelet_lm.transforms.lifting import is_plain
 from wavelet_lm.transforms.means import as_factor, wide
 
 EPSILON = 1e-5
@@ -146,10 +147,14 @@ class DeltaMemory(nn.Module):
 
     def queries_and_keys(self, features: Tensor) -> Tensor:
         """[B, T, C + n Cp] -> [B, T, 2 · heads · dk], in one product."""
+        if not (is_plain(self.query) and is_plain(self.key)):
+            return torch.cat((self.query(features), self.key(features)), -1)
         return linear(features, torch.cat((self.query.weight, self.key.weight)))
 
     def values_and_gates(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, C] -> v and its gate [B, T, heads · dv] and the rates [B, T, 2 · heads]."""
+        if not all(map(is_plain, (self.value, self.gate, self.rates))):
+            return self.value(h), self.gate(h), self.rates(h)
         weights = torch.cat((self.value.weight, self.gate.weight, self.rates.weight))
         n = self.heads * self.value_dim
         v, gate, rates = linear(h, weights).split((n, n, 2 * self.heads), -1)
