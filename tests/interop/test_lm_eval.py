@@ -93,6 +93,14 @@ def folder(request, tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path, monkeypatch):
+    """What `datasets` makes of the documents is not left in the home of whoever tests."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+
+
 def evaluated(folder, tasks, *more):
     out = folder / "scores.json"
     flags = ("--include_path", folder / "tasks", "--device", "cpu", "--json", out, *more)
