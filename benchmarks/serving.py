@@ -14,8 +14,8 @@ serve` in a process of its own, and asked over HTTP by this one, with each numbe
   `--prompt` tokens, read for the first time and known.
 
 Beside it the project's GPT with as many parameters (± 5%), which reads `--gpt_context` tokens,
-behind the same server: its speed, its memory, and what a state of it takes. `--no_gpt` leaves it
-out.
+behind the same server: its speed, its memory, and what a state of it takes. `--models wavelet_lm`
+leaves it out.
 
 Where other programs are busy, seconds on the clock are theirs too: beside each speed stands that
 by the seconds of CPU that the server itself took.
@@ -260,7 +260,8 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=positives, default=(1, 2), metavar="LIST", help="of the server [1,2]"
     )
-    parser.add_argument("--no_gpt", action="store_true", help="leave the GPT out")
+    names = ("wavelet_lm", "gpt")
+    parser.add_argument("--models", nargs="+", choices=names, default=names, help="[both]")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     check_targets([args.json])
@@ -269,11 +270,14 @@ def main() -> None:
         config = Config.from_json(args.config)
         run, n = make_run(Path(folder) / "wavelet_lm", config)
         runs = [("wavelet_lm", args.checkpoint or run, n)]
-        if not args.no_gpt:
+        if "gpt" in args.models:
             layers, C, heads = gpt_shape(n, VOCAB)
             shape = {"layers": layers, "C": C, "heads": heads, "block_size": args.gpt_context}
-            gpt = config.replace(model="gpt", **shape)
-            runs.append(("gpt", *make_run(Path(folder) / "gpt", gpt)))
+            # As `gpt_shape` counts: the head is the embedding, the table of positions is left out.
+            gpt = Config(model="gpt", head_hidden=0, tie_embedding_to_lm_head=True, **shape)
+            gpt_run, gpt_n = make_run(Path(folder) / "gpt", gpt)
+            runs.append(("gpt", gpt_run, gpt_n - args.gpt_context * C))
+        runs = [each for each in runs if each[0] in args.models]
         for threads, (name, run, n) in itertools.product(args.threads, runs):
             say(f"{name}, {threads} thread{'s' * (threads > 1)}")
             # A small cache, since memory is flat from where it is full.
@@ -318,19 +322,18 @@ def describe(rows: list[dict[str, Any]]) -> str:
         for row in rows
         if "states" in row
     ]
+    lines = [table(head, cells), *states]
     first = rows[0]
-    soak = first["soak"]
-    return "\n".join(
-        [
-            table(head, cells),
-            *states,
+    if "soak" in first:
+        soak = first["soak"]
+        lines += [
             f"{first['prompt']:,} tokens: first token after {first['first_token_new']:.2f} s, known"
             f" after {1000 * first['first_token_known']:.1f} ms, at least"
             f" {1000 * first['first_token_known_least']:.1f}",
             f"{soak['requests']:,} requests, {soak['requests_per_second']:,.0f}/s: resident MiB "
             + " ".join(f"{n / MiB:,.1f}" for n in soak["resident_bytes"]),
         ]
-    )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
