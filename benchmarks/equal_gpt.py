@@ -58,8 +58,8 @@ def gpt_shape(n_params: int, vocab_size: int) -> tuple[int, int, int]:
             width = next(w for w in range(min(HEAD_CHANNELS, C), 0, -1) if C % w == 0)
             return layers, C, C // width
     raise UserError(
-        f"no GPT with a vocabulary of {vocab_size:,} has {n_params:,} parameters; leave"
-        " it out, or take a smaller vocabulary"
+        f"no GPT with a vocabulary of {vocab_size:,} has {n_params:,} parameters; --no_gpt leaves"
+        " it out, --vocab takes a smaller vocabulary"
     )
 
 

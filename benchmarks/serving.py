@@ -14,8 +14,8 @@ serve` in a process of its own, and asked over HTTP by this one, with each numbe
   `--prompt` tokens, read for the first time and known.
 
 Beside it the project's GPT with as many parameters (± 5%), which reads `--gpt_context` tokens,
-behind the same server: its speed, its memory, and what a state of it takes. `--models wavelet_lm`
-leaves it out.
+behind the same server: its speed, its memory, and what a state of it takes. `--no_gpt` leaves it
+out.
 
 Where other programs are busy, seconds on the clock are theirs too: beside each speed stands that
 by the seconds of CPU that the server itself took.
@@ -261,7 +261,9 @@ def main() -> None:
         "--threads", type=positives, default=(1, 2), metavar="LIST", help="of the server [1,2]"
     )
     names = ("wavelet_lm", "gpt")
-    parser.add_argument("--models", nargs="+", choices=names, default=names, help="[both]")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--models", nargs="+", choices=names, default=names, help="[both]")
+    which.add_argument("--no_gpt", action="store_true", help="as --models wavelet_lm")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     check_targets([args.json])
@@ -270,7 +272,7 @@ def main() -> None:
         config = Config.from_json(args.config)
         run, n = make_run(Path(folder) / "wavelet_lm", config)
         runs = [("wavelet_lm", args.checkpoint or run, n)]
-        if "gpt" in args.models:
+        if "gpt" in args.models and not args.no_gpt:
             layers, C, heads = gpt_shape(n, VOCAB)
             shape = {"layers": layers, "C": C, "heads": heads, "block_size": args.gpt_context}
             # As `gpt_shape` counts: the head is the embedding, the table of positions is left out.
