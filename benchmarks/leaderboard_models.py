@@ -120,7 +120,7 @@ ROWS = {
         },
     ),
     "efficient": Row(
-        "configs/quickstart.json with a wider MLP: 2 levels of one-matrix nets, a delta memory",
+        "configs/efficient_cpu.json: 2 levels of one-matrix nets, then a delta memory, then an MLP",
         {
             "C": 128,
             "layers": 2,
@@ -128,13 +128,18 @@ ROWS = {
             "lifting_linear_only": True,
             "mixer_transform": "identity",
             "per_scale_mixer_widths": None,
-            "mlp_expansion": 3,
+            "low_rank": 0,
+            "cross_scale_gating": False,
+            "decompose_bypass": False,
+            "mlp_expansion": 4,
+            "mlp_activation": "relu2",
             **NO_MEMORIES,
             "delta_memory": True,
             "delta_heads": 4,
             "delta_key_dim": 32,
             "delta_value_dim": 32,
             "delta_bands": 1,
+            "delta_after_mixing": True,
         },
     ),
     # --- of transformers

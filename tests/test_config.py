@@ -389,7 +389,7 @@ def cost_in(c: Config, key: str) -> int:
         "lifting_hidden_mult": c.lifting_linear_only,
         "multi_basis_inits": not c.multi_basis_lifting,
         **dict.fromkeys(("delta_heads", "delta_key_dim", "delta_value_dim"), not c.delta_memory),
-        "delta_bands": not c.delta_memory,
+        **dict.fromkeys(("delta_bands", "delta_after_mixing"), not c.delta_memory),
         "multinodal_cross_cell_gate_interval": not c.multinodal_cross_cell_gating,
     }
     if not COSTS[key] or unread.get(key) or getattr(c, key) in (False, "haar"):

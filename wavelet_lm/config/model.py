@@ -155,6 +155,12 @@ class ModelConfig:
         minimum=0,
         cost="N·Hd·2·dk·delta_bands·Cp",
     )
+    delta_after_mixing: bool = option(
+        False,
+        "it reads the signal with the mixed scales added, after a norm of its own, in place of the"
+        " block's input",
+        cost="2·N·C",
+    )
     delta_horizons: tuple[float, ...] = option(
         (4, 150),
         "positions after which its first and its last head have forgotten most, before training;"
@@ -179,6 +185,9 @@ class ModelConfig:
     )
     mlp_layers: int = option(
         2, "linear layers of the MLP", minimum=2, cost="N·(mlp_layers − 2)·(E·C + 1)·E·C"
+    )
+    mlp_activation: str = option(
+        "gelu", "its activation; relu2 is the square of relu", choices=("gelu", "relu2")
     )
     pkm_enabled: bool = option(True, "product-key memory", cost="N·(C² + √k·C + heads·k·C + 1)")
     pkm_num_keys: int = option(

@@ -38,6 +38,7 @@ class FusedFeedForward(nn.Module):
         self.mlp = None
         if "mlp" in branches:
             first, *middle, last = branches["mlp"].linears
+            self.activation = branches["mlp"].activation
             rows.append((first.weight, first.bias))
             last = FusedLinear.of(gains["mlp"](last.weight), gains["mlp"](last.bias))
             self.mlp = declared(nn.ModuleList([*middle, last]), branches["mlp"].component)
@@ -77,7 +78,7 @@ class FusedFeedForward(nn.Module):
             for matrix in self.mlp:
                 # A CPU has another GELU, of other roundings, for what is not contiguous, as the
                 # part of one text is and that of several is not.
-                h = matrix(nn.functional.gelu(h.contiguous() if is_step(h) else h))
+                h = matrix(self.activation(h.contiguous() if is_step(h) else h))
             total = h
         scores = [branch.scores(next(parts)) for branch in self.memories]
         if len(scores) > 1 and self.memories_are_alike:

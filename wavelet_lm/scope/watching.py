@@ -151,8 +151,8 @@ class Watched:
 
         def see_recall(memory: DeltaMemory, inputs: tuple[Any, ...]) -> None:
             if self._looks:
-                h, bands, state = inputs
-                given, _ = memory.rule_inputs(h, bands)
+                x, bands, state = inputs
+                given, _ = memory.rule_inputs(x, bands)
                 before = None if state is None else memory.matrices(state, given)
                 rates = given.beta[0].T, given.log_decay[0].exp().T
                 self._runs[n][-1].recall = Recall(*shares(given, before), *rates)

@@ -140,3 +140,23 @@ def test_it_compiles_in_one_graph(switches):
     for own, true in zip(results(compiled), results(model.loss), strict=True):
         torch.testing.assert_close(own, true, rtol=0, atol=1e-9)
     torch.compiler.reset()
+
+
+def test_after_mixing_it_reads_what_the_scales_have_been_added_to():
+    torch.manual_seed(0)
+    model = perturb(build_model(CONFIG.replace(delta_after_mixing=True), V).double()).eval()
+    block, wavelet = model.blocks[0], model.wavelets[0]
+    x = torch.randn(B, T, CONFIG.C).double()
+    found, mean, _ = block(x, x, None, wavelet)
+
+    h = block.norm1(block.with_embedding(x, x))
+    details, _ = wavelet.decompose(block.pad(h))
+    mixed = block.mixed_signal(block.bypass(torch.stack(details), mean, None), wavelet)
+    stream = block.spectral_gain(block.with_embedding(x, x)) + mixed
+    memory = block.delta_memory
+    plain = DeltaMemory(CONFIG).double().eval()  # which reads what is normalised
+    plain.load_state_dict({k: v for k, v in memory.state_dict().items() if "norm." not in k})
+    normal = torch.nn.functional.layer_norm(stream, (CONFIG.C,), *memory.norm.parameters())
+    stream = stream + plain(normal, details)[0]
+    expected = block.feedforward_gain(stream) + block.feedforward(stream, None)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

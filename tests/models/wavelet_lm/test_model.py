@@ -40,6 +40,7 @@ VARIANTS = {
     },
     "phase gating": {"phase_gating": True, "C": 20},
     "delta memory": {"delta_memory": True, "delta_bands": 2, "C": 20},
+    "delta memory after mixing": {"delta_memory": True, "delta_after_mixing": True},
     "delta memory of the input": {"delta_memory": True, "delta_bands": 0, "delta_value_dim": 3},
     "data-dependent lifting": {"lifting_data_dependent": 3},
     "largest coefficients": {"hadamard_top_k": 5},

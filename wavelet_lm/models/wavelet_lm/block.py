@@ -1,7 +1,8 @@
 """One block of a WaveletLM.
 
 decompose → (norm) → + running mean → (gate) → mix every scale → (norm) → reconstruct → project →
-add, beside it what the delta memory recalls → add, then MLP and product-key memories → add.
+add, then what the delta memory recalls, of the block's input or of this sum → add, then MLP and
+product-key memories → add.
 """
 
 from typing import NamedTuple
@@ -104,15 +105,15 @@ class Block(nn.Module):
             x = self.with_embedding(x, embedding)
 
         h = self.norm1(x)
-        bands, wavelet_state = wavelet.decompose(self.pad(h), wavelet_state)
-        x = self.spectral_gain(x)
-        if self.delta_memory is not None:
-            recalled, delta = self.delta_memory(h, bands, delta)
-            x = x + recalled
-        bands = self.decomposed_norm(torch.stack([as_factor(band) for band in bands]))
+        details, wavelet_state = wavelet.decompose(self.pad(h), wavelet_state)
+        bands = self.decomposed_norm(torch.stack([as_factor(band) for band in details]))
         if mean is not None:
             bands = self.bypass(bands, mean, mean_prev)
-        x = x + self.mixed_signal(bands, wavelet)
+        x = self.spectral_gain(x) + self.mixed_signal(bands, wavelet)
+        if self.delta_memory is not None:
+            source = x if self.delta_memory.after_mixing else h
+            recalled, delta = self.delta_memory(source, details, delta)
+            x = x + recalled
         y = self.feedforward_gain(x)
         if self.feedforward is not None:
             update, memory = self.feedforward(x, memory)

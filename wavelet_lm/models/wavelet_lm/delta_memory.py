@@ -44,8 +44,9 @@ class DeltaMemory(nn.Module):
         β = σ(…h…),  α = σ(…h…)                                    gate and decay, one a head
         u = β (v − α Sᵀ k);  S ← α S + k uᵀ;  y = Sᵀ q             the gated delta rule
 
-    h [B, T, C] is the block's normalised input, f = [h, d_0, …] the same beside the finest
-    `delta_bands` details. The rule is that of Yang, Kautz and Hatamizadeh (2024), "Gated Delta
+    h [B, T, C] is the block's normalised input or, with `delta_after_mixing`, LN of the signal that
+    the mixed scales were added to; f = [h, d_0, …] the same beside the finest `delta_bands` details
+    of the block's input. The rule is that of Yang, Kautz and Hatamizadeh (2024), "Gated Delta
     Networks"; it runs in float32 at least.
     """
 
@@ -60,6 +61,8 @@ class DeltaMemory(nn.Module):
         self.value_dim, self.n_bands = config.delta_value_dim, config.delta_bands
         n_keys, n_values = self.heads * self.key_dim, self.heads * self.value_dim
         n_features = C + self.n_bands * config.padded_channels
+        self.after_mixing = config.delta_after_mixing
+        self.norm = nn.LayerNorm(C) if self.after_mixing else nn.Identity()
         self.query = nn.Linear(n_features, n_keys, bias=False)
         self.key = nn.Linear(n_features, n_keys, bias=False)
         self.value = nn.Linear(C, n_values, bias=False)
@@ -97,21 +100,21 @@ class DeltaMemory(nn.Module):
         self.key.weight[:, C : 2 * C] = b * query
 
     def forward(
-        self, h: Tensor, bands: list[Tensor], state: Tensor | Ring | None = None
+        self, x: Tensor, bands: list[Tensor], state: Tensor | Ring | None = None
     ) -> tuple[Tensor, Tensor | Ring]:
         """Recall for a text or its next chunk, and remember it.
 
         Args:
-            h: [B, T, C].
+            x: [B, T, C], normalised already or, with `delta_after_mixing`, the residual stream.
             bands: of the decomposition, coarse to fine, each [B, T, Cp].
             state: what an earlier call returned; None starts a text.
 
         Returns:
-            [B, T, C] in h's dtype, and the state [B, heads · dk · dv], at least float32.
+            [B, T, C] in x's dtype, and the state [B, heads · dk · dv], at least float32.
         """
-        inputs, gate = self.rule_inputs(h, bands)
+        inputs, gate = self.rule_inputs(x, bands)
         if state is None:
-            state = inputs.v.new_zeros(len(h), self.heads * self.key_dim * self.value_dim)
+            state = inputs.v.new_zeros(len(x), self.heads * self.key_dim * self.value_dim)
         scan = carried(state)
         place = scan.place(inputs.v.dtype)
         y, states = delta_rule(
@@ -129,8 +132,9 @@ class DeltaMemory(nn.Module):
         state = state.to(inputs.v.dtype)
         return state.view(len(state), self.heads, self.key_dim, self.value_dim)
 
-    def rule_inputs(self, h: Tensor, bands: list[Tensor]) -> tuple[RuleInputs, Tensor]:
-        """What the rule gets of h [B, T, C] and its bands; the gate W_g h [B, T, heads · dv]."""
+    def rule_inputs(self, x: Tensor, bands: list[Tensor]) -> tuple[RuleInputs, Tensor]:
+        """What the rule gets of x [B, T, C] and its bands; the gate W_g h [B, T, heads · dv]."""
+        h = self.norm(x)
         read = (h, *reversed(bands[len(bands) - self.n_bands :]))
         features = torch.cat([as_factor(part) for part in read], -1)
         q, k = self.queries_and_keys(features).unflatten(-1, (2, self.heads, -1)).unbind(2)

@@ -10,8 +10,16 @@ from wavelet_lm.config import ModelConfig
 OUTPUT_GAIN = 0.02
 
 
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)², element by element, of any shape (So et al., 2021, "Primer")."""
+    return torch.relu(x).square()
+
+
+ACTIVATIONS = {"gelu": nn.functional.gelu, "relu2": relu2}
+
+
 class MLP(nn.Module):
-    """Linear(C → C·expansion), GELU, …, Linear(→ C), dropout; `mlp_layers` linears in all.
+    """Linear(C → C·expansion), `mlp_activation`, …, Linear(→ C), dropout; `mlp_layers` linears.
 
     The last matrix starts at 0.02 of torch's default (1/√hidden of it with `stab_ff_scaling`) and
     its bias at 0, so that a new block is nearly the identity.
@@ -24,6 +32,7 @@ class MLP(nn.Module):
         hidden = config.C * config.mlp_expansion
         widths = [config.C] + [hidden] * (config.mlp_layers - 1) + [config.C]
         self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.activation = ACTIVATIONS[config.mlp_activation]
         self.dropout = nn.Dropout(config.dropout_mlp)
         gain = hidden**-0.5 if config.stabilized("ff_scaling") else OUTPUT_GAIN
         with torch.no_grad():
@@ -33,5 +42,5 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
         for linear in self.linears[:-1]:
-            x = nn.functional.gelu(linear(x))
+            x = self.activation(linear(x))
         return self.dropout(self.linears[-1](x))
