@@ -1,5 +1,6 @@
 """Requests that mean harm, or nothing: no hang, no row lost, other streams as they were."""
 
+import gc
 import json
 import random
 import socket
@@ -15,6 +16,7 @@ from tests.serving import servers
 from wavelet_lm import Engine
 from wavelet_lm.serving import bodies as reading
 from wavelet_lm.serving import server as process
+from wavelet_lm.serving.job import Job
 from wavelet_lm.serving.options import ServeOptions
 
 PATHS = [
@@ -268,3 +270,21 @@ def test_a_state_of_a_prompt_that_was_not_read_is_refused(monkeypatch):
         sent = servers.post(url, PATHS[0], {**body, "stream": True})
         assert "not read to its end" in sent.text
     assert not service.states.all()
+
+
+def test_a_request_leaves_nothing_to_the_collector():
+    """A state in a circle of objects would stay until that is looked for, which is seldom."""
+
+    def n_jobs():
+        return sum(type(found) is Job for found in gc.get_objects())
+
+    with servers.served(servers.make_service()) as url:
+        gc.collect()
+        gc.disable()
+        try:
+            before = n_jobs()
+            for _ in range(3):
+                servers.post(url, PATHS[0], {"prompt": "bad", "max_tokens": 3})
+            servers.wait_for(lambda: n_jobs() <= before)
+        finally:
+            gc.enable()

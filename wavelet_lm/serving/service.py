@@ -251,6 +251,7 @@ class Service:
                 self._jobs.discard(job)
                 if not job.done:
                     self.scheduler.end(job, "left")
+                job.tell = Job.tell  # a circle of objects would keep the job's states in memory
             self.n_streams -= n_streams
 
     def _check_room(self, n: int) -> None:
