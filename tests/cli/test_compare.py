@@ -113,7 +113,7 @@ def test_a_model_that_diverges_is_a_line_of_dashes(command):
         ("--models gpt --dataset nowhere.txt", "does not exist"),
         ("--models gpt --plot curves.txt", "must end in .png, .svg or .pdf"),
         ("--models gpt --plot nowhere/curves.png", "there is no folder nowhere"),
-        ("--models gpt --config nowhere.json", "nowhere.json: cannot be read"),
+        ("--models gpt --config nowhere.json", "nowhere.json: there is no such file; presets are"),
     ],
 )
 def test_mistakes_are_one_line_before_any_training(arguments, words, command, monkeypatch):

@@ -207,7 +207,8 @@ def test_a_run_by_flags_alone_and_its_folder(tmp_path):
     done = runs.finished(*flags(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
     run = runs.only_run(tmp_path)
-    assert {path.name for path in run.iterdir()} == {
+    # beside the picture, which needs matplotlib
+    assert {path.name for path in run.iterdir()} - {"loss.png"} == {
         "config.json",
         "environment.json",
         "metrics.jsonl",

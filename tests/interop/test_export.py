@@ -95,6 +95,16 @@ def check_example(example, tokens):
     assert done.stdout == bytes(tokens).decode(errors="replace") + "\n"
 
 
+@pytest.mark.parametrize("beside", ["config.json", "config_generate.py"])
+def test_what_is_something_else_is_not_replaced(beside, tmp_path, monkeypatch):
+    run = run_of(tmp_path, "delta memory")
+    (run / beside).write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=f"{beside}: is there already"):
+        typed(monkeypatch, "onnx", run, "--out", run / "config.onnx")
+    assert (run / beside).read_text() == "{}"
+    assert not (run / "config.onnx").exists()
+
+
 def test_torch_export_writes_our_tokens(tmp_path, monkeypatch, capsys):
     run, out = run_of(tmp_path, "delta memory"), tmp_path / "step.pt2"
     typed(monkeypatch, "torch", run, "--out", out)

@@ -260,6 +260,9 @@ def test_what_a_state_cannot_do_is_refused(loaded, tmp_path):
     batch["attention_mask"][0, -3:] = 0
     with pytest.raises(ValueError, match="padding_side"):
         auto.generate(**batch, max_new_tokens=2)
+    for empty in ({"input_ids": IDX[:1, :0]}, {**batch, "attention_mask": 0 * IDX[:2]}):
+        with pytest.raises(ValueError, match="a prompt has no tokens"):
+            auto.generate(**empty, max_new_tokens=2)
     batch["attention_mask"][0, -1] = 1
     with pytest.raises(ValueError, match="gap"):
         auto(**batch)
@@ -331,6 +334,8 @@ def test_trainer_lowers_the_loss_and_its_checkpoint_comes_back(tmp_path):
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]
     saved = tmp_path / "out" / "checkpoint-40"
+    # as with `processing_class`: a tokenizer of transformers, which is none of ours
+    (saved / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="--tokenizer"):
         run_of_folder(saved, tmp_path / "RUN")
     run_of_folder(saved, tmp_path / "RUN", str(tmp_path / "hf"))

@@ -198,7 +198,7 @@ def test_the_command(tmp_path):
         (["config.json", "--tokenizer", "gpt3"], "unknown tokenizer 'gpt3'"),
         (["config.json", "--vocab_size", "0"], "must be 1 or more"),
         (["config.json", "--layer", "2"], "did you mean --layers"),
-        (["missing.json"], "cannot be read"),
+        (["missing.json"], "there is no such file; presets are"),
     ],
 )
 def test_the_command_refuses(arguments, message, monkeypatch):

@@ -91,6 +91,17 @@ def test_the_table_says_what_the_folders_hold(tmp_path, monkeypatch, capsys):
     assert found["one"]["memory_bytes"] == 2**20
 
 
+def test_a_damaged_run_hides_no_other(tmp_path, monkeypatch, capsys):
+    run_folder(tmp_path / "logs" / "one", 40)
+    two = run_folder(tmp_path / "logs" / "two", 13)
+    (two / "config.json").write_text("{", encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["wavelet-lm runs", str(tmp_path / "logs")])
+    command.main()
+    found = capsys.readouterr()
+    assert len(found.out.splitlines()) == 2
+    assert found.err.startswith(f"left out: {two / 'config.json'}: ")
+
+
 @pytest.mark.parametrize(
     ("key", "order"), [("bits", "ba"), ("steps", "ba"), ("name", "ab"), ("parameters", "ba")]
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from wavelet_lm.cli.flags import OneLineParser
 from wavelet_lm.interop.published import convert
 from wavelet_lm.interop.transformers_folder import is_transformers_folder, run_of_folder
+from wavelet_lm.training.processes import command_words
 
 
 def main() -> None:
@@ -28,4 +29,4 @@ def main() -> None:
     else:
         run = convert(args.checkpoint, args.out, args.tokenizer, log=print)
     print(f"run folder {run}")
-    print(f"try it: python generate.py --checkpoint {run}")
+    print(f"try it: {' '.join(command_words('generate'))} --checkpoint {run}")

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,8 @@ from wavelet_lm.cli.flags import OneLineParser
 from wavelet_lm.errors import UserError
 from wavelet_lm.fusion.fuse import is_fused
 from wavelet_lm.inference.loading import load_model, load_tokenizer
+from wavelet_lm.interop.exported_step import FORMAT
+from wavelet_lm.json_files import read_json
 
 
 class Format(NamedTuple):
@@ -53,6 +56,7 @@ def main() -> None:
         if out.suffix != form.suffix:
             raise UserError(f"--out {out}: the name must end in {form.suffix}")
         check_writable(out)
+        check_beside(out)
     log = partial(print, file=sys.stderr)
     model, tokenizer = load_model(args.run, "cpu", log), load_tokenizer(args.run)
     if is_fused(model):
@@ -63,3 +67,17 @@ def main() -> None:
     write: Callable[..., list[Path]] = getattr(import_module(module), name)
     for file in write(model, tokenizer, out):
         print(file)
+
+
+def check_beside(out: Path) -> None:
+    """Raise `UserError` where what goes beside an exported file would replace something else."""
+    names, program = out.with_suffix(".json"), out.with_name(f"{out.stem}_generate.py")
+    taken = program if program.exists() and not out.exists() else None
+    if names.exists():
+        with suppress(UserError):  # what is no JSON is not ours either
+            known = read_json(names)
+            if isinstance(known, dict) and known.get("format") == FORMAT:
+                return
+        taken = names
+    if taken is not None:
+        raise UserError(f"{taken}: is there already, and {out.name} needs that name; give another")

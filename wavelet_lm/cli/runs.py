@@ -8,9 +8,11 @@ it), or has died.
 """
 
 import argparse
+import sys
 
 from wavelet_lm.atomic_files import check_writable, write_text
 from wavelet_lm.cli.flags import OneLineParser
+from wavelet_lm.errors import UserError
 from wavelet_lm.report.runs import Figures, as_json, figures_of, find_runs
 from wavelet_lm.report.words import amount, duration, figure
 from wavelet_lm.tables import aligned
@@ -41,7 +43,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.json:
         check_writable(args.json)
-    found = in_order([figures_of(run) for run in find_runs(args.folders)], args.sort)
+    known = []
+    for run in find_runs(args.folders):
+        try:
+            known.append(figures_of(run))
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    found = in_order(known, args.sort)
     if args.json:
         write_text(args.json, as_json(found))
     print(table(found))

@@ -20,6 +20,7 @@ from wavelet_lm.data.tokenizers import Tokenizer
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.wavelet_lm.memory import FastWeightMemory
 
+FORMAT = "wavelet_lm.step.1"
 TOKEN, LOGITS, NEXT = "token", "logits", "next_"
 
 
@@ -70,7 +71,7 @@ def describe(step: Step, tokenizer: Tokenizer) -> dict[str, Any]:
     is what its leaves are at the start of a text; `longest` is None where any text can be read.
     """
     return {
-        "format": "wavelet_lm.step.1",
+        "format": FORMAT,
         "token": {"input": TOKEN, "shape": [1], "dtype": "int64"},
         "logits": {"output": LOGITS, "shape": [1, step.model.vocab_size], "dtype": "float32"},
         "state": [

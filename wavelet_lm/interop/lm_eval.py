@@ -259,6 +259,7 @@ def evaluate_tasks(
         UserError: an unknown task, or one whose data cannot be had.
     """
     from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
     from lm_eval import simple_evaluate
 
     manager = task_manager(tasks, include_path)
@@ -278,6 +279,9 @@ def evaluate_tasks(
     except (DatasetsError, OSError) as error:
         line = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"the data of {', '.join(tasks)} cannot be had ({line})") from None
+    except TemplateError as error:
+        line = str(error).split("\n")[0]
+        raise UserError(f"a template of {', '.join(tasks)} cannot be filled in ({line})") from None
     return [
         {
             "task": task,

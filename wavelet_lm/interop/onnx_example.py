@@ -1,13 +1,13 @@
 """Write on with model.onnx: python THIS "a text" [tokens]; numbers where it does not read bytes."""
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
 
-def main(text: str, wanted: str = "200") -> None:
+def main(text: str, wanted: int) -> None:
     """Print the text and so many tokens more, each the likeliest."""
     import onnxruntime
 
@@ -19,7 +19,7 @@ def main(text: str, wanted: str = "200") -> None:
     reads_bytes = names["tokenizer"] == "bytes"
     tokens = list(text.encode()) if reads_bytes else [int(number) for number in text.split()]
     n_given = len(tokens)
-    for n in range(n_given + int(wanted) - 1):
+    for n in range(n_given + wanted - 1):
         feed = {names["token"]["input"]: np.array([tokens[n]], np.int64), **state}
         logits, *after = session.run(outputs, feed)
         state = dict(zip(state, after, strict=True))
@@ -29,4 +29,7 @@ def main(text: str, wanted: str = "200") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("text")
+    parser.add_argument("tokens", nargs="?", type=int, default=200)
+    main(*vars(parser.parse_args()).values())

@@ -252,6 +252,11 @@ class WaveletLMForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """As every model's of input_ids [B, T]; refuses padding on the right, where texts go on."""
         first = kwargs.get("is_first_iteration", False)
+        empty = input_ids.shape[1] == 0
+        if first and attention_mask is not None and not empty:
+            empty = bool((attention_mask == 0).all(1).any())
+        if empty:
+            raise ValueError("a prompt has no tokens; give every text at least one")
         if first and attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
             raise ValueError(
                 "a batch to be continued is padded on the right; set tokenizer.padding_side ="

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wavelet_lm.atomic_files import as_user_error, check_new_folder, write_text
 from wavelet_lm.config import Config
-from wavelet_lm.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
+from wavelet_lm.data.tokenizers import Tokenizer, load_tokenizer
 from wavelet_lm.errors import UserError, missing_extra
 from wavelet_lm.interop.published import named_or_stored_tokenizer
 from wavelet_lm.json_files import read_json
@@ -273,7 +273,7 @@ def _entries(file: Path) -> dict[str, Any]:
 def _tokenizer(path: Path, known: str | None, given: str | None, vocab_size: int) -> Tokenizer:
     if given is not None:
         chosen = named_or_stored_tokenizer(given)
-    elif tokenizer_file(path / "tokenizer") is not None:
+    elif (path / "tokenizer" / "tokenizer.json").is_file():  # beside it lies that of transformers
         chosen = load_tokenizer(path / "tokenizer")
     elif known in ("gpt2", "bytes"):
         chosen = named_or_stored_tokenizer(known)

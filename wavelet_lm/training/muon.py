@@ -17,8 +17,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 SMALLEST_NORM = 1e-7
 MOMENTUM = 0.95
-# Bytes that a step takes for a number of a stack, while its products are taken in bfloat16.
-STACK_BYTES = 12
+# Bytes that a step takes for a number of a stack, by the dtype of its products (`step_dtype`).
+STACK_BYTES = {torch.bfloat16: 12, torch.float32: 20}
 # Of a stack; products of larger matrices gain nothing from being batched, and take memory.
 STACK_VALUES = 2**24
 

@@ -12,7 +12,7 @@ from wavelet_lm.config import TrainingConfig
 from wavelet_lm.errors import missing_extra
 from wavelet_lm.kernels.adagrad import decay_
 from wavelet_lm.training.adagrad import Adagrad
-from wavelet_lm.training.muon import STACK_BYTES, Muon, stacks
+from wavelet_lm.training.muon import STACK_BYTES, Muon, stacks, step_dtype
 from wavelet_lm.training.offload import brought, kept, refuse_offload_to_itself
 from wavelet_lm.training.weights import Weights
 from wavelet_lm.training.working_weights import Copies, gradient
@@ -225,10 +225,13 @@ def state_bytes(model: nn.Module) -> dict[nn.Parameter, int]:
     return {p: of(p) for p in model.parameters() if p.requires_grad}
 
 
-def step_bytes(model: nn.Module) -> dict[nn.Parameter, int]:
+def step_bytes(model: nn.Module, device_type: str) -> dict[nn.Parameter, int]:
     """Bytes that the step takes, and gives back, while each of the weights steps.
 
     Of Muon those of a stack, of a state in the CPU's memory the state that is brought.
+
+    Args:
+        device_type: where it steps, `cpu` or `cuda`.
     """
     config, states = model.config, state_bytes(model)
     taken = {p: n * config.optimizer_offload for p, n in states.items()}
@@ -236,7 +239,7 @@ def step_bytes(model: nn.Module) -> dict[nn.Parameter, int]:
         matrices = [p for p in states if p in roles.maps(model)]
         alone = config.optimizer_offload or config.optimizer_in_backward
         for stack in [[p] for p in matrices] if alone else stacks(matrices):
-            size = STACK_BYTES * sum(p.numel() for p in stack)
+            size = STACK_BYTES[step_dtype(device_type)] * sum(p.numel() for p in stack)
             for p in stack:
                 taken[p] += size
     return taken

@@ -105,7 +105,7 @@ def counted(
     working = WorkingWeights(model, copied)
     with (
         mock.patch.dict(losses.GRADIENT_CHUNK_ELEMENTS, {device.type: chunks}),
-        StepCounter(model, working) as counter,
+        StepCounter(model, working, device_type) as counter,
     ):
         for _ in range(min(2, model.config.grad_accum)):  # all but the first find gradients there
             counter.operations, counter.collectives = [], []
@@ -135,7 +135,7 @@ def run_step(model: LanguageModel, device: torch.device, dtype: torch.dtype) -> 
 class StepCounter(TorchDispatchMode):
     """Counts the storages of a model's training step while it is on."""
 
-    def __init__(self, model: LanguageModel, working: WorkingWeights):
+    def __init__(self, model: LanguageModel, working: WorkingWeights, device_type: str):
         super().__init__()
         self.model, self.config, self.working = model, model.config, working
         self.now = dict.fromkeys((WEIGHTS, GATHERED, GRADIENTS, STATE, ACTIVATIONS), 0)
@@ -149,7 +149,7 @@ class StepCounter(TorchDispatchMode):
         # A share of a weight has that share of the state.
         shares = {p: own(p).numel() / max(1, p.numel()) for p in model.parameters()}
         self.state = int(sum(n * shares[p] for p, n in state_bytes(model).items()))
-        self.step = {p: int(n * shares[p]) for p, n in step_bytes(model).items()}
+        self.step = {p: int(n * shares[p]) for p, n in step_bytes(model, device_type).items()}
         self.now[STATE] = 0 if self.config.optimizer_offload else self.state
         for p in [*model.parameters(), *copies]:
             if p.requires_grad:
