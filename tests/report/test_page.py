@@ -100,6 +100,13 @@ def test_what_cannot_be_written_is_refused_first(tmp_path):
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<title>a</title>" in text
     assert "Not asked for." in text
+    other = run_folder(tmp_path / "b", 5)
+    (other / "config.json").write_text("{", encoding="utf-8")
+    typed(run, other, "--no_scopes", "--out", tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<title>a</title>" in text
+    with pytest.raises(UserError, match="no run is left"):
+        typed(other, "--no_scopes", "--out", tmp_path / "report.html")
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,8 @@ def test_places_without_runs_are_refused(tmp_path):
         find_runs([tmp_path / "logs"])
     with pytest.raises(UserError, match="no run folder"):
         find_runs([tmp_path])
+    with pytest.raises(UserError, match="hf://a/b: is in the hub"):
+        find_runs(["hf://a/b"])
     run = run_folder(tmp_path / "a", 1)
     assert len(find_runs([tmp_path, run])) == 1
 

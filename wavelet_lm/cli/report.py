@@ -10,6 +10,7 @@ of each reads a text, its last sample if none is given, and the page shows what 
 import argparse
 import sys
 from datetime import datetime
+from functools import partial
 
 from wavelet_lm.atomic_files import check_writable, write_text
 from wavelet_lm.cli.flags import OneLineParser, add_threads_flag
@@ -40,15 +41,14 @@ def main() -> None:
     runs = find_runs(args.runs)
     text = args.prompt if args.text is None else read_text(args.text)
     use_threads(args.threads)
-    found = [
-        on_page(
-            run,
-            scopes=not args.no_scopes,
-            text=text,
-            device=args.device,
-            log=lambda line: print(line, file=sys.stderr),
-        )
-        for run in runs
-    ]
+    scopes, log = not args.no_scopes, partial(print, file=sys.stderr)
+    found = []
+    for run in runs:
+        try:
+            found.append(on_page(run, scopes=scopes, text=text, device=args.device, log=log))
+        except UserError as error:
+            log(f"left out: {error}")
+    if not found:
+        raise UserError("no run is left to draw")
     write_text(args.out, page_of(found, f"wavelet-lm report, {datetime.now():%Y-%m-%d %H:%M}"))
     print(f"{args.out}: {len(found)} {'run' if len(found) == 1 else 'runs'}")

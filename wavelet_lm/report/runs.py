@@ -12,6 +12,7 @@ from typing import Any
 
 from wavelet_lm.config import read_json_object
 from wavelet_lm.errors import UserError
+from wavelet_lm.hub_paths import is_in_hub
 from wavelet_lm.models.checkpoint import EXTRA
 from wavelet_lm.training.run_folder import RunFolder
 from wavelet_lm.training.running import state_of
@@ -53,11 +54,13 @@ def find_runs(places: Iterable[str | Path]) -> list[RunFolder]:
     """The run folders among these, and those in the others of them, each once.
 
     Raises:
-        UserError: a place is no folder, or no run is there.
+        UserError: a place is no folder of this machine, or no run is there.
     """
     found: dict[Path, RunFolder] = {}
-    for place in map(Path, places):
-        folder = place.expanduser()
+    for place in places:
+        if is_in_hub(place):
+            raise UserError(f"{place}: is in the hub; give folders of this machine")
+        folder = Path(place).expanduser()
         if not folder.is_dir():
             raise UserError(f"{place}: there is no such folder; give run folders, or one of them")
         runs = list(_runs_in(folder, DEPTH))
