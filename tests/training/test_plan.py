@@ -114,7 +114,7 @@ def test_the_command_shows_every_way(tmp_path, monkeypatch, capsys):
         *("--json", file),
     )
     out = capsys.readouterr().out
-    assert "4 × RTX 4090, a step of 1,024 tokens, AdamW, by data sheets:" in out
+    assert "4 × RTX 4090, a step of 2,048 tokens, Muon, by data sheets:" in out
     head = next(line for line in out.splitlines() if line.startswith("a rank of 4"))
     assert head.split()[-2:] == ["ddp", "fsdp"]
     figures = json.loads(file.read_text(encoding="utf-8"))
