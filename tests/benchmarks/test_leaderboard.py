@@ -1,5 +1,6 @@
 """The leaderboard: rows of equal size, schedules by the clock, runs that are kept."""
 
+import dataclasses
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from wavelet_lm import UserError
-from wavelet_lm.config import Config
+from wavelet_lm.config import Config, ModelConfig
 from wavelet_lm.data.dataset import TokenizedText, TokenSplit
 from wavelet_lm.data.tokenizers import ByteTokenizer
 from wavelet_lm.models.cost import breakdown
@@ -381,6 +382,15 @@ def test_flops_are_those_of_the_breakdown(name):
     values = {**models.COMMON, **models.ROWS[name].keys, "block_size": 24}
     expected = breakdown(Config.from_dict(values), 64).total.flops
     assert trials.flops_per_token(models.build_row(name, 64, 24), 24) == expected
+
+
+def test_the_recipes_preset_is_its_row():
+    """All that the model reads but the mean of a window before, which neither has."""
+    row = Config.from_dict({**models.COMMON, **models.ROWS["efficient"].keys, "block_size": 256})
+    preset = Config.from_json("configs/efficient_cpu.json")
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    differ = {name for name in names if getattr(row, name) != getattr(preset, name)}
+    assert differ <= {"decompose_bypass_cross_window"}
 
 
 def test_flops_of_a_delta_memory_are_counted():

@@ -32,6 +32,7 @@ from wavelet_lm.errors import UserError
 from wavelet_lm.hub_paths import is_in_hub
 from wavelet_lm.interop.published_config import read_published_config
 from wavelet_lm.interop.published_names import Source, published_layout
+from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.checkpoint import check_finite, save_checkpoint
 from wavelet_lm.models.registry import build_model, model_without_weights
 from wavelet_lm.models.stored_model import StoredModel
@@ -246,21 +247,39 @@ def convert(
     Raises:
         UserError: as `load_published`; `out` exists; the tokenizer is unknown or does not fit.
     """
-    path, out = Path(path).expanduser(), Path(out).expanduser()
+    path, out = Path(path).expanduser(), new_run(out)
+    model = load_published(path, "cpu", log)
+    check_finite(model, path)
+    return write_run(out, model, published_tokenizer(path, model.vocab_size, tokenizer), path)
+
+
+def new_run(out: str | Path) -> Path:
+    """The path of a run folder that is to be made.
+
+    Raises:
+        UserError: it is there already, or cannot be made.
+    """
+    out = Path(out).expanduser()
     if out.exists():
         raise UserError(f"{out}: already there; give --out a new folder")
     check_new_folder(out)
-    model = load_published(path, "cpu", log)
-    check_finite(model, path)
-    chosen = published_tokenizer(path, model.vocab_size, tokenizer)
+    return out
+
+
+def write_run(out: Path, model: LanguageModel, tokenizer: Tokenizer, source: Path) -> Path:
+    """Make the run folder `out` of a model that was read from `source`, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
         out.mkdir(parents=True)
     except OSError as error:
         raise as_user_error(error, out) from error
     try:
         write_text(out / "config.json", model.config.to_json())
-        chosen.save(out / "tokenizer")
-        save_checkpoint(out / "best.safetensors", model, {"imported_from": path.name})
+        tokenizer.save(out / "tokenizer")
+        save_checkpoint(out / "best.safetensors", model, {"imported_from": source.name})
     except BaseException:  # a folder without weights is no run
         shutil.rmtree(out, ignore_errors=True)
         raise

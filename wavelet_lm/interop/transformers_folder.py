@@ -16,13 +16,12 @@ from wavelet_lm.atomic_files import as_user_error, check_new_folder, write_text
 from wavelet_lm.config import Config
 from wavelet_lm.data.tokenizers import Tokenizer, load_tokenizer
 from wavelet_lm.errors import UserError, missing_extra
-from wavelet_lm.interop.published import named_or_stored_tokenizer
+from wavelet_lm.interop.published import named_or_stored_tokenizer, new_run, write_run
 from wavelet_lm.json_files import read_json
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.checkpoint import (
     check_finite,
     check_shapes,
-    save_checkpoint,
 )
 from wavelet_lm.models.registry import n_params
 from wavelet_lm.models.stored_model import StoredModel, TensorReader
@@ -188,10 +187,7 @@ def run_of_folder(path: str | Path, out: str | Path, tokenizer: str | None = Non
     Raises:
         UserError: `out` exists; weights are missing, of other shapes, or not finite; no tokenizer.
     """
-    path, out = Path(path).expanduser(), Path(out).expanduser()
-    if out.exists():
-        raise UserError(f"{out}: already there; give --out a new folder")
-    check_new_folder(out)
+    path, out = Path(path).expanduser(), new_run(out)
     described = read_json(path / "config.json")
     config = Config.from_dict(described.get("network") or {}, source=str(path / "config.json"))
     vocab_size = described.get("vocab_size")
@@ -200,18 +196,7 @@ def run_of_folder(path: str | Path, out: str | Path, tokenizer: str | None = Non
     model = _model(path, config, vocab_size)
     check_finite(model, path)
     chosen = _tokenizer(path, described.get("tokenizer"), tokenizer, vocab_size)
-    try:
-        out.mkdir(parents=True)
-    except OSError as error:
-        raise as_user_error(error, out) from error
-    try:
-        write_text(out / "config.json", config.to_json())
-        chosen.save(out / "tokenizer")
-        save_checkpoint(out / "best.safetensors", model, {"imported_from": path.name})
-    except BaseException:  # a folder without weights is no run
-        shutil.rmtree(out, ignore_errors=True)
-        raise
-    return out
+    return write_run(out, model, chosen, path)
 
 
 def _model(path: Path, config: Config, vocab_size: int) -> LanguageModel:
