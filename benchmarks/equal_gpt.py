@@ -63,6 +63,53 @@ def gpt_shape(n_params: int, vocab_size: int) -> tuple[int, int, int]:
     )
 
 
+def gpt_training_flops(layers: int, C: int, vocab_size: int, context: int) -> int:
+    """FLOPs of the matrix products of one training token, attention over all positions.
+
+    Forward 2 (V C + 12 layers C²) and 4 layers T C for attention, and twice as many backward.
+    """
+    return 3 * (2 * (vocab_size * C + layers * 12 * C**2) + 4 * layers * context * C)
+
+
+def gpt_shape_of_flops(flops: int, vocab_size: int, context: int) -> tuple[int, int, int]:
+    """As `gpt_shape`, of the GPT whose training token takes nearest to so many FLOPs.
+
+    Raises:
+        UserError: no shape is within `TOLERANCE`.
+    """
+    best: tuple[float, tuple[int, int, int]] | None = None
+    size, step = flops // 6, 1 + TOLERANCE / 2
+    for power in range(-60, 3):  # attention takes the more of the FLOPs the longer the context is
+        try:
+            shape = gpt_shape(int(size * step**power), vocab_size)
+        except UserError:
+            continue
+        layers, C, _ = shape
+        off = abs(gpt_training_flops(layers, C, vocab_size, context) / flops - 1)
+        if best is None or off < best[0]:
+            best = (off, shape)
+    if best is None or best[0] > TOLERANCE:
+        raise UserError(
+            f"no GPT with a vocabulary of {vocab_size:,} and a context of {context:,} takes"
+            f" {flops:,} FLOPs a token"
+        )
+    return best[1]
+
+
+def gpt_config(shape: tuple[int, int, int], context: int) -> Config:
+    """Of a GPT of these layers, channels and heads whose head is its embedding."""
+    layers, C, heads = shape
+    return Config(
+        model="gpt",
+        C=C,
+        layers=layers,
+        heads=heads,
+        block_size=context,
+        head_hidden=0,
+        tie_embedding_to_lm_head=True,
+    )
+
+
 class EqualGPT:
     """A GPT with random weights, ready to decode.
 
@@ -79,18 +126,9 @@ class EqualGPT:
     def __init__(
         self, size: int, vocab_size: int, context: int, dtype: torch.dtype, device: torch.device
     ):
-        layers, C, heads = self.shape = gpt_shape(size, vocab_size)
-        config = Config(
-            model="gpt",
-            C=C,
-            layers=layers,
-            heads=heads,
-            block_size=context,
-            head_hidden=0,
-            tie_embedding_to_lm_head=True,
-        )
+        self.shape = gpt_shape(size, vocab_size)
         with device:
-            model = GPT(config, vocab_size)
+            model = GPT(gpt_config(self.shape, context), vocab_size)
         self.decoder = Decoder(model, dtype=dtype)
         self.dtype, self.device = dtype, device
         self.n_position_params = model.position_embedding.weight.numel()

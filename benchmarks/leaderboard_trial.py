@@ -12,19 +12,16 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from leaderboard_models import body_params, build_row, check_size
-from report import resident_bytes
+from products import flops_per_token, matrix_rate
+from report import Clock, resident_bytes
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from wavelet_lm.config import Config
 from wavelet_lm.data.batches import RandomCrops, validation_batches
@@ -52,8 +49,6 @@ STREAM_CHUNK = 1024
 EVALUATED_POSITIONS = 4096  # of a forward pass of a validation
 DECODED_TOKENS = 48
 RECALL_EXAMPLES = 320
-PROBE = 384  # rows and columns of the products that tell the machine's speed
-PROBE_REPEATS = 4
 
 
 @dataclass(frozen=True)
@@ -111,26 +106,6 @@ class Trial:
 
     def about(self) -> dict[str, Any]:
         return asdict(self)
-
-
-class Clock:
-    """Seconds of the stretches inside `running`.
-
-    Args:
-        now: seconds since whenever; None = of the process on a CPU, of the wall on a GPU.
-    """
-
-    def __init__(self, device: torch.device, now: Callable[[], float] | None = None):
-        self.device, self.seconds = device, 0.0
-        self._now = now or (time.process_time if device.type == "cpu" else time.perf_counter)
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        started = self._now()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds += self._now() - started
 
 
 def learning_rate_at(progress: float, lr: float, warmup: float, final: float) -> float:
@@ -277,58 +252,6 @@ def validation_windows(settings: Settings, tokens: np.ndarray) -> list[tuple[Ten
     at_once = min(windows, max(1, EVALUATED_POSITIONS // settings.context))
     config = settings.config(micro_batch_size=at_once, eval_batches=max(1, windows // at_once))
     return validation_batches(config, tokens)
-
-
-def matrix_rate(device: torch.device) -> float:
-    """FLOP/s of products of PROBE × PROBE matrices now: is the machine as fast as it was?"""
-    a, b = torch.ones(2, PROBE, PROBE, device=device).unbind()
-    clock = Clock(device)
-    a @ b
-    with clock.running():
-        for _ in range(PROBE_REPEATS):
-            a @ b
-    return 2 * PROBE**3 * PROBE_REPEATS / max(clock.seconds, 1e-9)
-
-
-def flops_per_token(model: nn.Module, context: int) -> int:
-    """FLOPs of the matrix products of one training token, as they are computed.
-
-    A step is counted product by product, with attention as the two that it consists of, and with
-    the project's kernels.
-    """
-    device = next(model.parameters()).device
-    idx = torch.zeros(1, context, dtype=torch.int64, device=device)
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False, custom_mapping=_formulas()) as counter,
-    ):
-        loss, _ = model.loss(idx, idx)
-        loss.backward()
-    for parameter in model.parameters():
-        parameter.grad = None
-    return counter.get_total_flops() // context
-
-
-def _formulas() -> dict[Any, Callable[..., int]]:
-    """FLOPs of the operations that PyTorch's counter does not know, from their inputs' shapes."""
-
-    def product(_: Any, a: Any, b: Any, *args: Any, **options: Any) -> int:
-        return 2 * a[0] * a[1] * b[1]
-
-    def delta_rule(q: Any, k: Any, v: Any, *args: Any, **options: Any) -> int:
-        """Of one token and head: what the state knows of k, what is written, what q reads."""
-        B, T, H, dk = q
-        return 3 * 2 * B * T * H * dk * v[-1]
-
-    def delta_rule_backward(*args: Any, **options: Any) -> int:
-        return 2 * delta_rule(*args)
-
-    formulas: dict[Any, Callable[..., int]] = {torch.ops.aten.addmm_: product}
-    for formula in (delta_rule, delta_rule_backward):
-        if hasattr(torch.ops.wavelet_lm, formula.__name__):
-            formulas[getattr(torch.ops.wavelet_lm, formula.__name__)] = formula
-    return formulas
 
 
 def run_trial(trial: Trial, settings: Settings, data: TokenizedText) -> dict[str, Any]:

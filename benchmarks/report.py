@@ -4,7 +4,8 @@ import argparse
 import itertools
 import mmap
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,26 @@ BANDWIDTH_BYTES = {"cpu": GiB, "cuda": 4 * GiB}
 BANDWIDTH_REPEATS = 7
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+class Clock:
+    """Seconds of the stretches inside `running`.
+
+    Args:
+        now: seconds since whenever; None = of the process on a CPU, of the wall on a GPU.
+    """
+
+    def __init__(self, device: torch.device, now: Callable[[], float] | None = None):
+        self.device, self.seconds = device, 0.0
+        self._now = now or (time.process_time if device.type == "cpu" else time.perf_counter)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        started = self._now()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds += self._now() - started
 
 
 def step_seconds(step: Callable[[], object], n: int, device: torch.device) -> list[float]:
