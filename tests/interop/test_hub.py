@@ -10,16 +10,17 @@ import torch
 from tests.conftest import ROOT
 from tests.interop.fake_hub import TOKEN, running_hub
 from wavelet_lm import hub_paths
-from wavelet_lm.cli import push as command
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
 from wavelet_lm.inference.loading import find_own_checkpoint, load_model, load_tokenizer
 from wavelet_lm.interop.hub import push
+from wavelet_lm.models.checkpoint import save_checkpoint
 from wavelet_lm.training.run_folder import RunFolder
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 NAME = "ann/small-waves"
 PATH = f"hf://{NAME}"
+WRITE = ("--prompt", "def ", "--num_tokens", "3", "--device", "cpu", "--compile", "false")
 
 
 @pytest.fixture
@@ -50,13 +51,13 @@ def run(checkout):
     return run
 
 
-def typed(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["wavelet-lm push", *map(str, arguments)])
-    command.main()
+def typed(monkeypatch, command, *arguments):
+    monkeypatch.setattr("sys.argv", [f"wavelet-lm {command}", *map(str, arguments)])
+    importlib.import_module(f"wavelet_lm.cli.{command}").main()
 
 
 def test_a_run_goes_there_and_comes_back(hub, run, monkeypatch, capsys):
-    typed(monkeypatch, run, NAME)
+    typed(monkeypatch, "push", run, NAME)
     out = capsys.readouterr().out
     assert f"/{NAME}\n" in out and f"wavelet-lm generate {PATH}" in out
     sent = hub.commits[NAME][-1][1]
@@ -72,6 +73,31 @@ def test_a_run_goes_there_and_comes_back(hub, run, monkeypatch, capsys):
     assert find_own_checkpoint(PATH).name == "best.safetensors"
     asked = [request for request in hub.requests if "/revision/" in request]
     assert len(asked) == 1, "one look at the hub serves a process"
+
+
+def test_where_things_lie_on_this_machine_is_not_sent(hub, run, tmp_path, monkeypatch, capsys):
+    home, config = str(tmp_path), json.loads((run / "config.json").read_text())
+    local = {"dataset": f"{home}/letters.txt", "out_dir": f"{home}/logs", "init_from": PATH}
+    change = {"step": 3, "dataset": ["a.txt", local["dataset"]], "lr": [0.1, 0.2]}
+    (run / "config.json").write_text(json.dumps({**config, **local, "changes": [change]}))
+    model = load_model(run)
+    model.config = Config.from_dict({**config, **local}, source="test")
+    save_checkpoint(run / "best.safetensors", model, {"step": 3})
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    typed(monkeypatch, "push", run, NAME)
+    said = capsys.readouterr().err
+    assert "there dataset is 'letters.txt'" in said and "there out_dir is 'logs'" in said
+    assert "init_from" not in said
+    sent = hub.commits[NAME][-1][1]
+    assert [name for name, content in sent.items() if home.encode() in content] == []
+    there = json.loads(sent["config.json"])
+    assert there["changes"] == [{**change, "dataset": ["a.txt", "letters.txt"]}]
+    assert (there["init_from"], there["out_dir"]) == (PATH, "logs")
+    fetched, idx = load_model(PATH), torch.randint(256, (1, 9))
+    assert fetched.config.dataset == "letters.txt"
+    assert torch.equal(fetched(idx)[0], model(idx)[0])
+    typed(monkeypatch, "generate", PATH, *WRITE)
+    assert before == {file: file.read_bytes() for file in before}
 
 
 def test_the_card_says_what_it_is_and_is_never_written_over(hub, run):
@@ -91,7 +117,7 @@ def test_the_card_says_what_it_is_and_is_never_written_over(hub, run):
 
 
 def test_a_private_model_is_for_those_who_log_in(hub, run, tmp_path, monkeypatch):
-    typed(monkeypatch, run, NAME, "--private")
+    typed(monkeypatch, "push", run, NAME, "--private")
     assert NAME in hub.private
     assert load_tokenizer(PATH).name == "bytes"
     hub_paths._fetched.cache_clear()
@@ -109,8 +135,6 @@ def test_a_revision_stays_what_it_was(hub, run):
     changed = load_model(run)
     with torch.no_grad():
         changed.final_norm.weight.mul_(2)
-    from wavelet_lm.models.checkpoint import save_checkpoint
-
     save_checkpoint(run / "best.safetensors", changed, {})
     push(run, NAME)
     idx = torch.randint(256, (1, 8))
@@ -131,12 +155,8 @@ def test_what_was_fetched_is_there_without_the_hub(hub, run, monkeypatch):
 
 
 def test_texts_are_not_recorded_in_the_cache(hub, run, monkeypatch, capsys):
-    from wavelet_lm.cli import generate
-
     push(run, NAME)
-    words = ["--prompt", "def ", "--num_tokens", "3", "--device", "cpu", "--compile", "false"]
-    monkeypatch.setattr("sys.argv", ["wavelet-lm generate", PATH, *words])
-    generate.main()
+    typed(monkeypatch, "generate", PATH, *WRITE)
     assert not list(hub_paths.local_path(PATH).glob("generations*"))
 
 
@@ -151,16 +171,14 @@ def test_a_run_of_the_hub_is_not_gone_on_with():
         RunFolder.open(PATH)
 
 
-def test_what_is_no_run_is_refused(hub, run, tmp_path):
+def test_what_is_no_run_is_refused(hub, run):
     hub.commit("ann/else", {"config.json": b"{}", "model.safetensors": b""})
     with pytest.raises(UserError, match="holds no run of this project"):
         load_model("hf://ann/else")
-    with pytest.raises(UserError, match="there is no such run folder"):
-        push(tmp_path / "nowhere", NAME)
     with pytest.raises(UserError, match="named user/name"):
         push(run, "just-a-name")
     (run / "best.safetensors").unlink()
-    with pytest.raises(UserError, match="there is no such checkpoint"):
+    with pytest.raises(UserError, match=r"push takes a run folder with its best\.safetensors"):
         push(run, NAME)
     assert NAME not in hub.commits
 

@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 from wavelet_lm.cli.flags import OneLineParser
-from wavelet_lm.errors import UserError
-from wavelet_lm.hub_paths import is_in_hub
+from wavelet_lm.interop.kinds import check_convertible, is_transformers_folder
 from wavelet_lm.interop.published import convert
-from wavelet_lm.interop.transformers_folder import is_transformers_folder, run_of_folder
+from wavelet_lm.interop.transformers_folder import run_of_folder
 from wavelet_lm.training.processes import command_words
 
 
@@ -26,8 +25,7 @@ def main() -> None:
         " published checkpoint with a vocabulary of its size]",
     )
     args = parser.parse_args()
-    if is_in_hub(args.checkpoint):
-        raise UserError(f"{args.checkpoint}: is in the hub; give a file or folder of this machine")
+    check_convertible(args.checkpoint)
     if is_transformers_folder(args.checkpoint):
         run = run_of_folder(args.checkpoint, args.out, args.tokenizer)
     else:

@@ -1,26 +1,36 @@
 """Sends a run to the hub of models; `hub_paths.py` fetches what was sent.
 
 What goes there is the run's own files: its config, the best weights, the tokenizer and the metrics,
-and a card that says what the model is and how to use it.
+and a card that says what the model is and how to use it; not where data lies on this machine.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from wavelet_lm.atomic_files import write_text
+from wavelet_lm.config import FIELDS, read_json_object
 from wavelet_lm.data.tokenizers import load_tokenizer
 from wavelet_lm.errors import UserError, missing_extra
 from wavelet_lm.hub_paths import FILES, LOG_IN, NAME, SCHEME, first_line
-from wavelet_lm.models.checkpoint import Checkpoint
+from wavelet_lm.interop.kinds import BEST, check_run_folder
+from wavelet_lm.interop.local_paths import without_local_paths
+from wavelet_lm.models.checkpoint import Checkpoint, copy_with_config
 from wavelet_lm.models.registry import n_params
 
-CARD = "README.md"
+CARD, CONFIG = "README.md", "config.json"
 
 
-def push(run: str | Path, name: str, private: bool = False) -> str:
+def push(
+    run: str | Path,
+    name: str,
+    private: bool = False,
+    log: Callable[[str], object] = lambda line: None,
+) -> str:
     """Send a run folder to `user/name`, which is made where there is none; the address of it there.
 
     A card that is there already is kept, for it may say more than ours.
@@ -29,37 +39,65 @@ def push(run: str | Path, name: str, private: bool = False) -> str:
         run: a run folder with best.safetensors and its tokenizer.
         name: `user/name`.
         private: where the model is made, only for its owner to see.
+        log: gets a line for each path of this machine that is another in what is sent.
 
     Raises:
         UserError: the run or the name cannot be read, or the hub does not take it.
     """
     if not NAME.fullmatch(name):
         raise UserError(f"{name}: a model of the hub is named user/name")
-    folder = Path(run).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{run}: there is no such run folder")
-    checkpoint = Checkpoint(folder / "best.safetensors")
+    folder = check_run_folder(run)
+    checkpoint = Checkpoint(folder / BEST)
     load_tokenizer(folder)
-    files = sorted({file for pattern in FILES for file in folder.glob(pattern) if file.is_file()})
     card = model_card(name, checkpoint, _metrics(folder / "metrics.jsonl"))
     try:
         from huggingface_hub import CommitOperationAdd, HfApi, errors
     except ImportError:
         raise missing_extra("push", "huggingface_hub", "hub") from None
     hub = HfApi(library_name="wavelet-lm")
-    try:
-        hub.create_repo(name, private=private, exist_ok=True)
-        added = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
-        if not hub.file_exists(name, CARD):
-            added.append(CommitOperationAdd(CARD, card.encode()))
-        hub.create_commit(name, added, commit_message=f"Run {folder.resolve().name}")
-    except errors.HfHubHTTPError as error:
-        status = None if error.response is None else error.response.status_code
-        words = f"not allowed; {LOG_IN}" if status in (401, 403, 404) else first_line(error)
-        raise UserError(f"{SCHEME}{name}: {words}") from None
-    except Exception as error:  # of its HTTP client too, which is another in other versions
-        raise UserError(f"{SCHEME}{name}: could not be sent ({first_line(error)})") from None
+    with TemporaryDirectory() as copies:
+        files = _files(folder, checkpoint, Path(copies), log)
+        try:
+            hub.create_repo(name, private=private, exist_ok=True)
+            added = [CommitOperationAdd(there, file) for there, file in files.items()]
+            if not hub.file_exists(name, CARD):
+                added.append(CommitOperationAdd(CARD, card.encode()))
+            hub.create_commit(name, added, commit_message=f"Run {folder.resolve().name}")
+        except errors.HfHubHTTPError as error:
+            status = None if error.response is None else error.response.status_code
+            words = f"not allowed; {LOG_IN}" if status in (401, 403, 404) else first_line(error)
+            raise UserError(f"{SCHEME}{name}: {words}") from None
+        except Exception as error:  # of its HTTP client too, which is another in other versions
+            raise UserError(f"{SCHEME}{name}: could not be sent ({first_line(error)})") from None
     return f"{hub.endpoint}/{name}"
+
+
+def _files(
+    folder: Path, checkpoint: Checkpoint, copies: Path, log: Callable[[str], object]
+) -> dict[str, Path]:
+    """What is sent, by its name there; of what names a path of this machine a copy without it."""
+    found = sorted({file for pattern in FILES for file in folder.glob(pattern) if file.is_file()})
+    files = {file.relative_to(folder).as_posix(): file for file in found}
+    said: dict[str, Any] = {}
+    config = checkpoint.config.to_dict()
+    if changed := _changed_by_sharing(config):
+        files[BEST] = copy_with_config(checkpoint, copies / BEST, {**config, **changed})
+        said |= changed
+    if CONFIG in files:
+        config = read_json_object(files[CONFIG])
+        if changed := _changed_by_sharing(config):
+            files[CONFIG] = copies / CONFIG
+            write_text(files[CONFIG], json.dumps({**config, **changed}, indent=1) + "\n")
+            said |= changed
+    for key in sorted(said.keys() & FIELDS.keys()):
+        log(f"paths of this machine are not sent: there {key} is {said[key]!r}")
+    return files
+
+
+def _changed_by_sharing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that name paths of this machine, as they are sent."""
+    shared = without_local_paths(config)
+    return {key: shared[key] for key in config if shared[key] != config[key]}
 
 
 def model_card(name: str, checkpoint: Checkpoint, rows: list[Mapping[str, Any]]) -> str:
@@ -89,8 +127,9 @@ def model_card(name: str, checkpoint: Checkpoint, rows: list[Mapping[str, Any]])
         lines += ["", scored]
     lines += [
         "",
+        "Where WaveletLM is installed, with its extra `hub`:",
+        "",
         "```bash",
-        'pip install "wavelet-lm[hub]"',
         f'wavelet-lm generate {SCHEME}{name} --prompt "The "',
         "```",
         "",

@@ -16,17 +16,14 @@ from wavelet_lm.atomic_files import as_user_error, check_new_folder, write_text
 from wavelet_lm.config import Config
 from wavelet_lm.data.tokenizers import Tokenizer, load_tokenizer
 from wavelet_lm.errors import UserError, missing_extra
+from wavelet_lm.interop.local_paths import without_local_paths
 from wavelet_lm.interop.published import named_or_stored_tokenizer, new_run, write_run
 from wavelet_lm.json_files import read_json
 from wavelet_lm.models.base import LanguageModel
-from wavelet_lm.models.checkpoint import (
-    check_finite,
-    check_shapes,
-)
+from wavelet_lm.models.checkpoint import check_finite, check_shapes
 from wavelet_lm.models.registry import n_params
 from wavelet_lm.models.stored_model import StoredModel, TensorReader
 
-MODEL_TYPE = "wavelet_lm"
 PREFIX = "network."  # of a weight's name there
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -49,17 +46,17 @@ def export_hf(model: LanguageModel, tokenizer: Tokenizer, out: str | Path) -> li
     check_finite(model, out)
     try:
         from wavelet_lm.interop.transformers import WaveletLMConfig, WaveletLMForCausalLM
-        from wavelet_lm.interop.transformers_tokenizer import fast_tokenizer
+        from wavelet_lm.interop.transformers_tokenizer import fast_tokenizer, pad_token_id
     except ModuleNotFoundError as error:
         if error.name not in ("transformers", "tokenizers"):
             raise
         raise missing_extra("a folder for transformers", error.name, "transformers") from None
     config = WaveletLMConfig(
-        network=model.config.to_dict(),
+        network=without_local_paths(model.config.to_dict()),
         vocab_size=model.vocab_size,
         tokenizer=tokenizer.name,
         pads_past_vocabulary=tokenizer.end_of_text is None,
-        pad_token_id=tokenizer.end_of_text,
+        pad_token_id=pad_token_id(tokenizer),
         bos_token_id=tokenizer.end_of_text,
         eos_token_id=tokenizer.end_of_text,
     )
@@ -122,7 +119,7 @@ def card(
         "parameters": f"{n_params(model):,}",
         "kind": kind,
         "width, layers": f"{config.C}, {config.layers}",
-        "trained on": f"{config.dataset}, windows of {config.block_size} tokens",
+        "trained on": f"{Path(config.dataset).name}, windows of {config.block_size} tokens",
         "tokenizer": f"{tokenizer.name}, {tokenizer.vocab_size:,} tokens",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
@@ -148,15 +145,13 @@ tags:
 
 # {name}
 
-A model of [WaveletLM](https://pypi.org/project/wavelet-lm/), in the format of transformers.
+A model of WaveletLM, in the format of transformers.
 
 | | |
 | --- | --- |
 {table}
 
-```bash
-pip install wavelet-lm transformers
-```
+Where WaveletLM is installed, with its extra `transformers`:
 
 ```python
 {use}```
@@ -166,15 +161,6 @@ A run folder of it, to train on or to serve: `wavelet-lm convert FOLDER --out RU
 
 
 # --- and back -------------------------------------------------------------------------------------
-
-
-def is_transformers_folder(path: str | Path) -> bool:
-    """Whether this is a folder as `export_hf` or `save_pretrained` makes it."""
-    try:
-        config = read_json(Path(path).expanduser() / "config.json")
-    except (UserError, OSError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
 
 
 def run_of_folder(path: str | Path, out: str | Path, tokenizer: str | None = None) -> Path:

@@ -8,6 +8,7 @@ more tensors, whose names start with a prefix that no parameter has (`training/s
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,23 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
+
+
+def copy_with_config(checkpoint: "Checkpoint", path: Path, config: Mapping[str, Any]) -> Path:
+    """Write a checkpoint to `path` with another config in its header; returns it.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    with checkpoint.path.open("rb") as source, atomic_path(path) as temporary:
+        header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+        header["__metadata__"]["config"] = json.dumps(config)
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight bytes
+        with temporary.open("wb") as copy:
+            copy.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(source, copy)
+    return path
 
 
 class Checkpoint:
