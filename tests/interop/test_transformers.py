@@ -118,6 +118,24 @@ print([row[0]["generated_text"] for row in written])
     assert done.stdout.splitlines()[-1] == repr(expected)
 
 
+def test_nothing_is_said_of_libraries_that_are_not_used(checkout):
+    pytest.importorskip("torchao")  # which transformers loads with any model
+    program = "from wavelet_lm.cli.main import main; main()"
+    command = [sys.executable, "-c", program, "export", "hf", "logs/RUN", "--out", "hf-RUN"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stdout) == (0, "hf-RUN\n"), done.stderr
+    assert "torchao" not in done.stderr and "Enum" not in done.stderr
+
+
+def test_where_data_lay_is_not_exported(tmp_path):
+    model = model_of(dataset=str(tmp_path / "letters.txt"))
+    export_hf(model, ByteTokenizer(), tmp_path / "hf")
+    written = [file for file in (tmp_path / "hf").rglob("*") if file.is_file()]
+    assert [file for file in written if str(tmp_path).encode() in file.read_bytes()] == []
+    assert "letters.txt, windows of" in (tmp_path / "hf" / "README.md").read_text()
+
+
 def test_the_command_makes_it_and_convert_brings_it_back(checkout):
     assert typed("export", "hf", "logs/RUN", "--out", "hf-RUN") == "hf-RUN\n"
     card = (checkout / "hf-RUN" / "README.md").read_text()
@@ -306,7 +324,7 @@ class Windows(torch.utils.data.Dataset):
         return {"input_ids": window, "labels": window}
 
 
-def trained(model, folder, tokenizer, **options):
+def trained(model, folder, tokenizer, processing_class=None, **options):
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=4,
@@ -319,7 +337,13 @@ def trained(model, folder, tokenizer, **options):
         **options,
     )
     data = Windows(some_text(2000), tokenizer)
-    trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=processing_class,
+    )
     trainer.train()
     return trainer
 
@@ -345,6 +369,17 @@ def test_trainer_lowers_the_loss_and_its_checkpoint_comes_back(tmp_path):
     assert torch.equal(back(idx)[0], logits_of(auto, idx))
     loss = auto(idx, labels=idx).loss
     torch.testing.assert_close(loss, back.loss(idx[:, :-1], idx[:, 1:])[0])
+
+
+def test_the_tokens_for_padding_and_ends_need_no_word(folder, tmp_path, caplog, monkeypatch):
+    """Padding past the vocabulary is meant: neither loading nor Trainer warns of it."""
+    monkeypatch.setattr(transformers.logging.get_logger("transformers"), "propagate", True)
+    transformers.utils.logging.warning_once.cache_clear()
+    auto = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    assert auto.config.pad_token_id == tokenizer.pad_token_id == 256
+    trained(auto, tmp_path, ByteTokenizer(), processing_class=tokenizer)
+    assert "oken" not in caplog.text
 
 
 def test_the_loss_in_training_judges_every_pass():

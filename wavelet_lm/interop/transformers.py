@@ -14,26 +14,30 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from wavelet_lm.atomic_files import write_text
 from wavelet_lm.config import Config
+from wavelet_lm.interop.kinds import MODEL_TYPE
 from wavelet_lm.interop.transformers_cache import WaveletLMCache, rows_of
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.registry import build_model
 from wavelet_lm.models.stored_model import StoredModel
 from wavelet_lm.models.wavelet_lm.memory import learning
+from wavelet_lm.quiet_imports import quiet_imports
 
-MODEL_TYPE = "wavelet_lm"
+with quiet_imports():
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        GenerationMixin,
+        PreTrainedConfig,
+        PreTrainedModel,
+    )
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
 MODELING_FILE = "modeling_wavelet_lm.py"
 MODELING = '''\
 """WaveletLM for transformers: pip install wavelet-lm"""
@@ -49,6 +53,7 @@ AUTO_MAP = {
 NOT_A_TARGET = -100  # how transformers marks a label that does not count
 
 
+@strict  # so that its validators are asked, not those of its base
 class WaveletLMConfig(PreTrainedConfig):
     """What transformers asks of a model, and the project's own config under `network`.
 
@@ -78,6 +83,11 @@ class WaveletLMConfig(PreTrainedConfig):
             kwargs["max_position_embeddings"] = config.block_size
         self.tie_word_embeddings = config.tie_embedding_to_lm_head
         super().__post_init__(**{**kwargs, "auto_map": dict(AUTO_MAP)})
+
+    def validate_token_ids(self) -> None:
+        """As every model's, but that padding may be past the vocabulary, for it is never read."""
+        if not self.pads_past_vocabulary:
+            super().validate_token_ids()
 
     def own(self) -> Config:
         """The project's config."""

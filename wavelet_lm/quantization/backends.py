@@ -24,6 +24,7 @@ from wavelet_lm.errors import UserError, missing_extra
 from wavelet_lm.fusion.linear import BatchedLinear, FusedLinear
 from wavelet_lm.quantization.scheme import Scheme
 from wavelet_lm.quantization.weights import QuantizedBatchedLinear, QuantizedLinear
+from wavelet_lm.quiet_imports import quiet_imports
 
 # torchao's 4 bits need a further package (mslk), or a GPU alone in a format of its own.
 OFFERED_BITS = {"bitsandbytes": (4, 8, 16), "torchao": (8, 16)}
@@ -111,17 +112,13 @@ class LibraryWeight(nn.Module):
 
 def _library(backend: str) -> ModuleType:
     name = {"bitsandbytes": "bitsandbytes", "torchao": "torchao.quantization"}[backend]
-    # bitsandbytes warns of its inputs' dtype at every product of LLM.int8, both warn at the import
-    # of kernels that are for other machines.
+    # bitsandbytes warns of its inputs' dtype at every product of LLM.int8.
     logging.getLogger(backend).setLevel(logging.ERROR)
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
-        return importlib.import_module(name)
+        with quiet_imports():
+            return importlib.import_module(name)
     except ImportError:
         raise missing_extra(f"--ptq_backend {backend}", backend, EXTRAS[backend]) from None
-    finally:
-        logging.disable(disabled)
 
 
 def _int8_bitsandbytes(bnb: ModuleType, W: Tensor, dtype: torch.dtype) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from wavelet_lm.errors import UserError, missing_extra
+from wavelet_lm.quiet_imports import quiet_imports
 
 CAPABILITY = (8, 9)  # from Ada on: RTX 40, L40, H100
 MULTIPLE = 16  # of both sizes of a matrix, as the GPU's products need it
@@ -39,7 +40,8 @@ def use_float8(model: nn.Module, *, emulate: bool = False) -> None:
         UserError: torchao is missing.
     """
     try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        with quiet_imports():
+            from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
         raise missing_extra("amp_dtype fp8", "torchao", "quant") from None
 
