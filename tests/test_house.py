@@ -52,6 +52,7 @@ LIBRARIES = {
         "safetensors",
         "tokenizers",
         "transformers",
+        "yaml",  # in which tasks of lm-eval are written
     },
     "models": {"safetensors"},
     "transforms": {"pywt"},

@@ -199,6 +199,30 @@ def test_mistakes_are_one_line(folder):
         (folder / "moved.jsonl").rename(folder / "documents.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("task: here_broken\noutput_type: [a\nx: 1\n", "line 3: expected ',' or ']'"),
+        ("task: here_broken\ndoc_to_text: {{question}}\n", "line 2: found unhashable key"),
+        ("task: here_broken\n\tx: 1\n", "line 2: found character '\\t'"),
+    ],
+)
+def test_a_task_that_does_not_parse_is_not_called_unknown(folder, tmp_path, text, said):
+    file = tmp_path / "of_mine.yaml"
+    file.write_text(f"process_docs: !function utils.each\n{text}", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        typed("eval", folder / "run", "--tasks", "here_broken", "--include_path", tmp_path)
+    line = int(said[5]) + 1
+    expected = f"{file}, of task 'here_broken', does not parse: line {line}{said[6:]}"
+    assert str(error.value).startswith(expected)
+
+
+def test_nothing_is_said_of_git_outside_a_repository(folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    evaluated(folder, "here_rolling")
+    assert "fatal" not in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_an_unknown_task_is_one_line(folder):
     """Slow, for the harness's own tasks are thousands of files."""

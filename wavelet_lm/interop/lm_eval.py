@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import yaml
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
@@ -260,11 +262,14 @@ def evaluate_tasks(
     """
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
 
     manager = task_manager(tasks, include_path)
+    # It asks git for the commit of the folder that it is called in, which is nobody's business, and
+    # git says "fatal" on standard error where that is no repository.
+    evaluator.get_git_commit_hash = lambda: None
     try:
-        results = simple_evaluate(
+        results = evaluator.simple_evaluate(
             model,
             tasks=list(tasks),
             num_fewshot=num_fewshot,
@@ -309,15 +314,40 @@ def task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     unknown = list(tasks)
+    damaged = _damaged_files(include_path) if include_path else {}
     for with_its_own in (False, True):
         manager = TaskManager(include_path=include_path, include_defaults=with_its_own)
         unknown = [task for task in tasks if not manager.match_tasks([task])]
         if not unknown:
             return manager
+        for file, problem in damaged.items():
+            if unknown[0] in file.read_text(encoding="utf-8", errors="replace"):
+                raise UserError(f"{file}, of task {unknown[0]!r}, does not parse: {problem}")
     raise UserError(
         f"there is no task {unknown[0]!r} in lm-evaluation-harness"
         + (f" or in {include_path}" if include_path else "; --include_path FOLDER adds your own")
+        + "".join(f"; {file} does not parse: {problem}" for file, problem in damaged.items())
     )
+
+
+def _damaged_files(folder: str) -> dict[Path, str]:
+    """What is wrong with task files that do not parse, which the harness leaves out in silence."""
+    found = {}
+    for file in sorted(Path(folder).rglob("*.yaml")):
+        try:
+            yaml.load(file.read_bytes(), _AnyTag)
+        except yaml.YAMLError as error:
+            mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+            line = f"line {mark.line + 1}: " if mark is not None else ""
+            found[file] = line + " ".join(str(problem or error).split())
+    return found
+
+
+class _AnyTag(yaml.SafeLoader):
+    """Reads files whose tags, such as !function, only the harness knows."""
+
+
+_AnyTag.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def chance(metric: str, results: dict[str, Any], task: str) -> float | None:
