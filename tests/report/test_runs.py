@@ -91,6 +91,18 @@ def test_the_table_says_what_the_folders_hold(tmp_path, monkeypatch, capsys):
     assert found["one"]["memory_bytes"] == 2**20
 
 
+def test_a_run_that_was_stopped_is_where_its_checkpoint_is(tmp_path):
+    """Lines tell of every tenth step; Ctrl-C saves at whichever it comes."""
+    path = run_folder(tmp_path / "a", 10, ends=False)
+    saved = {"step": 14, "total_steps": 40, "seconds": 7.5}
+    save_checkpoint(path / "last.safetensors", build_model(tiny_config(), 50), saved)
+    found = figures_of(RunFolder(path))
+    assert (found.step, found.amount, found.seconds) == (14, 14 * 8 * 32, 7.5)
+    (path / "last.safetensors").unlink()
+    (path / "checkpoints" / "step_00000017").mkdir(parents=True)  # of several processes
+    assert figures_of(RunFolder(path)).step == 17
+
+
 def test_a_damaged_run_hides_no_other(tmp_path, monkeypatch, capsys):
     run_folder(tmp_path / "logs" / "one", 40)
     two = run_folder(tmp_path / "logs" / "two", 13)

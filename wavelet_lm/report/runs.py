@@ -14,6 +14,7 @@ from wavelet_lm.config import read_json_object
 from wavelet_lm.errors import UserError
 from wavelet_lm.hub_paths import is_in_hub
 from wavelet_lm.models.checkpoint import EXTRA
+from wavelet_lm.training.checkpoint_folder import saved_steps
 from wavelet_lm.training.run_folder import RunFolder
 from wavelet_lm.training.running import state_of
 
@@ -88,9 +89,11 @@ def figures_of(run: RunFolder) -> Figures:
     train, valid = (_rows(rows, event) for event in ("train", "eval"))
     tests, ends = (_rows(rows, event) for event in ("test", "end"))
     unit = unit_of(rows)
-    step = max((row["step"] for row in (*train, *valid)), default=0)
     header = _header(run)
     saved = json.loads(header.get("__metadata__", {}).get("metadata", "{}"))
+    # A run that was stopped is saved at its last step, of which no line may have told.
+    reached = [saved.get("step", 0), *(step for step, _, _ in saved_steps(run.checkpoints))]
+    step = max([*reached, *(row["step"] for row in (*train, *valid))])
     lengths = (config.get("max_steps"), saved.get("total_steps"))
     total = next((n for n in lengths if n is not None), ends[-1]["step"] if ends else None)
     sizes = [
@@ -115,7 +118,7 @@ def figures_of(run: RunFolder) -> Figures:
         best_loss=_least(row.get("val_loss") for row in valid),
         best_score=max((row["score"] for row in valid if "score" in row), default=None),
         test_bits_per_byte=sliding.get("bits_per_byte") if sliding else None,
-        seconds=max((row["seconds"] for row in (*train, *ends)), default=0.0),
+        seconds=max([saved.get("seconds", 0.0), *(row["seconds"] for row in (*train, *ends))]),
         per_second=last.get(f"{unit}_per_second"),
         memory_bytes=max((row.get("memory_bytes", 0) for row in train), default=0) or None,
         date=_date(run),
