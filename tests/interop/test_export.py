@@ -153,6 +153,15 @@ def test_a_wrong_file_is_not_kept(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["RUN"]
 
 
+def test_help_says_of_every_format_what_it_is_and_how_it_is_made(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        typed(monkeypatch, "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, form in export.FORMATS.items():
+        assert f"wavelet-lm export {name} logs/RUN --out " in shown
+        assert f"{name} {form.words}" in shown
+
+
 def test_what_cannot_be_exported_is_one_line(tmp_path, monkeypatch):
     run = run_of(tmp_path, "delta memory")
     with pytest.raises(UserError, match=r"--out .*model\.bin: the name must end in \.onnx"):

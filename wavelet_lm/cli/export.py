@@ -1,7 +1,13 @@
-"""Make of a run what other programs read: `wavelet-lm export hf logs/RUN --out hf-RUN`."""
+"""Make of a run what other programs read: transformers, onnxruntime or torch.export.
+
+wavelet-lm export hf logs/RUN --out hf-RUN
+wavelet-lm export onnx logs/RUN --out model.onnx
+wavelet-lm export torch logs/RUN --out model.pt2
+"""
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -21,6 +27,7 @@ from wavelet_lm.json_files import read_json
 class Format(NamedTuple):
     """What is written, and by which function `module:name`: (model, tokenizer, out) -> files.
 
+    words: what it is, what stands beside it, who reads it.
     suffix: that the name of the file must have; "" where it is a folder.
     """
 
@@ -31,25 +38,37 @@ class Format(NamedTuple):
 
 FORMATS = {
     "hf": Format(
-        "a folder for transformers", "wavelet_lm.interop.transformers_folder:export_hf", ""
+        "a new folder: AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True) loads it,"
+        " and wavelet-lm convert makes a run of it again; needs the extra transformers",
+        "wavelet_lm.interop.transformers_folder:export_hf",
+        "",
     ),
-    "onnx": Format("a step for onnxruntime", "wavelet_lm.interop.onnx_export:export_onnx", ".onnx"),
+    "onnx": Format(
+        "a step of generation as OUT.onnx, the names of its inputs and outputs as OUT.json, and"
+        " OUT_generate.py, which writes text with them and numpy; needs the extra onnx",
+        "wavelet_lm.interop.onnx_export:export_onnx",
+        ".onnx",
+    ),
     "torch": Format(
-        "a step for torch.export.load", "wavelet_lm.interop.torch_export:export_torch", ".pt2"
+        "the same step as OUT.pt2, which torch.export.load reads, and its names as OUT.json",
+        "wavelet_lm.interop.torch_export:export_torch",
+        ".pt2",
     ),
 }
 
 
 def main() -> None:
-    width = max(map(len, FORMATS))
     parser = OneLineParser(
-        description=__doc__,
-        epilog="\n".join(f"{name:{width}}  {form.words}" for name, form in FORMATS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=formats()
     )
     parser.add_argument("format", choices=tuple(FORMATS), help="what to make")
     parser.add_argument("run", metavar="RUN", help="run folder, checkpoint file, or hf://user/name")
-    parser.add_argument("--out", metavar="FILE", required=True, help="where to write it")
+    parser.add_argument(
+        "--out",
+        required=True,
+        help="where: a new folder (hf), or a file that ends in .onnx or .pt2, in place of an"
+        " earlier one",
+    )
     args = parser.parse_args()
     form, out = FORMATS[args.format], Path(args.out).expanduser()
     if form.suffix:
@@ -67,6 +86,18 @@ def main() -> None:
     write: Callable[..., list[Path]] = getattr(import_module(module), name)
     for file in write(model, tokenizer, out):
         print(file)
+
+
+def formats() -> str:
+    """The formats, each with what it is, as `--help` shows them."""
+    width = max(map(len, FORMATS)) + 4
+    texts = (
+        textwrap.fill(
+            form.words, initial_indent=f"  {name}".ljust(width), subsequent_indent=" " * width
+        )
+        for name, form in FORMATS.items()
+    )
+    return "\n".join(["formats:", *texts])
 
 
 def check_beside(out: Path) -> None:
