@@ -35,6 +35,7 @@ if __name__ == "__main__":
 import re
 import sys
 import tempfile
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ import torch
 from equal_gpt import gpt_config, gpt_shape, gpt_shape_of_flops
 from products import flops_per_token, matrix_rate
 from report import check_targets, median, positives, resident_bytes, table, write_results
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from wavelet_lm.cli.flags import OneLineParser, add_config_flags, parse_flags
@@ -91,12 +93,16 @@ class ProfiledTrainer(Trainer):
 
     Attributes:
         shares: of the time of these steps, by `KINDS` and `rest`.
+        peak: the most bytes that the process held before them.
     """
+
+    peak = 0
 
     def _update(self) -> None:
         if self.progress.step < self.progress.total_steps - PROFILED:
             super()._update()
             return
+        self.peak = self.peak or peak_bytes(self.task.device)
         on_gpu = self.task.device.type == "cuda"
         activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
         with profile(activities=activities) as profiler:
@@ -181,8 +187,26 @@ def of_step(config: Config, n: int) -> Config:
     return config.replace(micro_batch_size=micro, grad_accum=windows // micro)
 
 
-def measure(config: Config, vocab_size: int) -> dict[str, Any]:
-    """Train for `max_steps` in a temporary run folder."""
+@dataclass
+class Trained:
+    """A run that is over: its trainer, its metrics, and the bytes that it took."""
+
+    trainer: Trainer
+    metrics: list[dict[str, Any]]
+    taken: int
+
+    @property
+    def model(self) -> nn.Module:
+        return self.trainer.task.model
+
+    def memory(self) -> dict[str, float]:
+        """GiB: what the estimate says, and the most that were taken."""
+        said = estimate(self.model, self.trainer.task.device).peak
+        return {"estimated_GiB": round(said / GiB, 4), "peak_GiB": round(self.taken / GiB, 4)}
+
+
+def trained(config: Config, vocab_size: int, trainer_of: type[Trainer] = Trainer) -> Trained:
+    """Train for `max_steps` on synthetic tokens in a temporary run folder."""
     use_threads(config.threads)
     device = resolve_device(config.device)
     tokens = synthetic_tokens(vocab_size, 1_000_000, config.seed)
@@ -197,20 +221,29 @@ def measure(config: Config, vocab_size: int) -> dict[str, Any]:
         run = RunFolder.create(config.replace(out_dir=folder), data.name)
         task = LanguageModelling(config, model, data, device)
         task.loss_function = compiled(model, config, device, run.log)
-        trainer = ProfiledTrainer(config, task, run, config.max_steps)
+        trainer = trainer_of(config, task, run, config.max_steps)
         trainer.train()
         metrics = run.metrics()
-    peak = peak_bytes(device)
-    train, valid = ([row for row in metrics if row["event"] == kind] for kind in ("train", "eval"))
-    seconds = np.diff([row["seconds"] for row in train])[len(train) // 5 : -PROFILED or None]
+    peak = getattr(trainer, "peak", None) or peak_bytes(device)
+    return Trained(trainer, metrics, peak - before)
+
+
+def measure(config: Config, vocab_size: int) -> dict[str, Any]:
+    """A row of a model."""
+    run = trained(config, vocab_size, ProfiledTrainer)
+    device = run.trainer.task.device
+    train, valid = (
+        [row for row in run.metrics if row["event"] == kind] for kind in ("train", "eval")
+    )
+    seconds = np.diff([row["seconds"] for row in train])[len(train) // 5 : -PROFILED]
     per_step = config.micro_batch_size * config.grad_accum * config.block_size
-    flops = flops_per_token(model, config.block_size)
+    flops = flops_per_token(run.model, config.block_size)
     rate = matrix_rate(device, amp_dtype(config, device), LARGE[device.type])
     step = median(seconds.tolist())
     return {
-        "parameters": n_params(model),
+        "parameters": n_params(run.model),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": str(trainer.precision.dtype).removeprefix("torch."),
+        "dtype": str(run.trainer.precision.dtype).removeprefix("torch."),
         "steps": config.max_steps,
         "tokens_per_step": per_step,
         "first_loss": round(train[0]["loss"], 4),
@@ -221,9 +254,8 @@ def measure(config: Config, vocab_size: int) -> dict[str, Any]:
         "flops_per_token": flops,
         "matrix_rate": round(rate / 1e9, 1),  # GFLOP/s
         "of_matrix_rate": round(flops * per_step / step / rate, 4),
-        "shares": trainer.shares,
-        "estimated_GiB": round(estimate(model, device).peak / GiB, 4),
-        "peak_GiB": round((peak - before) / GiB, 4),
+        "shares": run.trainer.shares,
+        **run.memory(),
     }
 
 

@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from report import check_targets, write_results
-from training import measure
+from training import trained
 
 from wavelet_lm.cli.flags import OneLineParser
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError, run_command
+from wavelet_lm.models.registry import n_params
 
 # 15 million parameters whose activations weigh more than they do, so that each option shows.
 SIZES = {"C": 256, "layers": 4, "mlp_expansion": 8, "pkm_num_keys": 4096, "fwpkm_enabled": False}
@@ -58,7 +59,6 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 ON_A_GPU = {"offloaded": {"optimizer_offload": True}}
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-KEYS = ("parameters", "dtype", "estimated_GiB", "peak_GiB")
 
 
 def main() -> None:
@@ -101,13 +101,19 @@ def apart(name: str) -> dict[str, Any]:
 
 
 def take(options: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """A row of benchmarks/training.py with these options, and how far its estimate was off."""
+    """A run as in benchmarks/training.py with these options, and how far its estimate was off."""
     values = json.loads(Path(args.config).read_text("utf-8")) if args.config else SIZES
     values = {**values, **RUN, "max_steps": args.steps, "device": args.device, **options}
-    measure(Config.from_dict({**values, **WARM}), args.vocab_size)
-    row = measure(Config.from_dict(values), args.vocab_size)
-    error = row["estimated_GiB"] / row["peak_GiB"] - 1
-    return {**{key: row[key] for key in KEYS}, "error": round(error, 4), "changed": options}
+    trained(Config.from_dict({**values, **WARM}), args.vocab_size)
+    run = trained(Config.from_dict(values), args.vocab_size)
+    memory = run.memory()
+    return {
+        "parameters": n_params(run.model),
+        "dtype": str(run.trainer.precision.dtype).removeprefix("torch."),
+        **memory,
+        "error": round(memory["estimated_GiB"] / memory["peak_GiB"] - 1, 4),
+        "changed": options,
+    }
 
 
 if __name__ == "__main__":

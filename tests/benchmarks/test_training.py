@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import training
+import training_memory
 from equal_gpt import gpt_config, gpt_shape_of_flops, gpt_training_flops
 from products import flops_per_token
 
@@ -113,6 +114,19 @@ def test_names_of_kernels_have_a_kind():
 def test_what_cannot_be_is_one_line(run, arguments, said):
     with pytest.raises(UserError, match=said):
         run(*arguments)
+
+
+def test_memory_beside_its_estimate(tmp_path, monkeypatch, capsys):
+    config, results = tmp_path / "tiny.json", tmp_path / "results.json"
+    config.write_text(json.dumps({**TINY, "C": 64, "mlp_expansion": 16, "layers": 2}))
+    arguments = ["--config", config, "--vocab_size", 4096, "--rows", "AdamW", "--json", results]
+    monkeypatch.setattr(sys, "argv", [training_memory.__file__, *map(str, arguments)])
+    training_memory.main()
+    (row,) = json.loads(results.read_text())["rows"]
+    assert row["options"] == "AdamW" and row["changed"] == {"optimizer": "AdamW"}
+    assert row["peak_GiB"] > 16 * row["parameters"] / 2**30  # weights, gradients, two states
+    assert row["estimated_GiB"] / row["peak_GiB"] - 1 == pytest.approx(row["error"], abs=1e-3)
+    assert "AdamW: " in capsys.readouterr().out
 
 
 @pytest.mark.cuda
