@@ -99,11 +99,12 @@ def records(file):
 
 
 def test_wandb_keeps_the_run_on_this_machine(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     run = trained(tmp_path, track="wandb")
+    wandb.teardown()  # waits for its process, which writes on after a run has finished
     (file,) = run.path.glob("wandb/offline-run-*/*.wandb")
     found = {}
     for record in records(file):
@@ -167,7 +168,7 @@ def test_of_several_processes_the_first_one_tracks(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_tracker_that_is_missing_is_refused_before_the_run(tmp_path, monkeypatch, name):
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=f"track {name} needs {name}; pip install "):
+    with pytest.raises(UserError, match=f"track {name} needs {name}; install it with pip install"):
         train(runs.run_config(tmp_path, track=name))
     assert not (tmp_path / "logs").exists()
     check_tracker(runs.run_config(tmp_path))

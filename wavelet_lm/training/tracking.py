@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from wavelet_lm.config import Config
-from wavelet_lm.errors import UserError
+from wavelet_lm.errors import UserError, missing_extra
 from wavelet_lm.training.run_folder import RunFolder, SilentRunFolder
 
 PROJECT = "wavelet-lm"  # unless the library's own variable names another
@@ -180,10 +180,7 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
 def check_tracker(config: Config) -> None:
     """Raise `UserError` before a run whose tracker is not installed."""
     if config.track != "none" and find_spec(config.track) is None:
-        install = 'pip install "wavelet-lm[track]"'
-        if config.track == "trackio":  # which wants other versions than those that are tested
-            install = "pip install trackio"
-        raise UserError(f"track {config.track} needs {config.track}; {install} brings it")
+        raise missing_extra(f"track {config.track}", config.track, "track")
 
 
 def refuse_watching(name: str, config: Config) -> None:
