@@ -33,7 +33,7 @@ def run_folder(path, steps, total=40, *, ends=True, lr=0.01, **overrides):
             rows[-1]["bits_per_byte"] = loss / math.log(2)
             rows.append({"event": "scales", "step": step, "blocks": [SCALES]})
         if step and step % 20 == 0:
-            text = {"prompt": "The ", "text": f"</script><i>{step}"}
+            text = {"prompt": "The ", "text": f"</script><i>{step}\0"}
             rows.append({"event": "sample", "step": step, **text})
     if ends:
         rows.append({"event": "test", "step": steps, "n_params": 1234})

@@ -78,7 +78,8 @@ def test_the_document_needs_nothing_from_outside_and_no_text_breaks_it(page):
     assert runs["ended"]["curves"]["train"]["loss"][0] == 4.95
     assert runs["ended"]["scope"]["tokens"][:4] == list("The ")
     assert runs["died"]["state"] == "died"
-    assert "<pre><b>The </b>&lt;/script&gt;&lt;i&gt;40</pre>" in text
+    assert "<pre><b>The </b>&lt;/script&gt;&lt;i&gt;40\ufffd</pre>" in text
+    assert "\0" not in text
     assert "&lt;b&gt;begun" in text
     assert "a gpt has no scales" in text
     assert "died: it has saved no weights yet" in text

@@ -190,13 +190,18 @@ def _samples(runs: Sequence[RunOnPage]) -> str:
             is_open = " open" if i == len(run.samples) - 1 else ""
             texts.append(
                 f"<details{is_open}><summary>{words}</summary><pre>"
-                f"<b>{html.escape(str(sample.get('prompt', '')))}</b>"
-                f"{html.escape(str(sample.get('text', '')))}</pre></details>"
+                f"<b>{_written(sample.get('prompt', ''))}</b>"
+                f"{_written(sample.get('text', ''))}</pre></details>"
             )
         parts.append(f"<h3>{html.escape(run.figures.name)}</h3>{''.join(texts)}")
     return "".join(parts) or (
         "<p>None: a run writes one at its end, and more with --sample_interval.</p>"
     )
+
+
+def _written(text: object) -> str:
+    """What a model wrote, in which any byte may stand; a document may have all but the zero."""
+    return html.escape(str(text)).replace("\0", "\ufffd")
 
 
 def _scopes(runs: Sequence[RunOnPage]) -> str:
