@@ -34,10 +34,11 @@ def correlate(x: Tensor, taps: Tensor, length: int) -> Tensor:
 
 
 class DelayedSum(torch.autograd.Function):
-    """y_t = Σ_j taps_j · x_{t−m−j} for few taps, zeros before the text, for a compiled step.
+    """y_t = Σ_j taps_j · x_{t−m−j}, few taps, zeros before the text: for a compiled step on CUDA.
 
     Nothing is put before the signal, and its gradient is one expression: the compiler makes a
-    kernel of each, where autograd would have a padded gradient for every tap.
+    kernel of each, where autograd would have a padded gradient for every tap. On a CPU the zeros
+    that stand in memory cost less than asking at every position whether it has any.
     """
 
     @staticmethod

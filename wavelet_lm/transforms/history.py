@@ -131,7 +131,8 @@ class Window:
 
     def filtered(self, taps: Tensor, min_lag: int = 0) -> Tensor:
         T, K = self._x.shape[1], len(taps)
-        if torch.compiler.is_compiling() and self._past is None and K <= MAX_SHIFTED_TAPS:
+        is_short = self._past is None and K <= MAX_SHIFTED_TAPS
+        if torch.compiler.is_compiling() and self._x.is_cuda and is_short:
             return DelayedSum.apply(taps.to(self._x.dtype), self._x, min_lag)
         start = self._max_lag - min_lag - K + 1
         # The largest lag comes first in time.

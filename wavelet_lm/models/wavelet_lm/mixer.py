@@ -197,8 +197,9 @@ def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
 class Routed(torch.autograd.Function):
     """Σ_s R_rs X_s for R [S, S] and X [S, B, T, Cp].
 
-    A compiled step takes it as weighted sums, which become part of what reads or wrote them, and
-    not as a product with an inner size of S.
+    On a GPU a compiled step takes it as weighted sums, which become part of what reads or wrote
+    them, and not as a product with an inner size of S. On a CPU it is the product, for each of the
+    sums would read all bands again, from beyond the fast caches.
     """
 
     @staticmethod
@@ -216,7 +217,7 @@ class Routed(torch.autograd.Function):
 
 def weighted_sums(weights: Tensor, x: Tensor) -> Tensor:
     """Σ_s weights_rs x_s, for [S, S] and [S, B, T, Cp]."""
-    if torch.compiler.is_compiling() and len(x) <= MOST_SUMMED:
+    if torch.compiler.is_compiling() and x.is_cuda and len(x) <= MOST_SUMMED:
         return (weights[:, :, None, None, None] * x).sum(1)
     return torch.tensordot(weights, x, dims=1)
 
