@@ -119,7 +119,7 @@ def parser_of(program: str, monkeypatch) -> argparse.ArgumentParser:
 
 def test_every_kind_of_command_is_found():
     first = {command[0] for page in WRITTEN for command in commands(page)}
-    of_the_shell = {"mkdir", "cp", "ln", "echo", "cat", "source", "curl"}
+    of_the_shell = {"mkdir", "cp", "ln", "echo", "cat", "grep", "source", "curl"}
     assert first <= of_the_shell | {"python", "pip", "git", "mkdocs", "ruff"}
     assert not [program for program in OWN_PROGRAMS if not (ROOT / program).is_file()]
     assert {"train.py", "generate.py", "benchmarks/decode.py"} <= set(OWN_PROGRAMS)
