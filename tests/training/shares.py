@@ -26,7 +26,9 @@ MiB, CPU = 2**20, torch.device("cpu")
 SHAPE = {
     "C": 384,
     "layers": 8,
+    "lifting_linear_only": True,
     "mlp_expansion": 16,
+    "per_scale_mixer_widths": None,
     "block_size": 8,
     "pkm_enabled": False,
     "fwpkm_enabled": False,

@@ -31,6 +31,13 @@ from torch.nn.parallel import DistributedDataParallel
 from wavelet_lm import devices
 from wavelet_lm.config import Config
 from wavelet_lm.models.checkpoint import EXTRA, Checkpoint
+from wavelet_lm.models.gpt.attention import Attention
+from wavelet_lm.models.gpt.model import GPTMLP
+from wavelet_lm.models.wavelet_lm.delta_memory import DeltaMemory
+from wavelet_lm.models.wavelet_lm.memory import ValueTable
+from wavelet_lm.models.wavelet_lm.mixer import SpectralMixer
+from wavelet_lm.models.wavelet_lm.mlp import MLP
+from wavelet_lm.training.gloo import send_in_place
 from wavelet_lm.training.processes import Processes
 from wavelet_lm.training.weights import Saved, Weights
 
@@ -86,15 +93,26 @@ class _Loss(nn.Module):
 def parts(model: nn.Module) -> list[nn.Module]:
     """The modules whose weights are gathered together, inner ones first and the model last.
 
-    A block, a wavelet (which blocks may share), and an embedding whose table is not the head's too;
-    the model's own group has what is left: norms and head.
+    The large parts of a block and then what is left of it, a wavelet (which blocks may share), and
+    an embedding whose table is not the head's too; the model's own group has the rest: norms and
+    head.
     """
     found: list[nn.Module] = []
     for network in model.networks():
         tied = network.head.weight is network.embedding.weight
+        found += [part for block in network.blocks for part in large_parts(block)]
         found += [*getattr(network, "wavelets", ()), *network.blocks]
         found += [] if tied else [network.embedding]
     return [part for part in found if next(part.parameters(), None) is not None] + [model]
+
+
+def large_parts(block: nn.Module) -> Iterator[nn.Module]:
+    """Those of a block that are called as modules, and of which nothing else reads the weights."""
+    for module in block.modules():
+        if isinstance(module, MLP | GPTMLP):
+            yield from (part for part in module.modules() if isinstance(part, nn.Linear))
+        elif isinstance(module, Attention | DeltaMemory | SpectralMixer | ValueTable):
+            yield module
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -122,6 +140,8 @@ def sharded_model(
     # A CPU's norms take no weights of another type than their inputs.
     gathered = config.replace(use_amp=False) if device.type == "cpu" else config
     share_out(model, gathered, mesh, device)
+    if device.type == "cpu":
+        send_in_place(model)
     model.to_empty(device="cpu" if config.fsdp_cpu_offload else device)
     for module in model.modules():  # buffers are whole, and beside the computation
         for name, buffer in module._buffers.items():
@@ -158,25 +178,24 @@ def share_out(model: nn.Module, config: Config, mesh: DeviceMesh, device: torch.
     # Nothing changes in place what a block or a wavelet returns.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     dtype = devices.amp_dtype(config, device)
-    # What autocast would make of a block's matrices anyway is sent so, too.
-    mixed = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
-    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    whole = mixed = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if dtype != torch.float32:
+        # What autocast would make of a block's matrices anyway is sent so, too.
+        mixed = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     # A single number cannot be shared out.
     kept = {p for p in model.parameters() if p.dim() == 0}
-    blocks = {block for network in model.networks() for block in network.blocks}
     wavelets = {w for network in model.networks() for w in getattr(network, "wavelets", ())}
     shared = {w for network in model.networks() for w in shared_wavelets(network)}
+    outside = {model, *(network.embedding for network in model.networks())}
     for part in parts(model):
         fully_shard(
             part,
             mesh=mesh,
             # The backward pass begins with the head, and the next block reads a shared wavelet.
             reshard_after_forward=config.fsdp_reshard and part not in (model, *shared),
-            mp_policy=mixed if part in blocks | wavelets else whole,
+            mp_policy=whole if part in outside else mixed,
             offload_policy=CPUOffloadPolicy() if config.fsdp_cpu_offload else OffloadPolicy(),
             ignored_params=kept,
         )
