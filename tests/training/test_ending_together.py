@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.training import runs
 from tests.training.several import PATIENCE, ended, run_job, started
 from wavelet_lm.models.registry import build_model
 from wavelet_lm.training.checkpoint_folder import saved_steps
+from wavelet_lm.training.process_group import ProcessGroup
 from wavelet_lm.training.sharded_checkpoint import ShardedCheckpoint
 
 SECONDS = 30
@@ -64,6 +66,20 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path, killed):
     (line,) = lines_of_errors(results)
     assert line.startswith(f"train.py: error: rank {killed} is gone")
     assert_goes_on(tmp_path)
+
+
+def test_why_is_said_once_and_before_anybody_can_hear_of_it():
+    """The main thread of a process ends in silence when its heart has spoken."""
+    group, store, said = object.__new__(ProcessGroup), torch.distributed.HashStore(), []
+    group._heart_store = store
+
+    def say(reason: str) -> None:
+        said.append((reason, store.check(["failed"])))
+
+    assert group._speaks_first("rank 1 is gone", say)
+    assert not group._speaks_first("another reason", say)
+    assert said == [("rank 1 is gone", False)]
+    assert store.get("failed") == b"rank 1 is gone"
 
 
 def test_a_signal_to_one_process_stops_all_and_saves(tmp_path):

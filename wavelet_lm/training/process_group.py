@@ -168,8 +168,7 @@ class ProcessGroup(Processes):
                     store.add("n_heard", int(not self.is_main))
                     break
                 if watch.misses():
-                    if self._speaks_first(gone(watched)):
-                        self._say(gone(watched))
+                    self._speaks_first(gone(watched), self._say)
                     break
             except RuntimeError:
                 if not self._ending.is_set() and self._speaks_without_store():
@@ -178,10 +177,16 @@ class ProcessGroup(Processes):
         if not self._ending.wait(GRACE):
             os._exit(STATUS)
 
-    def _speaks_first(self, reason: str) -> bool:
-        """Say in the store that the processes have failed; whether nobody has said so before."""
+    def _speaks_first(self, reason: str, say: Callable[[str], None] | None = None) -> bool:
+        """Say in the store that the processes have failed; whether nobody has said so before.
+
+        say: what says it to people. Who hears of it in the store ends in silence, this process's
+        own main thread too, so that it must have been said by then.
+        """
         if self._heart_store.add("n_failed", 1) > 1:
             return False
+        if say is not None:
+            say(reason)
         self._heart_store.set("failed", reason)
         until = time.monotonic() + HEARD
         while self.is_main and time.monotonic() < until:  # the store ends with this process
