@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 from tests.training.runs import ROOT, only_run, run_config
 from wavelet_lm.config import Config
 from wavelet_lm.errors import Interrupted
@@ -72,10 +74,22 @@ def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     return results
 
 
+@contextmanager
+def computing_in(dtype: str) -> Iterator[None]:
+    """Inside, models are made and computed in a dtype, `float32` or `float64`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def train_together(size: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
     """Train or resume several runs one after the other, all in one group of processes.
 
-    Each job has `config`, or `resume` and `flags`; `stop` ends it before that step, as a signal.
+    Each job has `config`, or `resume` and `flags`; `stop` ends it before that step, as a signal;
+    `dtype` is float32 where it has none.
     """
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs), encoding="utf-8")
@@ -90,9 +104,10 @@ def job(folder: Path, steps: int, **overrides) -> dict:
     return {"config": run_config(folder, **{**PLAIN, **lengths, **overrides}).to_dict()}
 
 
-def go_on(folder: Path, kind: str, stop: int | None = None) -> dict:
+def go_on(folder: Path, kind: str, stop: int | None = None, dtype: str = "float32") -> dict:
+    """A job that resumes the run of a folder."""
     run = str(only_run(folder))
-    return {"resume": run, "flags": {"parallel": kind}, **({"stop": stop} if stop else {})}
+    return {"resume": run, "flags": {"parallel": kind}, "stop": stop, "dtype": dtype}
 
 
 def run_job(job: dict[str, Any], processes: Processes = ALONE) -> None:
@@ -104,7 +119,8 @@ def run_job(job: dict[str, Any], processes: Processes = ALONE) -> None:
             trainer._signals.received = signal.SIGTERM
         update(trainer)
 
-    with mock.patch.object(Trainer, "_update", stopping):
+    dtype = job.get("dtype", "float32")
+    with mock.patch.object(Trainer, "_update", stopping), computing_in(dtype):
         try:
             if "resume" in job:
                 resume(job["resume"], job.get("flags"), processes)

@@ -63,9 +63,10 @@ class Muon(Optimizer):
         torch._foreach_lerp_(momenta, list(gradients.unbind()), 1 - MOMENTUM)
         gradients.lerp_(torch.stack(momenta), MOMENTUM)
         if self._whole is None:
-            update = orthogonal(gradients).float()
+            update = orthogonal(gradients)
         else:
-            update = self._whole.on_whole(weights[0], gradients, orthogonal).float()
+            update = self._whole.on_whole(weights[0], gradients, orthogonal)
+        update = update.to(gradients.dtype)
         if skip is not None:
             update *= skip == 0
         decay_(weights, lr * weight_decay, skip)
@@ -98,13 +99,15 @@ def stacks(
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """About U Vᵀ of each matrix U S Vᵀ: [n, rows, columns] in, `step_dtype` of the same shape out.
+    """About U Vᵀ of each matrix U S Vᵀ: [n, rows, columns] in, the same shape out, in `step_dtype`
+    (float64 for float64 input).
 
     Newton and Schulz's iteration takes the singular values to between 0.5 and 1.5, which is near
     enough.
     """
     a, b, c = COEFFICIENTS
-    x = matrices.to(step_dtype(matrices.device.type))
+    is_wide = matrices.dtype == torch.float64
+    x = matrices if is_wide else matrices.to(step_dtype(matrices.device.type))
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT
