@@ -25,11 +25,11 @@ Results go to `--json FILE`, by convention `benchmarks/results/training_<machine
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import os
-
     from wavelet_lm.environment import start
 
     start()  # before the imports below, which take seconds
+    import os
+
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler says when it starts and stops
 
 import re

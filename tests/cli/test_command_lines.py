@@ -82,6 +82,7 @@ NEEDED = {  # what each needs beside a flag
     "wavelet_lm/serving/__main__.py": ["RUN"],
     "wavelet_lm/scope/__main__.py": ["RUN"],
     "wavelet_lm/data/tasks/listops.py": ["FOLDER"],
+    "benchmarks/checkouts.py": ["FOLDER", "--config", "FILE"],
     "benchmarks/context_length.py": ["RUN", "--text", "TEXT"],
     "benchmarks/plot_run.py": ["RUN"],
 }

@@ -26,7 +26,7 @@ class InPlace:
     """How FSDP2 makes what is sent, in ordinary memory."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An empty tensor of this size."""
+        """An empty tensor [*size]."""
         return torch.empty(*size, dtype=dtype, device=device)
 
 
