@@ -5,10 +5,10 @@
         --batches 1,16,64 --json FILE
 
 `decode.py` times the model's step with an argmax; this times `Engine.generate_batch`, what
-`generate.py` and the server are made of, with each way of drawing a token in turns: greedy, the
-plain draw, top-k, top-p, a repetition penalty, all of these, and the strategies. The model has
-random weights, or those of `--checkpoint`. A row says what a way costs beside the greedy one: its
-tokens per second, and the milliseconds that a token of every text takes.
+`generate.py` is made of, with each way of drawing a token in turns: greedy, the plain draw, top-k,
+top-p, a repetition penalty, all of these, and the strategies. The model has random weights. A row
+says what a way costs beside the greedy one: its tokens per second, and the milliseconds that a
+token of every text takes.
 
 Each text begins with one token, so that nearly all of the time is writing; the median of
 `--repeats` turns, after one that compiles and captures.
@@ -72,7 +72,7 @@ def measure(
     engine: Engine, ways: list[str], batches: tuple[int, ...], tokens: int, repeats: int
 ) -> list[dict[str, Any]]:
     """A row for every way and number of texts at once; texts of a way are the same every time."""
-    prompt = engine.tokenizer.decode([engine.tokenizer.vocab_size // 3]) or "a"
+    prompt = "a"  # a token of both vocabularies
     device = engine.decoder.device
 
     def write(way: str, batch: int) -> None:
@@ -135,7 +135,6 @@ def parser() -> OneLineParser:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--config", default="configs/mini.json", metavar="FILE", help="[configs/mini.json]")
-    add("--checkpoint", metavar="RUN", help="a run's own weights and tokenizer, not random ones")
     add("--tokenizer", default="gpt2", help="gpt2 or bytes: its vocabulary [gpt2]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     add_threads_flag(parser)
@@ -159,24 +158,20 @@ def main() -> None:
     use_threads(args.threads)
     device = resolve_device(args.device)
     how = {"dtype": args.dtype, "compile": args.compile}
-    if args.checkpoint:
-        engine = Engine.open(args.checkpoint, args.device, **how)
-        about = {"checkpoint": args.checkpoint}
-    else:
-        config, tokenizer = Config.from_json(args.config), named_tokenizer(args.tokenizer)
-        with torch.device("meta"):
-            size = n_params(build_model(config, tokenizer.vocab_size))
-        refuse_large_model_on_cpu(config.replace(device=args.device), size, device)
-        torch.manual_seed(args.seed)
-        with device:
-            model = build_model(config, tokenizer.vocab_size).eval()
-        engine = Engine(model, tokenizer, **how)
-        about = {"config": args.config, "n_params": size}
+    config, tokenizer = Config.from_json(args.config), named_tokenizer(args.tokenizer)
+    with torch.device("meta"):
+        size = n_params(build_model(config, tokenizer.vocab_size))
+    refuse_large_model_on_cpu(config.replace(device=args.device), size, device)
+    torch.manual_seed(args.seed)
+    with device:
+        model = build_model(config, tokenizer.vocab_size).eval()
+    engine = Engine(model, tokenizer, **how)
     rows = measure(engine, ways, args.batches, args.tokens, args.repeats)
     print(report(rows))
     if args.json:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        write_results(args.json, rows, **about, **how, device=name, tokens=args.tokens)
+        about = {"config": args.config, "n_params": size, "device": name, "tokens": args.tokens}
+        write_results(args.json, rows, **about, **how)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ n pairs ago is asked for by its keys: right where it is the nearest to the sum o
 read. A row for each size of a key has the share of right answers at each n, for the writing
 strength β, the same for all pairs, that is best there.
 
-That is the bound of a memory that writes at every position and has nothing but its keys to tell
-them apart: a trained one may write more seldom, and its keys are less apart than random ones.
+That is what a memory can do that writes at every position, all pairs alike, with random keys: a
+trained one may write more seldom, and its keys may be nearer to each other than random ones.
 Results go to `--json FILE`.
 """
 
@@ -32,7 +32,7 @@ from wavelet_lm.errors import run_command
 from wavelet_lm.kernels.delta_rule import delta_rule
 from wavelet_lm.threads import use_threads
 
-STRENGTHS = (1.0, 0.5, 0.2, 0.1)
+STRENGTHS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 ASKED = 16  # pairs on end that are asked for at each lag, of each text
 TEXTS = 8
 

@@ -224,7 +224,7 @@ def trained(config: Config, vocab_size: int, trainer_of: type[Trainer] = Trainer
         trainer = trainer_of(config, task, run, config.max_steps)
         trainer.train()
         metrics = run.metrics()
-    peak = getattr(trainer, "peak", None) or peak_bytes(device)
+    peak = trainer.peak if isinstance(trainer, ProfiledTrainer) else peak_bytes(device)
     return Trained(trainer, metrics, peak - before)
 
 

@@ -44,5 +44,5 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["memory_capacity.py", *map(str, arguments)])
     memory_capacity.main()
     small, large = json.loads(results.read_text())["rows"]
-    assert large["share"]["2"] == 1 and large["share"]["64"] > 0.9 > 0.2 > small["share"]["64"]
+    assert large["share"]["2"] == 1 and large["share"]["64"] > 0.9 > 0.5 > small["share"]["64"]
     assert "chance is 1.6%" in capsys.readouterr().out

@@ -4,7 +4,6 @@ import json
 import sys
 
 import pytest
-import torch
 import training
 import training_memory
 from equal_gpt import gpt_config, gpt_shape_of_flops, gpt_training_flops
@@ -130,9 +129,7 @@ def test_memory_beside_its_estimate(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.cuda
-def test_a_gpu_step_is_profiled(tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
+def test_a_gpu_step_is_profiled():
     config = tiny_config(max_steps=10, log_interval=1, eval_interval=10, device="cuda")
     row = training.measure(config, VOCAB)
     assert row["shares"]["products"] > 0 and 0 < row["of_matrix_rate"] < 1
