@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ from wavelet_lm.inference.text.prompts import Prompt, read_piped, read_prompts
 from wavelet_lm.inference.text.spacing import is_spaced_apart
 from wavelet_lm.text_files import read_text
 
-SAMPLING_KEYS = tuple(SamplingOptions.__dataclass_fields__)
+SAMPLING_KEYS = SamplingOptions.__dataclass_fields__.keys()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +100,7 @@ class GenerationOptions(DeclaredOptions):
 
     def _given(self) -> set[str]:
         """The flags that ask for something."""
-        values = dataclasses.asdict(self)
+        values = vars(self)
         unset = {
             k
             for k, v in values.items()
@@ -121,8 +120,8 @@ class GenerationOptions(DeclaredOptions):
         Raises:
             UserError: the options contradict each other or the model.
         """
-        values = config.to_dict()
-        sampling = self._sampling({k: values[k] for k in SAMPLING_KEYS if k in values})
+        shared = SAMPLING_KEYS & vars(config).keys()
+        sampling = self._sampling({key: getattr(config, key) for key in shared})
         if sampling.greedy and self.best_of_n > 1:
             raise UserError(
                 "--best_of_n and temperature 0 contradict each other: all samples are one; give a"

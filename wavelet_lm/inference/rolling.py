@@ -67,7 +67,7 @@ class StaticRollingBatch(RollingBatch):
         if self.n == self._capacity:
             self._grow(state)
         self.n += 1
-        self._all.narrow(self.n - 1, self.n).load(state)
+        self._all.load_row(self.n - 1, state)
         self._in_use = None
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from wavelet_lm.models.wavelet_lm.memory import FastWeights
 from wavelet_lm.transforms.history import Clock, Ring
@@ -50,9 +50,15 @@ class StaticState:
     def load(self, state: Any) -> None:
         """Write another state of the same shapes into the buffers."""
         self.clock.set(_position(state))
-        histories = [leaf for leaf in _leaves(state) if not _is_count(leaf)]
-        for ring, history in zip(self._rings(), histories, strict=True):
+        for ring, history in zip(self._rings(), _histories(state), strict=True):
             ring.load(history)
+
+    def load_row(self, row: int, state: Any) -> None:
+        """Write the state of one text over that of a row."""
+        self.clock.position[row : row + 1] = _position(state)
+        clock = self.clock.narrow(row, row + 1)
+        for ring, history in zip(self._rings(), _histories(state), strict=True):
+            ring.narrow(row, row + 1, clock).load(history)
 
     def buffers(self) -> list[Tensor]:
         """All tensors that a step writes to, of any shapes."""
@@ -72,8 +78,15 @@ def _is_count(leaf: Tensor) -> bool:
 
 def _leaves(state: Any) -> list[Any]:
     """The leaves of what has a fixed size."""
-    leaves = tree_leaves(state, is_leaf=_grows)
-    return [leaf for leaf in leaves if leaf is not None and not _grows(leaf)]
+    if state is None or _grows(state):
+        return []
+    if isinstance(state, tuple):
+        return [leaf for part in state for leaf in _leaves(part)]
+    return [state]
+
+
+def _histories(state: Any) -> list[Tensor]:
+    return [leaf for leaf in _leaves(state) if not _is_count(leaf)]
 
 
 def _position(state: Any) -> Tensor:
