@@ -24,7 +24,7 @@ PACKAGE = [file for file in SOURCES if file.startswith("wavelet_lm/")]
 LIBRARIES = {
     None: {"huggingface_hub"},  # of the modules beside the packages
     "cli": {"matplotlib", "shtab", "tqdm"},
-    "serving": {"h11", "jinja2", "prometheus_client", "starlette", "uvicorn"},
+    "serving": {"jinja2", "prometheus_client", "starlette", "uvicorn"},
     "experiments": {"matplotlib"},
     "report": set(),
     "training": {

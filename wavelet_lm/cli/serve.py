@@ -107,7 +107,7 @@ def serve(args: argparse.Namespace) -> None:
         from wavelet_lm.serving.server import listen, run
         from wavelet_lm.serving.service import Service
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn", "prometheus_client", "h11", "jinja2"):
+        if error.name not in ("starlette", "uvicorn", "prometheus_client", "httptools", "jinja2"):
             raise
         raise missing_extra("serve", error.name, "serve") from None
     log = functools.partial(print, file=sys.stderr, flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import secrets
+import random
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +32,7 @@ class Answer:
         self._tokenizer, self._figures = tokenizer, figures
         self._kind = kind
         self._head = {
-            "id": ("chatcmpl-" if self.is_chat else "cmpl-") + secrets.token_hex(12),
+            "id": ("chatcmpl-" if self.is_chat else "cmpl-") + f"{random.getrandbits(96):024x}",
             "object": kind,
             "created": int(time.time()),
             "model": model,

@@ -19,14 +19,7 @@ from starlette.routing import Route
 
 from wavelet_lm.errors import UserError
 from wavelet_lm.serving import fields
-from wavelet_lm.serving.answers import (
-    DONE,
-    Answer,
-    mean_log_prob,
-    sse,
-    token_ids,
-    usage_of,
-)
+from wavelet_lm.serving.answers import DONE, Answer, mean_log_prob, sse, token_ids, usage_of
 from wavelet_lm.serving.bodies import read_body, read_json, refusal
 from wavelet_lm.serving.chat import ChatTemplate
 from wavelet_lm.serving.figures import Figures
@@ -281,8 +274,10 @@ class Web:
 
     async def _events(
         self, asked: fields.Asked, work: Work, answer: Answer
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncIterator[tuple[bytes, bool]]:
+        """What is sent at once, and whether it is the last: sending costs more than an event."""
         started, begun = time.perf_counter(), set()
+        parts: list[bytes] = []
         try:
             async for number, written in work.updates(self._pace):
                 by_choice: dict[int, list[Written]] = {}
@@ -301,17 +296,20 @@ class Web:
                     if part[-1].reason is not None:
                         await self._save(asked, work)
                     begun.add(index)
-                    yield answer.event(index, part, **extra)
+                    parts.append(answer.event(index, part, **extra))
+                if work.open_jobs and parts:
+                    yield b"".join(parts), False
+                    parts.clear()
+            if asked.usage:
+                parts.append(answer.usage_event(self._usage(work)))
+            parts.append(DONE)
         except Refused as refused:
-            yield sse(refused.body())
-            return
+            parts.append(sse(refused.body()))
         except Exception as error:  # a defect: it ends this stream, and is told
             self.service.log(f"a stream failed: {error!r}")
-            yield sse(Refused(500, "the server failed at this; its log says how").body())
-            return
-        if asked.usage:
-            yield answer.usage_event(self._usage(work))
-        yield DONE
+            refused = Refused(500, "the server failed at this; its log says how")
+            parts.append(sse(refused.body()))
+        yield b"".join(parts), True
 
     def _pace(self) -> float:
         return PACE * self.service.scheduler.n_writing

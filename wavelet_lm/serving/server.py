@@ -6,10 +6,9 @@ import asyncio
 import socket
 from collections.abc import Callable
 
-import h11
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from wavelet_lm.errors import UserError
 from wavelet_lm.serving.service import Service
@@ -21,15 +20,18 @@ HEAD_SECONDS, IDLE_SECONDS = 15.0, 30
 TAKE_SECONDS = 30.0
 # Seconds that answers have to end in when the server does.
 GRACE_SECONDS = 20
+# Bytes that a request's head may have.
+MOST_HEAD = 65536
 # Connections beside those of the most streams: for health, pages and refusals.
 MORE_CONNECTIONS = 256
 
 
-class Protocol(H11Protocol):
+class Protocol(HttpToolsProtocol):
     """HTTP/1.1 that does not wait for ever, and takes nonsense amid an answer calmly."""
 
     _hurry: asyncio.TimerHandle | None = None  # while a request's head is waited for
     _full: asyncio.TimerHandle | None = None  # while nothing more can be sent
+    _head = 0  # bytes of a head that came, as far as they came in parts of their own
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
@@ -38,9 +40,13 @@ class Protocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
-            self._hurry = _cancelled(self._hurry)
-        elif self._hurry is None and not self.transport.is_closing():  # a further request begins
-            self._hurry = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+            self._hurry, self._head = _cancelled(self._hurry), 0
+        elif not self.transport.is_closing():  # a request begins, or its head goes on
+            self._head += len(data)
+            if self._head > MOST_HEAD:
+                self.send_400_response("The head of the request is too long.")
+            elif self._hurry is None:
+                self._hurry = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -55,9 +61,9 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        try:
+        if self.cycle is None or self.cycle.response_complete:
             super().send_400_response(msg)
-        except h11.LocalProtocolError:  # an answer is on its way already
+        else:  # an answer is on its way already
             self.transport.close()
 
 
@@ -116,6 +122,7 @@ def make_server(app: Starlette, service: Service) -> Server:
         log_level="critical",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
         limit_concurrency=service.limits.max_streams + MORE_CONNECTIONS,

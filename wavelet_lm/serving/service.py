@@ -44,6 +44,7 @@ class Work:
     Attributes:
         jobs: one for each prompt; prompts: their tokens, without those of a saved state.
         written: for each text of each job all that was written.
+        open_jobs: of which more will be told.
     """
 
     jobs: list[Job]
@@ -51,6 +52,10 @@ class Work:
     n_before: int
     inbox: Inbox = field(default_factory=Inbox)
     written: list[list[list[Written]]] = field(default_factory=list)
+    open_jobs: set[Job] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.open_jobs = set(self.jobs)
 
     async def updates(
         self, pace: Callable[[], float] = lambda: 0.0
@@ -62,12 +67,11 @@ class Work:
         Raises:
             Refused: a job failed.
         """
-        open_jobs = set(self.jobs)
-        while open_jobs:
+        while self.open_jobs:
             news: dict[int, list[Written]] = {}
             for job, written, done in await self.inbox.take():
                 if done:  # as of this letter: the job itself may be further on
-                    open_jobs.discard(job)
+                    self.open_jobs.discard(job)
                 if job.error is not None:
                     raise _failure(job.error)
                 number = self.jobs.index(job)
@@ -76,7 +80,7 @@ class Work:
                     self.written[number][one.choice].append(one)
             for number, written in news.items():
                 yield number, written
-            if open_jobs:
+            if self.open_jobs:
                 await self.inbox.rest(pace())
 
     def known(self) -> Known:

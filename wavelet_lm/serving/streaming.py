@@ -13,11 +13,14 @@ from starlette.types import Receive, Scope, Send
 
 
 class EventStream(Response):
-    """Events as they come, to a client that may leave at any of them."""
+    """Events as they come, to a client that may leave at any of them.
+
+    events: what is sent at once, and whether it is the last.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], leave: contextlib.AsyncExitStack):
+    def __init__(self, events: AsyncIterator[tuple[bytes, bool]], leave: contextlib.AsyncExitStack):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events, self._leave = events, leave
@@ -28,9 +31,8 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async for part, is_last in self._events:
+            await send({"type": "http.response.body", "body": part, "more_body": not is_last})
 
 
 async def _until_left(receive: Receive) -> None:
