@@ -52,7 +52,7 @@ from wavelet_lm.models.registry import build_model, n_params
 
 MiB = 2**20
 VOCAB = 256
-SAMPLES = 8  # measurements of the soak
+SAMPLES = 20  # measurements of the soak
 ONE_STREAM = 4  # texts of one stream, for every time that many are written at once
 ALONGSIDE = 16  # connections that the soak asks by
 KNOWN = 9  # times that a known prompt is asked for
@@ -169,7 +169,7 @@ async def idle_states(server: Server, n: int) -> dict[str, Any]:
 
 async def soak(server: Server, n: int) -> dict[str, Any]:
     """Resident bytes along n short requests, by several connections at once."""
-    resident, done, started = [], 0, time.perf_counter()
+    resident, at, done, started = [], [], 0, time.perf_counter()
     for i in range(SAMPLES):
         until = n * (i + 1) // SAMPLES
         seeds = list(range(done, until))
@@ -182,10 +182,11 @@ async def soak(server: Server, n: int) -> dict[str, Any]:
         )
         done = until
         resident.append(server.resident())
+        at.append(time.perf_counter() - started)
         say(f"{done:,} of {n:,} requests, {resident[-1] / MiB:,.1f} MiB")
     seconds = time.perf_counter() - started
-    figures = {"requests": n, "requests_per_second": n / seconds, "resident_bytes": resident}
-    return {"soak": figures}
+    figures = {"requests": n, "requests_per_second": n / seconds}
+    return {"soak": {**figures, "seconds": at, "resident_bytes": resident}}
 
 
 async def first_token(server: Server, n: int, repeats: int) -> dict[str, Any]:
