@@ -5,7 +5,9 @@
 
 A process for each checkout, with its code alone, one thread and the same weights and tokens, takes
 some steps, then the next one does. CPU time and not that of a clock, so that other programs on the
-machine matter little; what they leave is noise, which the turns share out.
+machine matter little; what they leave is noise, which the turns share out. A process may be a
+twentieth slower than its twin as long as it lives: so all are started anew some times, and a ratio
+stands beside the least and largest of the starts. One commit in two folders shows what is noise.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import subprocess
 import sys
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +72,8 @@ def main() -> None:
     parser.add_argument("checkouts", nargs="+", metavar="FOLDER")
     parser.add_argument("--config", required=True, metavar="FILE", help="for all of them")
     parser.add_argument("--vocab_size", type=positive, default=256)
-    parser.add_argument("--turns", type=positive, default=6)
+    parser.add_argument("--starts", type=positive, default=5, help="of the processes")
+    parser.add_argument("--turns", type=positive, default=2, help="of a start")
     parser.add_argument("--steps", type=positive, default=8, help="of a turn")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
@@ -88,33 +92,55 @@ def main() -> None:
 
 def measure(args: Any) -> list[dict[str, Any]]:
     """A row for each checkout; ratios and losses are against the first one's."""
-    mode = "compiled" if args.compile else "eager"
-    config = str(Path(args.config).resolve())
-    with ExitStack() as stack:
-        checkouts = [
-            stack.enter_context(Checkout(folder, config, args.vocab_size, mode))
-            for folder in args.checkouts
-        ]
-        for checkout in checkouts:
-            checkout.steps(N_WARM)
-        samples = alternate(
-            {c.folder: lambda c=c: [median(c.steps(args.steps))] for c in checkouts}, args.turns
-        )
-    first = checkouts[0]
+    samples: dict[str, list[list[float]]] = {folder: [] for folder in args.checkouts}
+    losses: dict[str, list[float]] = {folder: [] for folder in args.checkouts}
+    for start in range(args.starts):
+        with ExitStack() as stack:
+            checkouts = started(args, stack, in_reverse=start % 2 == 1)
+            of_start = alternate(
+                {c.folder: lambda c=c: [median(c.steps(args.steps))] for c in checkouts}, args.turns
+            )
+            for checkout in checkouts:
+                samples[checkout.folder].append(of_start[checkout.folder])
+                losses[checkout.folder] = checkout.losses
+    first = args.checkouts[0]
+    every = {folder: list(chain.from_iterable(samples[folder])) for folder in args.checkouts}
     return [
         {
-            "checkout": c.folder,
-            "median_ms": 1e3 * median(samples[c.folder]),
-            "least_ms": 1e3 * min(samples[c.folder]),
-            "ratio": median(
-                [a / b for a, b in zip(samples[c.folder], samples[first.folder], strict=True)]
-            ),
+            "checkout": folder,
+            "median_ms": 1e3 * median(every[folder]),
+            "least_ms": 1e3 * min(every[folder]),
+            **ratios(samples[folder], samples[first]),
             "largest_difference_of_losses": max(
-                abs(a - b) for a, b in zip(c.losses, first.losses, strict=True)
+                abs(a - b) for a, b in zip(losses[folder], losses[first], strict=True)
             ),
         }
-        for c in checkouts
+        for folder in args.checkouts
     ]
+
+
+def started(args: Any, stack: ExitStack, *, in_reverse: bool) -> list[Checkout]:
+    """A process for each checkout, one after another, that has taken its first steps."""
+    mode = "compiled" if args.compile else "eager"
+    config = str(Path(args.config).resolve())
+    checkouts = []
+    for folder in args.checkouts[:: -1 if in_reverse else 1]:
+        checkouts.append(stack.enter_context(Checkout(folder, config, args.vocab_size, mode)))
+        checkouts[-1].steps(N_WARM)
+    return checkouts
+
+
+def ratios(samples: list[list[float]], first: list[list[float]]) -> dict[str, float]:
+    """Of the samples of every start to those of the first checkout: median, least, largest."""
+    of_starts = [
+        median([a / b for a, b in zip(*of_start, strict=True)])
+        for of_start in zip(samples, first, strict=True)
+    ]
+    return {
+        "ratio": median(of_starts),
+        "least_ratio": min(of_starts),
+        "largest_ratio": max(of_starts),
+    }
 
 
 if __name__ == "__main__":

@@ -28,12 +28,14 @@ def test_a_checkout_beside_itself_has_the_same_losses(config, tmp_path):
     (tmp_path / "link").symlink_to(ROOT)
     out = tmp_path / "out.json"
     done = checkouts(
-        *(tmp_path / "link", ".", "--config", config, "--turns", 2, "--steps", 2, "--json", out)
+        *(tmp_path / "link", ".", "--config", config, "--starts", 2, "--turns", 1, "--steps", 2),
+        *("--json", out),
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [row["checkout"] for row in rows] == [str(tmp_path / "link"), "."]
-    assert rows[0]["ratio"] == 1
+    assert rows[0]["ratio"] == rows[0]["least_ratio"] == rows[0]["largest_ratio"] == 1
+    assert rows[1]["least_ratio"] <= rows[1]["ratio"] <= rows[1]["largest_ratio"]
     assert rows[1]["largest_difference_of_losses"] == 0
     assert 0 < rows[1]["least_ms"] <= rows[1]["median_ms"]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from wavelet_lm.roles import Runs
 from wavelet_lm.transforms.delays import Crawl, Shift
 from wavelet_lm.transforms.history import Ring
-from wavelet_lm.transforms.means import as_factor, as_summand
+from wavelet_lm.transforms.means import as_factor, as_summand, products_stand_alone
 from wavelet_lm.transforms.wavelet import Histories, Wavelet
 
 INIT_NOISE = 0.01
@@ -108,7 +108,7 @@ class LiftingWavelet(Wavelet):
         The update nets are one product where they are alike. None of them waits for another:
         c_0 = √2^L a − Σ_k √2^k U_k(d_k).
         """
-        if not all(map(is_plain, self._updates)):
+        if products_stand_alone(bands[0]) or not all(map(is_plain, self._updates)):
             return super().reconstruct(bands)
         if isinstance(bands, Tensor):
             approximation, details = bands.split((1, self.levels))

@@ -185,6 +185,15 @@ def as_summand(x: Tensor) -> Tensor:
     return wide(x)
 
 
+def products_stand_alone(x: Tensor) -> bool:
+    """Whether products of one shape with x, of any shape, cost less one by one than as a batch.
+
+    So they do in a compiled step on a CPU: its library's products in batches are slower, and the
+    compiler has what goes in written together first. Elsewhere a batch saves launches.
+    """
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Products in x's own dtype, x of any shape, where autocast would take another."""
     # The meta device has no autocast, and where there is none it is no part of an exported graph.

@@ -4,17 +4,21 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 from torch.nn.functional import silu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.models.wavelet_lm.mixer import NarrowMixer, Routed, mix_scales, scale_mixers
 from wavelet_lm.transforms.hadamard import HadamardTransform
+from wavelet_lm.transforms.lifting import LiftingWavelet
 
 WIDTHS = [(1, 1, 1, 0.5), (1, 0.5, 1, 0.5), (0.5, 0.5, 0.5, 0.5), None]
 
 
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("switches", [{}, {"low_rank": 0}, {"use_mixer_gate": False}])
-def test_mixing_together_is_mixing_alone(widths, switches):
+@pytest.mark.parametrize("compiling", [False, True])
+def test_mixing_together_is_mixing_alone(widths, switches, compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     keys = {"C": 8, "levels": 3, "per_scale_mixer_widths": widths, "low_rank": 2, **switches}
     config = ModelConfig(**keys)
     mixers, H = scale_mixers(config, 0).double(), HadamardTransform(8).double()
@@ -32,6 +36,32 @@ def test_mixing_together_is_mixing_alone(widths, switches):
         if core.U is not None:
             y = y + (x @ core.V) @ core.U.T
         torch.testing.assert_close(got[s], y @ mixer.B.T if core is not mixer else y)
+
+
+def test_products_are_batched_unless_a_step_is_compiled_on_a_cpu():
+    config = ModelConfig(C=8, levels=3, per_scale_mixer_widths=None, low_rank=2)
+    mixers, H = scale_mixers(config, 0), HadamardTransform(8)
+    wavelet = LiftingWavelet(3, 8)
+    bands, routing = torch.randn(4, 2, 5, 8), torch.eye(4)
+    traced, ran = [], []
+
+    def both():
+        return wavelet.reconstruct(mix_scales(mixers, bands, routing, H).unbind())
+
+    def backend(graph, inputs):
+        traced.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ran.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Recorder():
+        expected = both()
+    torch.testing.assert_close(torch.compile(both, backend=backend)(), expected)
+    assert any("bmm" in name for name in ran)
+    assert traced and not any("bmm" in name for name in traced)
 
 
 @pytest.mark.parametrize("compiling", [False, True])

@@ -13,7 +13,7 @@ from wavelet_lm.config import ModelConfig
 from wavelet_lm.models.wavelet_lm.layers import Gain, ScaleNorm
 from wavelet_lm.roles import MAP, Role
 from wavelet_lm.transforms.hadamard import HadamardTransform
-from wavelet_lm.transforms.means import as_factor
+from wavelet_lm.transforms.means import as_factor, products_stand_alone
 
 IDENTITY_NOISE = 1e-3
 GATE_NOISE = 0.02
@@ -143,7 +143,10 @@ def mix_scales(
     """
     bands = as_factor(bands)
     gates = bands if routing is None else Routed.apply(as_factor(routing), bands)
-    groups = [list(group) for _, group in groupby(mixers, key=lambda mixer: mixer.width)]
+    if products_stand_alone(bands):
+        groups = [[mixer] for mixer in mixers]
+    else:
+        groups = [list(group) for _, group in groupby(mixers, key=lambda mixer: mixer.width)]
     if len(groups) == 1:
         return mix_alike(groups[0], bands, gates, rotate)
     sizes = [len(group) for group in groups]
@@ -191,6 +194,8 @@ def rotated(weights: dict[str, Tensor], rotate: nn.Module) -> dict[str, Tensor]:
 
 def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [n, B, T, in], weight [n, out, in] -> [n, B, T, out]."""
+    if len(x) == 1:  # the compiler leaves a batch of one a batch
+        return nn.functional.linear(x[0], weight[0])[None]
     return torch.bmm(x.flatten(1, 2), weight.mT).unflatten(1, x.shape[1:3])
 
 
