@@ -1,7 +1,7 @@
 """What a compiled training step launches and moves on a CUDA GPU, counted on a machine without one.
 
     python benchmarks/step_cost.py --configs tiny,lifting
-    python benchmarks/step_cost.py --configs headline --json headline.json
+    python benchmarks/step_cost.py --configs headline --largest 20 --json headline.json
     python benchmarks/step_cost.py --configs tiny --check benchmarks/results/step_cost.json
 
 torch.compile writes the code of a step in bfloat16 for a device that is not there (`fake_cuda.py`);
@@ -9,13 +9,13 @@ its kernels are counted and nothing runs. Counts, not times:
 
 - kernels: nodes of the compiler's schedule, each a launch, forward and backward;
 - in products, outside: bytes that they read and write, in the library's kernels (matrix products
-  above all) and in those that the compiler writes;
+  above all) and in those that the compiler writes, of slices and looked-up rows those alone;
 - kept: bytes that the backward pass reads and the forward pass has made;
 - optimizer: bytes a parameter of clipping and the update, operation by operation.
 
 A config is one of the table's names or a file. The headline takes two minutes of a CPU, `tiny` half
-of one.
-`--check` fails where kernels or bytes are a tenth above those of a file that was stored before.
+of one. `--largest N` lists the kernels outside of products that move the most. `--check` fails
+where kernels or bytes are a tenth above those of a file that was stored before.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if __name__ == "__main__":
 
     run_command(pretend)  # before PyTorch asks for devices
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,7 @@ from wavelet_lm.cli.flags import OneLineParser
 from wavelet_lm.config import Config, read_json_object
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.models.registry import model_without_weights, n_params
+from wavelet_lm.training.compilation import GPU_OPTIONS
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
 from wavelet_lm.training.weights import Weights
@@ -121,7 +123,8 @@ def count(config: Config, vocab_size: int) -> dict[str, Any]:
         torch._dynamo.reset()
         try:
             with precision.autocast(), working.in_place():
-                torch.compile(model.loss, fullgraph=True)(idx, idx, model.first_window(B, device))
+                compiled = torch.compile(model.loss, fullgraph=True, options=GPU_OPTIONS)
+                compiled(idx, idx, model.first_window(B, device))
         except Ready:
             pass
         optimizer = optimizer_bytes(model, config, precision, working)
@@ -130,7 +133,8 @@ def count(config: Config, vocab_size: int) -> dict[str, Any]:
     row = {"parameters": n, "tokens": B * T}
     for key in ("kernels", "in_products", "outside"):
         row[key] = [forward[key], backward[key]]
-    return {**row, "kept": backward["kept"], "optimizer": round(optimizer / n, 1)}
+    row |= {"kept": backward["kept"], "optimizer": round(optimizer / n, 1)}
+    return {**row, "largest": forward["largest"] + backward["largest"]}
 
 
 def optimizer_bytes(
@@ -215,26 +219,87 @@ def captured() -> Iterator[dict[bool, dict[str, Any]]]:
 
 def graph_cost(graph: Any) -> dict[str, Any]:
     """Kernels and bytes of a graph that has been scheduled."""
-    from torch._inductor.ir import MultiOutput
-
-    nodes = [
-        (node.is_extern(), node.get_read_write_buffers_sizes())
-        for node in graph.scheduler.nodes
-        if not isinstance(
-            getattr(node, "node", None), MultiOutput
-        )  # one of the results of the kernel before it
-    ]
+    nodes = [node for node in graph.scheduler.nodes if is_kernel(node)]
+    kernels = [(node.is_extern(), moved(node), described(node)) for node in nodes]
     inputs = zip(graph.graph_input_names, graph.example_inputs, strict=True)
     return {
-        "kernels": len(nodes),
-        "in_products": sum(n for is_extern, n in nodes if is_extern),
-        "outside": sum(n for is_extern, n in nodes if not is_extern),
+        "kernels": len(kernels),
+        "in_products": sum(n for is_extern, n, _ in kernels if is_extern),
+        "outside": sum(n for is_extern, n, _ in kernels if not is_extern),
+        "largest": [(n, what) for is_extern, n, what in kernels if not is_extern],
         "kept": sum(
             x.numel() * x.element_size()
             for name, x in inputs
             if isinstance(x, Tensor) and not name.startswith(("primals", "tangents"))
         ),
     }
+
+
+def is_kernel(node: Any) -> bool:
+    """Whether a node of the schedule is a launch: not one of several results, not a view."""
+    from torch._inductor.ir import MultiOutput
+    from torch._inductor.scheduler import NopKernelSchedulerNode
+
+    is_result = isinstance(getattr(node, "node", None), MultiOutput)
+    return not (is_result or isinstance(node, NopKernelSchedulerNode))
+
+
+def moved(node: Any) -> int:
+    """Bytes that a kernel reads and writes: of slices and of rows that are looked up, those alone.
+
+    PyTorch's own count, which a library's kernel has here, takes the whole buffer where several
+    operations are fused.
+    """
+    from torch._inductor.scheduler import ForeachKernelSchedulerNode
+
+    if isinstance(node, ForeachKernelSchedulerNode):  # several kernels in one launch
+        return sum(map(moved, node.snodes))
+    if node.is_extern():
+        return node.get_read_write_buffers_sizes()
+    inner = node.get_nodes()
+
+    def leaves(buffer: str) -> bool:
+        """Whether anything else reads it."""
+        users = node.scheduler.name_to_buf[buffer].users
+        return any(user.node not in inner for user in users)
+
+    touched: dict[str, dict[Any, int]] = {}
+    made = {buffer.get_name() for part in inner for buffer in part.get_outputs()}
+    for part in inner:
+        for dep in (*part.read_writes.reads, *part.read_writes.writes):
+            if dep.name not in made or leaves(dep.name):
+                touched.setdefault(dep.name, {})[dep] = numbers(dep)
+    return sum(_size(buffer, sum(deps.values())) for buffer, deps in touched.items())
+
+
+def numbers(dep: Any) -> int:
+    """How many of a buffer's numbers a dependency reads or writes."""
+    from torch._inductor.dependencies import MemoryDep
+
+    if not isinstance(dep, MemoryDep):  # an order of kernels, by which nothing is read
+        return 0
+    used = dep.index.free_symbols
+    pairs = zip(dep.var_names, dep.size, strict=True)
+    return math.prod(int(size) for var, size in pairs if dep.is_indirect() or var in used)
+
+
+def _size(buffer: str, most: int) -> int:
+    """Bytes of a buffer, or of as many of its numbers."""
+    from torch._inductor.virtualized import V
+
+    numel, dtype = int(V.graph.get_numel(buffer)), V.graph.get_dtype(buffer)
+    return min(numel, most) * dtype.itemsize
+
+
+def described(node: Any) -> str:
+    """What a kernel makes, as dtype and shape, and of which operations of the graph."""
+    made = [
+        f"{str(b.node.get_dtype()).removeprefix('torch.')} {[*map(int, b.node.get_size())]}"
+        for b in node.get_outputs()
+        if b.node.has_tensor_output()
+    ]
+    origins = {origin.name for part in node.get_nodes() for origin in part.node.get_origins()}
+    return f"{', '.join(dict.fromkeys(made))} of {' '.join(sorted(origins))}"
 
 
 class Traffic(TorchDispatchMode):
@@ -302,6 +367,7 @@ def check(rows: list[dict[str, Any]], stored: dict[str, dict[str, Any]], file: s
 def main() -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configs", default=",".join(CONFIGS), metavar="LIST")
+    parser.add_argument("--largest", type=int, default=0, metavar="N", help="list N kernels [0]")
     parser.add_argument("--check", metavar="FILE", help="compare with what is stored there")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     args = parser.parse_args()
@@ -310,7 +376,11 @@ def main() -> None:
     stored = stored_rows(args.check, configs) if args.check else {}  # before minutes of counting
     rows = []
     for name, (config, vocab_size) in configs.items():
-        rows.append({"config": name, "vocab_size": vocab_size, **count(config, vocab_size)})
+        row = {"config": name, "vocab_size": vocab_size, **count(config, vocab_size)}
+        largest = sorted(row.pop("largest"), reverse=True)[: args.largest]
+        for n, what in largest:
+            print(f"{name}: {n / 1e6:,.1f} MB, {what}")
+        rows.append(row)
     print(as_table(rows))
     if args.json:
         write_results(args.json, rows)

@@ -5,7 +5,7 @@ import torch
 
 from tests.training import runs
 from wavelet_lm.errors import UserError
-from wavelet_lm.training.compilation import compiled
+from wavelet_lm.training.compilation import GPU_OPTIONS, compiled
 from wavelet_lm.training.run import train
 
 
@@ -18,11 +18,11 @@ class Loss(torch.nn.Module):
         return (torch.rand(()) * x * self.weight).sum(), None
 
 
-def broken_at_once(function):
+def broken_at_once(function, **options):
     raise RuntimeError("no C++ compiler\nfound here")
 
 
-def broken_when_called(function):
+def broken_when_called(function, **options):
     def call(*args, **kwargs):
         torch.rand(5)
         return broken_at_once(function)
@@ -41,7 +41,7 @@ class FailsInBackward(torch.autograd.Function):
         broken_at_once(None)
 
 
-def broken_in_backward(function):
+def broken_in_backward(function, **options):
     def call(*args, **kwargs):
         loss, state = function(*args, **kwargs)
         return FailsInBackward.apply(loss), state
@@ -85,7 +85,25 @@ def test_auto_falls_back_with_a_notice_and_the_same_losses(monkeypatch, no_cuda_
     monkeypatch.setattr(torch, "compile", broken)
     values, lines = losses("auto")
     assert values == eager
-    assert lines[1:] == ["going on without torch.compile, which failed: no C++ compiler found here"]
+    assert lines[1:] == [
+        "compiling once more without combo_kernels: no C++ compiler",
+        "going on without torch.compile, which failed: no C++ compiler found here",
+    ]
+
+
+def test_a_gpu_goes_without_merged_kernels_where_they_fail(monkeypatch, no_cuda_generator):
+    asked = []
+
+    def compiler(function, options=None):
+        asked.append(options)
+        return broken_when_called(function) if options else function
+
+    eager, _ = losses(False)
+    monkeypatch.setattr(torch, "compile", compiler)
+    values, lines = losses(True)
+    assert values == eager
+    assert asked == [GPU_OPTIONS, None]
+    assert lines[1:] == ["compiling once more without combo_kernels: no C++ compiler"]
 
 
 @BROKEN

@@ -5,7 +5,11 @@ import scipy.linalg
 import torch
 from torch.autograd import gradcheck
 
-from wavelet_lm.transforms.hadamard import HadamardTransform, hadamard_transform
+from wavelet_lm.transforms.hadamard import (
+    HadamardTransform,
+    _ScaledInProduct,
+    hadamard_transform,
+)
 
 WIDTHS = [1, 2, 4, 16, 64, 128, 256, 512, 2048]
 
@@ -19,6 +23,23 @@ def scipy_matrix(n: int) -> torch.Tensor:
 def test_equals_scipy(n, make):
     x = torch.randn(3, 2, n, dtype=torch.float64)
     torch.testing.assert_close(make(n)(x), x @ scipy_matrix(n), rtol=0, atol=1e-12)
+
+
+def scaled_in_product(x):
+    """As a compiled step on a GPU takes it."""
+    return _ScaledInProduct.apply(
+        x, *(f.to(x.dtype) for f in HadamardTransform(x.shape[-1]).buffers())
+    )
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+def test_a_scale_within_the_product_is_the_same(n):
+    x = torch.randn(3, 2, n, dtype=torch.float64, requires_grad=True)
+    y = scaled_in_product(x)
+    torch.testing.assert_close(y, x @ scipy_matrix(n), rtol=0, atol=1e-12)
+    g = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, x, g)
+    torch.testing.assert_close(grad, g @ scipy_matrix(n), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", WIDTHS)

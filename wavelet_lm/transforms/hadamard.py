@@ -8,6 +8,7 @@ log2(n) passes over memory.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,18 +64,49 @@ class HadamardTransform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """H x over the last dimension: [..., n] -> [..., n], dtype kept."""
-        shape = x.shape
+        factors = [getattr(self, f"factor_{i}").to(x.dtype) for i in range(len(self.sizes))]
         with without_autocast(x):
-            outer = 1
-            for i, size in enumerate(self.sizes):
-                factor = getattr(self, f"factor_{i}").to(x.dtype)
-                inner = self.n // (outer * size)
-                if inner == 1:
-                    x = x.reshape(-1, size) @ factor
-                else:
-                    x = factor @ x.reshape(-1, size, inner)
-                outer *= size
-            return x.reshape(shape) * (1 / math.sqrt(self.n))
+            if torch.compiler.is_compiling() and x.is_cuda:
+                return _ScaledInProduct.apply(x, *factors)
+            return _products(x, factors, _product) * (1 / math.sqrt(self.n))
 
     def extra_repr(self) -> str:
         return f"{self.n}"
+
+
+class _ScaledInProduct(torch.autograd.Function):
+    """The transform with its scale in the last product: a GPU's library multiplies what it adds up
+    by a number before it is rounded, and a pass over the result is spared, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *factors: Tensor) -> Tensor:
+        """[..., n] -> [..., n]."""
+        ctx.save_for_backward(*factors)
+        return _products(x, factors, _scaled_product)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """H is symmetric: [..., n] -> [..., n]."""
+        factors = ctx.saved_tensors
+        return _products(grad, factors, _scaled_product), *[None] * len(factors)
+
+
+def _products(
+    x: Tensor, factors: Sequence[Tensor], last: Callable[[Tensor, Tensor, int], Tensor]
+) -> Tensor:
+    """x [..., n] with every factor along its part of n; `last` takes rows, a factor and n."""
+    shape = x.shape
+    inner = shape[-1]
+    for factor in factors[:-1]:
+        inner //= len(factor)
+        x = factor @ x.reshape(-1, len(factor), inner)
+    return last(x.reshape(-1, inner), factors[-1], shape[-1]).reshape(shape)
+
+
+def _product(rows: Tensor, factor: Tensor, n: int) -> Tensor:
+    return rows @ factor
+
+
+def _scaled_product(rows: Tensor, factor: Tensor, n: int) -> Tensor:
+    # Of what is added to the product, nothing.
+    return torch.addmm(factor[0], rows, factor, beta=0, alpha=1 / math.sqrt(n))

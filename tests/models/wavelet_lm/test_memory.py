@@ -38,6 +38,13 @@ def test_equals_brute_force_over_all_keys(size):
     torch.testing.assert_close(memory(x), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_scores_at_once_are_those_of_the_halves(size):
+    memory = make(*size)
+    q = torch.randn(2, 7, size[0], dtype=torch.float64)
+    torch.testing.assert_close(memory.scores_at_once(q), memory.scores(q), rtol=1e-12, atol=1e-12)
+
+
 def test_reads_few_rows_with_weights_that_sum_to_one():
     memory = make(16, 64, 8, 2)
     rows, weights = memory.read_plan(torch.randn(2, 5, 16, dtype=torch.float64))

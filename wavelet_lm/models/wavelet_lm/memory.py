@@ -86,8 +86,16 @@ class ProductKeyMemory(nn.Module):
 
     def scores(self, q: Tensor) -> Tensor:
         """Scores of all sub-keys for queries [B, T, C]: [B, T, heads, 2, √num_keys]."""
+        if self.training and torch.compiler.is_compiling() and q.is_cuda:
+            return self.scores_at_once(q)
         a, b = q.view(*q.shape[:2], self.heads, 2, -1).unbind(3)
         return torch.stack((self.keys_a(a), self.keys_b(b)), 3)
+
+    def scores_at_once(self, q: Tensor) -> Tensor:
+        """`scores` of [B, T, C] in one product for both halves, which are fewer launches."""
+        halves = q.view(*q.shape[:2], self.heads, 2, -1)
+        keys = torch.stack((self.keys_a.weight, self.keys_b.weight), 1)
+        return torch.einsum("bthsd,hsnd->bthsn", halves, keys)
 
     def plan(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """`read_plan` from the scores of the sub-keys, [..., heads, 2, √num_keys].

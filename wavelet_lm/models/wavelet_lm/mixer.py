@@ -223,7 +223,7 @@ class Routed(torch.autograd.Function):
 def weighted_sums(weights: Tensor, x: Tensor) -> Tensor:
     """Σ_s weights_rs x_s, for [S, S] and [S, B, T, Cp]."""
     if torch.compiler.is_compiling() and x.is_cuda and len(x) <= MOST_SUMMED:
-        return (weights[:, :, None, None, None] * x).sum(1)
+        return (weights[:, :, None, None, None] * x).sum(1).to(x.dtype)
     return torch.tensordot(weights, x, dims=1)
 
 
