@@ -57,12 +57,12 @@ def pretend() -> None:
     ctypes.CDLL(str(_library()), mode=ctypes.RTLD_GLOBAL)
     import torch
 
-    _patch(torch.cuda, torch.get_rng_state)
+    _patch(torch, torch.cuda)
     _tell_triton()
     _spare_the_compiler()
 
 
-def _patch(cuda, rng_state) -> None:
+def _patch(torch, cuda) -> None:
     """torch.cuda, before the compiler takes its functions from there."""
     properties = SimpleNamespace(**PROPERTIES)
     cuda._lazy_init = lambda: None
@@ -76,11 +76,13 @@ def _patch(cuda, rng_state) -> None:
         "_maybe_exchange_device": 0,
         "get_device_capability": CAPABILITY,
         "get_device_properties": properties,
-        "get_rng_state": rng_state(),
+        "get_rng_state": torch.get_rng_state(),
         "set_rng_state": None,
         "synchronize": None,
     }.items():
         setattr(cuda, name, lambda *_, answer=answer, **__: answer)
+    # Of fake tensors, which make their numbers on the device.
+    torch.Tensor.new_tensor = lambda x, data: torch.tensor(data, dtype=x.dtype).to(x.device)
 
 
 def _tell_triton() -> None:

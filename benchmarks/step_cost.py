@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py --configs tiny,lifting
     python benchmarks/step_cost.py --configs headline --largest 20 --json headline.json
+    python benchmarks/step_cost.py --configs headline,mini --decode
     python benchmarks/step_cost.py --configs tiny --check benchmarks/results/step_cost.json
 
 torch.compile writes the code of a step in bfloat16 for a device that is not there (`fake_cuda.py`);
@@ -12,6 +13,8 @@ its kernels are counted and nothing runs. Counts, not times:
   above all) and in those that the compiler writes, of slices and looked-up rows those alone;
 - kept: bytes that the backward pass reads and the forward pass has made;
 - optimizer: bytes a parameter of clipping and the update, operation by operation.
+
+With `--decode` it is the compiled step that reads one token of one text, in bfloat16.
 
 A config is one of the table's names or a file. The headline takes two minutes of a CPU, `tiny` half
 of one. `--largest N` lists the kernels outside of products that move the most. `--check` fails
@@ -49,6 +52,9 @@ from torch.utils._pytree import tree_leaves
 from wavelet_lm.cli.flags import OneLineParser
 from wavelet_lm.config import Config, read_json_object
 from wavelet_lm.errors import UserError, run_command
+from wavelet_lm.fusion.fuse import fuse
+from wavelet_lm.inference.decoder import GPU_OPTIONS as DECODING
+from wavelet_lm.inference.decoder import StaticSession
 from wavelet_lm.models.registry import model_without_weights, n_params
 from wavelet_lm.training.compilation import GPU_OPTIONS
 from wavelet_lm.training.optimizers import Optimizer
@@ -135,6 +141,27 @@ def count(config: Config, vocab_size: int) -> dict[str, Any]:
         row[key] = [forward[key], backward[key]]
     row |= {"kept": backward["kept"], "optimizer": round(optimizer / n, 1)}
     return {**row, "largest": forward["largest"] + backward["largest"]}
+
+
+def count_decoding(config: Config, vocab_size: int) -> dict[str, Any]:
+    """The figures of the step that decodes one token of one text, as `Decoder` compiles it."""
+    device = torch.device("cuda", 0)
+    fused = fuse(model_without_weights(config, vocab_size).eval(), torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True), captured() as graphs, torch.no_grad():
+        model = without_storage(fused, device)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        decoder = SimpleNamespace(model=model, longest=None, adapts=False)
+        session = StaticSession(decoder, model(token, None)[1], max_step=1)
+        torch._dynamo.reset()
+        try:
+            step = torch.compile(session.decode, fullgraph=True, dynamic=False, options=DECODING)
+            step(token)
+        except Ready:
+            pass
+    step = graphs[False]
+    row = {"parameters": n_params(model), "tokens": 1, "kept": 0, "optimizer": 0.0}
+    row |= {key: [step[key]] for key in ("kernels", "in_products", "outside")}
+    return {**row, "largest": step["largest"]}
 
 
 def optimizer_bytes(
@@ -367,16 +394,20 @@ def check(rows: list[dict[str, Any]], stored: dict[str, dict[str, Any]], file: s
 def main() -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configs", default=",".join(CONFIGS), metavar="LIST")
+    parser.add_argument("--decode", action="store_true", help="count the decoding of one token")
     parser.add_argument("--largest", type=int, default=0, metavar="N", help="list N kernels [0]")
     parser.add_argument("--check", metavar="FILE", help="compare with what is stored there")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     args = parser.parse_args()
     check_targets([args.json])
     configs = {name: config_of(name) for name in args.configs.split(",")}
+    counted = count_decoding if args.decode else count
+    if args.decode:
+        configs = {f"{name}, decoding": config for name, config in configs.items()}
     stored = stored_rows(args.check, configs) if args.check else {}  # before minutes of counting
     rows = []
     for name, (config, vocab_size) in configs.items():
-        row = {"config": name, "vocab_size": vocab_size, **count(config, vocab_size)}
+        row = {"config": name, "vocab_size": vocab_size, **counted(config, vocab_size)}
         largest = sorted(row.pop("largest"), reverse=True)[: args.largest]
         for n, what in largest:
             print(f"{name}: {n / 1e6:,.1f} MB, {what}")

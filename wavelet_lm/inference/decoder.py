@@ -29,6 +29,9 @@ from wavelet_lm.quantization.weights import use_cpu_layout
 # Positions of a prompt that are read at once: what bounds the memory that a long prompt needs.
 PREFILL_POSITIONS = 4096
 GRAPH_WARM_UP_STEPS = 3
+# With one text, a product reads a matrix once and does nothing else: as a reduction it is left to
+# the compiler's own kernels, and the best of them is searched for.
+GPU_OPTIONS = {"coordinate_descent_tuning": True}
 
 Texts = Sequence[Sequence[int]]
 Step = Callable[[], None]
@@ -162,9 +165,7 @@ class Decoder:
         if any(b is None for b in buffers):
             return step
         if self.compile:
-            # With one text, a product reads a matrix once and does nothing else: as a reduction it
-            # is left to the compiler's own kernels, and the best of them is searched for.
-            options = {"coordinate_descent_tuning": True} if self.device.type == "cuda" else {}
+            options = GPU_OPTIONS if self.device.type == "cuda" else {}
             step = torch.compile(step, fullgraph=True, dynamic=False, options=options)
         if self.device.type == "cuda":
             return CapturedStep(step, [buffer for part in buffers for buffer in part])
