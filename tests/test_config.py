@@ -64,6 +64,11 @@ def test_every_key_has_a_meaning_and_an_allowed_default():
         ({"split": [0.9, 0.2, 0.1]}, ["split", "sum to 1"]),
         ({"split": [1.0, 0.0, 0.0]}, ["split"]),
         ({"split": "0.9"}, ["split", "list"]),
+        ({"repeated_passages": 1.5}, ["repeated_passages", "<= 1"]),
+        (
+            {"repeated_passages": 0.5, "data_order": "sequential"},
+            ["repeated_passages", "data_order"],
+        ),
         ({"per_scale_mixer_widths": []}, ["per_scale_mixer_widths", "list"]),
         ({"per_scale_mixer_widths": [1, 1]}, ["per_scale_mixer_widths", "levels"]),
         ({"per_scale_mixer_widths": [0] * 6}, ["per_scale_mixer_widths", "> 0"]),

@@ -66,6 +66,39 @@ def test_other_seeds_and_other_steps_draw_other_crops():
     assert len(set(drawn)) == 40
 
 
+@given(T=st.integers(1, 70), seed=st.integers(0, 99))
+def test_a_passage_comes_again_in_the_share_of_windows_that_was_asked_for(T, seed):
+    """Tokens say their own position, so that what was written over is seen."""
+    inputs, targets = RandomCrops(text(500), 60, T, seed, repeated=0.5)[3]
+    plain = RandomCrops(text(500), 60, T, seed)[3]
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    windows, before = (torch.cat([x[:, :1], y], 1) for x, y in ((inputs, targets), plain))
+    n_changed = 0
+    for window, old in zip(windows, before, strict=True):
+        at = (window != old).nonzero().flatten().tolist()
+        if not at:
+            continue
+        n_changed += 1
+        length, distance = len(at), int(old[at[0]] - window[at[0]])
+        assert at == list(range(at[0], at[0] + length))
+        assert (T + 1) // 8 <= length <= min(distance, (T + 1) // 2)
+        assert at[0] >= distance
+        again = window[at[0] - distance : at[0] - distance + length]
+        assert torch.equal(window[at], again)
+    assert n_changed <= 48
+    if T > 14:  # a passage of a shorter window may be empty
+        assert n_changed >= 12
+
+
+def test_passages_come_again_at_every_distance():
+    T = 31
+    inputs, _ = RandomCrops(text(500), 4000, T, seed=1, repeated=1.0)[0]
+    jumps = inputs.diff(dim=1)
+    back = {1 - int(jump) for jump in jumps[jumps < 0]}
+    assert {4, 10, 20, 27} <= back
+    assert max(back) <= T + 1 - 4
+
+
 @given(n=st.integers(25, 200), B=st.integers(1, 3), T=st.integers(1, 8))
 def test_streams_continue_row_by_row_and_wrap_at_the_end(n, B, T):
     streams = SequentialStreams(text(n), B, T)
@@ -122,10 +155,12 @@ def test_a_validation_split_of_one_token_is_refused():
         validation_batches(config(), text(1))
 
 
-@pytest.mark.parametrize("order", ["random", "sequential"])
+@pytest.mark.parametrize(
+    "order", [{}, {"repeated_passages": 0.5}, {"data_order": "sequential"}], ids=str
+)
 @pytest.mark.parametrize("size", [2, 4])
 def test_processes_read_their_parts_of_the_batch_of_one(order, size):
-    ours = config(data_order=order, micro_batch_size=4, grad_accum=2)
+    ours = config(**order, micro_batch_size=4, grad_accum=2)
     tokens = text(400)
     whole = training_batches(ours, tokens)
     n = 8 // size

@@ -204,6 +204,10 @@ def _run(c: Config) -> None:
         c.document_separator == "",
         "document_separator is empty; give a text such as <|endoftext|>, or leave it out",
     )
+    _refuse(
+        c.repeated_passages > 0 and c.data_order != "random",
+        f"repeated_passages changes random crops and data_order is {c.data_order}; use random",
+    )
     _refuse(len(c.adam_betas) != 2, f"adam_betas is {show(c.adam_betas)}; it must be two numbers")
     _refuse(
         c.weight_decay_mode == "decoupled" and not c.optimizer.startswith("Adagrad"),

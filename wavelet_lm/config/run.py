@@ -44,6 +44,13 @@ class DataConfig:
         "random", "random crops, or sequential streams", choices=("random", "sequential")
     )
     block_size: int = option(256, "positions of a training window", minimum=1)
+    repeated_passages: float = option(
+        0.0,
+        "share of the random crops in which a passage comes a second time, so that looking back"
+        " pays",
+        minimum=0,
+        maximum=1,
+    )
     cache_dir: str = option(
         DEFAULT_CACHE,
         "folder of the encoded texts, which are rebuilt when missing; the default is in"

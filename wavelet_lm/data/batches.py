@@ -5,6 +5,7 @@ saved state. A batch is what one optimizer step reads, whatever the size of the 
 which it does so: 1 of 8 windows, 2 of 4 and 8 of 1 train and validate on the same text.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -28,19 +29,36 @@ class Batches(Protocol):
 
 
 class RandomCrops:
-    """Windows at positions drawn independently for each step from (seed, step)."""
+    """Windows at positions drawn independently for each step from (seed, step).
+
+    Args:
+        repeated: share of the windows in which a passage comes a second time (`repeat_passage`).
+    """
 
     def __init__(
-        self, tokens: np.ndarray, batch_size: int, block_size: int, seed: int, own: slice = ALL
+        self,
+        tokens: np.ndarray,
+        batch_size: int,
+        block_size: int,
+        seed: int,
+        own: slice = ALL,
+        repeated: float = 0.0,
     ):
         _require_tokens(tokens, block_size + 1, block_size)
         self.tokens, self.seed, self.own = tokens, seed, own
-        self.batch_size, self.block_size = batch_size, block_size
+        self.batch_size, self.block_size, self.repeated = batch_size, block_size, repeated
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         generator = np.random.default_rng((self.seed, step))
         starts = generator.integers(len(self.tokens) - self.block_size, size=self.batch_size)
-        return cut(self.tokens, starts[self.own], self.block_size)
+        windows = windows_at(self.tokens, starts[self.own], self.block_size + 1)
+        if self.repeated:
+            # Drawn for all windows, so that those of a process are the same beside any others.
+            draws = generator.random((self.batch_size, 4))[self.own]
+            for window, (chance, *draw) in zip(windows, draws, strict=True):
+                if chance < self.repeated:
+                    repeat_passage(window, draw)
+        return with_targets(windows)
 
     def starts_text(self, step: int) -> bool:
         """Always: crops have nothing to do with one another."""
@@ -118,7 +136,8 @@ def training_batches(config: Config, tokens: np.ndarray, own: slice = ALL) -> Ba
     """
     if config.data_order == "sequential":
         return SequentialStreams(tokens, batch_size(config), config.block_size, own)
-    return RandomCrops(tokens, batch_size(config), config.block_size, config.seed, own)
+    shape = batch_size(config), config.block_size
+    return RandomCrops(tokens, *shape, config.seed, own, config.repeated_passages)
 
 
 def validation_batches(config: Config, tokens: np.ndarray) -> list[tuple[Tensor, Tensor]]:
@@ -166,9 +185,33 @@ def cut(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[Tensor
 
     Both are [B, block_size] int64, whatever integers `tokens` [N] are.
     """
-    windows = np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int64)
-    windows = torch.from_numpy(windows)
-    return windows[:, :-1], windows[:, 1:]
+    return with_targets(windows_at(tokens, starts, block_size + 1))
+
+
+def windows_at(tokens: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """[B, length] int64, whatever integers `tokens` [N] are."""
+    return np.stack([tokens[s : s + length] for s in starts]).astype(np.int64)
+
+
+def with_targets(windows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """All but the last token of windows [B, T + 1], and all but the first: [B, T] each."""
+    both = torch.from_numpy(windows)
+    return both[:, :-1], both[:, 1:]
+
+
+def repeat_passage(window: np.ndarray, draw: Sequence[float]) -> None:
+    """Write an eighth to a half of a window a second time over what follows it there.
+
+    Args:
+        window: [T] tokens, changed in place.
+        draw: three numbers in [0, 1): how long the passage is, where it stands, and where it comes
+            again.
+    """
+    T = len(window)
+    length = T // 8 + int(draw[0] * (T // 2 - T // 8 + 1))
+    first = int(draw[1] * (T - 2 * length + 1))
+    again = first + length + int(draw[2] * (T - 2 * length - first + 1))
+    window[again : again + length] = window[first : first + length]
 
 
 def _require_tokens(tokens: np.ndarray, needed: int, block_size: int) -> None:
