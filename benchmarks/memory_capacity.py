@@ -2,11 +2,12 @@
 
     python benchmarks/memory_capacity.py --key_dims 32,128,512 --lags 64,256,1024,2048
 
-Pairs of a random key (of length 1, one in each head) and one of `--values` random values are
-written one after the other without decay, and at the end the value of the pair that was written
-n pairs ago is asked for by its keys: right where it is the nearest to the sum of what the heads
-read. A row for each size of a key has the share of right answers at each n, for the writing
-strength β, the same for all pairs, that is best there.
+Pairs of a random key (normal numbers or, with `--activation silu`, their silu, made of length 1;
+one in each head) and one of `--values` random values are written one after the other without decay,
+and at the end the value of the pair that was written n pairs ago is asked for by its keys: right
+where it is the nearest to the sum of what the heads read. A row for each size of a key has the
+share of right answers at each n, for the writing strength β, the same for all pairs, that is best
+there.
 
 That is what a memory can do that writes at every position, all pairs alike, with random keys: a
 trained one may write more seldom, and its keys may be nearer to each other than random ones.
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from report import check_targets, natural, positive, positives, table, write_results
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, silu
 
 from wavelet_lm.cli.flags import OneLineParser, add_threads_flag
 from wavelet_lm.errors import run_command
@@ -35,6 +36,7 @@ from wavelet_lm.threads import use_threads
 STRENGTHS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 ASKED = 16  # pairs on end that are asked for at each lag, of each text
 TEXTS = 8
+ACTIVATIONS = {"identity": lambda x: x, "silu": silu}
 
 
 def written(keys: Tensor, values: Tensor, beta: float) -> Tensor:
@@ -47,13 +49,19 @@ def written(keys: Tensor, values: Tensor, beta: float) -> Tensor:
 
 
 def shares(
-    key_dim: int, lags: tuple[int, ...], heads: int, value_dim: int, n_values: int, beta: float
+    key_dim: int,
+    lags: tuple[int, ...],
+    heads: int,
+    value_dim: int,
+    n_values: int,
+    beta: float,
+    activation: str = "identity",
 ) -> dict[int, float]:
     """By lag, of what was written so many pairs before the last one, the part that is right."""
     T = max(lags) + ASKED
     table = normalize(torch.randn(n_values, value_dim), dim=-1)
     which = torch.randint(n_values, (TEXTS, T))
-    keys = normalize(torch.randn(TEXTS, T, heads, key_dim), dim=-1)
+    keys = normalize(ACTIVATIONS[activation](torch.randn(TEXTS, T, heads, key_dim)), dim=-1)
     memory = written(keys, table[which], beta)
     found = {}
     for lag in lags:
@@ -65,13 +73,19 @@ def shares(
 
 
 def measure(
-    key_dims: tuple[int, ...], lags: tuple[int, ...], heads: int, value_dim: int, n_values: int
+    key_dims: tuple[int, ...],
+    lags: tuple[int, ...],
+    heads: int,
+    value_dim: int,
+    n_values: int,
+    activation: str = "identity",
 ) -> list[dict[str, Any]]:
     """A row for each size of a key: `key_dim`, and by lag `share` and the best `beta`."""
     rows = []
     for key_dim in key_dims:
         by_beta = {
-            beta: shares(key_dim, lags, heads, value_dim, n_values, beta) for beta in STRENGTHS
+            beta: shares(key_dim, lags, heads, value_dim, n_values, beta, activation)
+            for beta in STRENGTHS
         }
         best = {lag: max(STRENGTHS, key=lambda beta: by_beta[beta][lag]) for lag in lags}
         share = {lag: round(by_beta[beta][lag], 4) for lag, beta in best.items()}
@@ -87,6 +101,8 @@ def main() -> None:
     add("--heads", type=positive, default=4, metavar="N", help="that add up what they read [4]")
     add("--value_dim", type=positive, default=32, metavar="N", help="[32]")
     add("--values", type=positive, default=64, metavar="N", help="different ones [64]")
+    text = "of the keys before they have length 1 [%(default)s]"
+    add("--activation", choices=tuple(ACTIVATIONS), default="identity", help=text)
     add("--seed", type=natural, default=0, metavar="N", help="[0]")
     add_threads_flag(parser)
     add("--json", metavar="FILE", help="write the results there")
@@ -94,12 +110,14 @@ def main() -> None:
     check_targets([args.json])
     use_threads(args.threads)
     torch.manual_seed(args.seed)
-    rows = measure(args.key_dims, args.lags, args.heads, args.value_dim, args.values)
+    sizes = args.heads, args.value_dim, args.values
+    rows = measure(args.key_dims, args.lags, *sizes, args.activation)
     head = ["numbers of a key", *(f"{lag:,} ago" for lag in args.lags)]
     cells = [[row["key_dim"], *(f"{row['share'][lag]:.0%}" for lag in args.lags)] for row in rows]
     print(f"chance is {1 / args.values:.1%}\n{table(head, cells)}")
     if args.json:
-        about = {key: getattr(args, key) for key in ("heads", "value_dim", "values", "seed")}
+        told = ("heads", "value_dim", "values", "activation", "seed")
+        about = {key: getattr(args, key) for key in told}
         write_results(args.json, rows, **about)
 
 

@@ -38,6 +38,15 @@ def test_what_is_left_after_n_others():
     assert left.item() == pytest.approx(beta * (1 - beta / dk) ** n, rel=0.03)
 
 
+def test_keys_of_silu_hold_less():
+    torch.manual_seed(0)
+    apart, alike = (
+        memory_capacity.shares(64, (64,), 4, 16, 64, 0.5, activation)[64]
+        for activation in ("identity", "silu")
+    )
+    assert apart > alike + 0.1
+
+
 def test_the_table(tmp_path, monkeypatch, capsys):
     results = tmp_path / "results.json"
     arguments = ["--key_dims", "4,64", "--lags", "2,64", "--json", results]

@@ -122,6 +122,7 @@ def test_bytes_read_per_token_are_those_of_the_products_of_a_step(config):
         {"tie_embedding_to_lm_head": True, "skip_proj_out": True, "lifting_linear_only": True},
         {"delta_memory": True, "delta_bands": 2},
         {"delta_memory": True, "delta_after_mixing": True},
+        {"delta_memory": True, "delta_activation": "identity"},
         {"mlp_activation": "relu2"},
     ],
 )

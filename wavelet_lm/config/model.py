@@ -155,6 +155,11 @@ class ModelConfig:
         minimum=0,
         cost="N·Hd·2·dk·delta_bands·Cp",
     )
+    delta_activation: str = option(
+        "silu",
+        "that of its queries and keys; of identity, a memory of the same size holds more",
+        choices=("silu", "identity"),
+    )
     delta_after_mixing: bool = option(
         False,
         "it reads the signal with the mixed scales added, after a norm of its own, in place of the"

@@ -17,6 +17,7 @@ class FusedDeltaMemory(DeltaMemory):
         nn.Module.__init__(self)
         self.heads, self.key_dim = memory.heads, memory.key_dim
         self.value_dim, self.n_bands = memory.value_dim, memory.n_bands
+        self.activation = memory.activation
         self.after_mixing, self.norm = memory.after_mixing, memory.norm
         self.norm_weight, self.out = memory.norm_weight, memory.out
         self.dropout = nn.Identity()

@@ -16,9 +16,9 @@ CONFIG = tiny_config(
 )
 
 
-def memory() -> DeltaMemory:
+def memory(**keys) -> DeltaMemory:
     torch.manual_seed(0)
-    return perturb(DeltaMemory(CONFIG).double()).eval()
+    return perturb(DeltaMemory(CONFIG.replace(**keys)).double()).eval()
 
 
 def inputs():
@@ -28,15 +28,17 @@ def inputs():
     return h, list(torch.randn(*shape, generator=g).double())
 
 
-def test_it_computes_what_its_docstring_says():
-    m, (h, bands) = memory(), inputs()
+@pytest.mark.parametrize("activation", ["silu", "identity"])
+def test_it_computes_what_its_docstring_says(activation):
+    m, (h, bands) = memory(delta_activation=activation), inputs()
+    activate = silu if activation == "silu" else torch.nn.Identity()
     y, _ = m(h, bands)
     for b in range(B):
         S = torch.zeros(2, 3, 5).double()
         for t in range(T):
             x = h[b, t]
             f = torch.cat((x, bands[-1][b, t], bands[-2][b, t]))
-            q, k = (silu(w.weight @ f).view(2, 3) for w in (m.query, m.key))
+            q, k = (activate(w.weight @ f).view(2, 3) for w in (m.query, m.key))
             q, k = (z / z.norm(dim=-1, keepdim=True) for z in (q, k))
             v = (m.value.weight @ x).view(2, 5)
             beta, alpha = (m.rates.weight @ x + m.rates.bias).sigmoid().split(2)

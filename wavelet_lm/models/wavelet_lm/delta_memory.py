@@ -47,7 +47,8 @@ class DeltaMemory(nn.Module):
     h [B, T, C] is the block's normalised input or, with `delta_after_mixing`, LN of the signal that
     the mixed scales were added to; f = [h, d_0, …] the same beside the finest `delta_bands` details
     of the block's input. The rule is that of Yang, Kautz and Hatamizadeh (2024), "Gated Delta
-    Networks"; it runs in float32 at least.
+    Networks"; it runs in float32 at least. With `delta_activation` identity q and k are W f: keys
+    that silu made are nearly positive and so alike, and one memory holds fewer of them.
     """
 
     component = "delta memory"
@@ -61,6 +62,7 @@ class DeltaMemory(nn.Module):
         self.value_dim, self.n_bands = config.delta_value_dim, config.delta_bands
         n_keys, n_values = self.heads * self.key_dim, self.heads * self.value_dim
         n_features = C + self.n_bands * config.padded_channels
+        self.activation = nn.SiLU() if config.delta_activation == "silu" else nn.Identity()
         self.after_mixing = config.delta_after_mixing
         self.norm = nn.LayerNorm(C) if self.after_mixing else nn.Identity()
         self.query = nn.Linear(n_features, n_keys, bias=False)
@@ -141,8 +143,8 @@ class DeltaMemory(nn.Module):
         v, gate, rates = self.values_and_gates(h)
         beta, decay = wide(rates).split(self.heads, -1)
         inputs = RuleInputs(
-            normalize(silu(wide(q)), dim=-1),
-            normalize(silu(wide(k)), dim=-1),
+            normalize(self.activation(wide(q)), dim=-1),
+            normalize(self.activation(wide(k)), dim=-1),
             wide(v).unflatten(-1, (self.heads, -1)),
             logsigmoid(decay),
             beta.sigmoid(),
