@@ -157,7 +157,7 @@ class ModelConfig:
     )
     delta_activation: str = option(
         "silu",
-        "that of its queries and keys; of identity, a memory of the same size holds more",
+        "that of its queries and keys; without one a memory holds more keys, where they are random",
         choices=("silu", "identity"),
     )
     delta_after_mixing: bool = option(
