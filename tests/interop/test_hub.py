@@ -109,7 +109,7 @@ def test_the_card_says_what_it_is_and_is_never_written_over(hub, run):
     front = huggingface_hub.ModelCard(card).data
     assert (front.library_name, front.pipeline_tag) == ("wavelet-lm", "text-generation")
     assert "1.8971 bits per byte on the test split" in card
-    assert "1 blocks of 16 channels, trained on `python-stdlib`" in card
+    assert "1 block of 16 channels, trained on `python-stdlib`" in card
     assert f"wavelet-lm generate {PATH}" in card
     hub.commit(NAME, {"README.md": b"mine"})
     push(run, NAME)

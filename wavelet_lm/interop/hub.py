@@ -118,8 +118,8 @@ def model_card(name: str, checkpoint: Checkpoint, rows: list[Mapping[str, Any]])
         f"# {name.partition('/')[2]}",
         "",
         f"A `{config.model}` of {n_params(checkpoint.without_weights()):,} parameters:"
-        f" {config.layers} blocks of {config.C} channels, trained on `{data}` with windows of"
-        f" {config.block_size:,} tokens.",
+        f" {config.layers} block{'s' * (config.layers > 1)} of {config.C} channels, trained on"
+        f" `{data}` with windows of {config.block_size:,} tokens.",
     ]
     if checkpoint.quantization is not None:
         lines += ["", "Its weights are quantized: it writes and is evaluated, and does not train."]

@@ -21,8 +21,8 @@ def announcement(trainer: Trainer) -> Iterator[str]:
         f" ({data.tokenizer.name})"
     )
     yield (
-        f"{size:,} parameters in {config.layers} blocks of {config.C} channels,"
-        f" {_parts(config)}; about {needed.peak / GiB:.2f} GiB to train on"
+        f"{size:,} parameters in {config.layers} block{'s' * (config.layers > 1)}"
+        f" of {config.C} channels, {_parts(config)}; about {needed.peak / GiB:.2f} GiB to train on"
         f" {task.device} in {str(trainer.precision.dtype).removeprefix('torch.')}"
     )
     yield f"{trainer.progress.total_steps:,} steps of {task.per_step:,} tokens, {config.optimizer}"
