@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from tests.training import runs
+from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
+from wavelet_lm.models.registry import build_model
 from wavelet_lm.training.compilation import GPU_OPTIONS, compiled
 from wavelet_lm.training.run import train
 
@@ -167,3 +169,48 @@ def test_a_run_that_fell_back_has_the_losses_of_an_eager_run(
     log = (runs.only_run(folders[1]) / "log.txt").read_text(encoding="utf-8")
     assert "going on without torch.compile" in log
     assert runs.figures(runs.only_run(folders[0])) == runs.figures(runs.only_run(folders[1]))
+
+
+def compiled_beside_plain(config: Config, device: torch.device) -> None:
+    """The loss and all gradients of one step, in float32."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = build_model(config, 64).to(device).train()
+    idx = torch.randint(64, (config.micro_batch_size, config.block_size + 1), device=device)
+    results, lines = [], []
+    for loss_of in (model.loss, compiled(model, config, device, lines.append)):
+        model.zero_grad()
+        loss, _ = loss_of(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        results.append((loss.detach(), gradients))
+    (plain, expected), (loss, got) = results
+    torch.testing.assert_close(loss, plain, rtol=1e-4, atol=1e-5)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4 * max(1, float(b.abs().max())))
+    assert not any("without" in line for line in lines)
+
+
+SWITCHES = [{}, {"delta_memory": True, "mixer_transform": "identity"}, {"model": "gpt", "heads": 4}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_a_compiled_step_has_the_loss_and_gradients_of_the_plain_one(switches):
+    compiled_beside_plain(step_config(switches), torch.device("cpu"))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_merged_kernels_have_the_loss_and_gradients_of_the_plain_step(switches):
+    compiled_beside_plain(step_config(switches), torch.device("cuda"))
+
+
+def step_config(switches: dict) -> Config:
+    keys = {"C": 64, "layers": 2, "block_size": 64, "micro_batch_size": 4, "compile": True}
+    no_dropout = {f"dropout_{part}": 0 for part in ("embedding", "projection", "mlp", "lm_head")}
+    if switches.get("model") == "gpt":
+        return Config.from_dict({**keys, **no_dropout, **switches}, source="test")
+    keys |= {"levels": 3, "per_scale_mixer_widths": [1, 1, 0.5, 0.5], "pkm_enabled": True}
+    keys |= {"pkm_num_keys": 64, "pkm_top_k": 4, "fwpkm_enabled": False, "dropout_mixer": 0}
+    return Config.from_dict({**keys, **no_dropout, **switches}, source="test")
