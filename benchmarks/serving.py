@@ -46,12 +46,13 @@ from served_process import Server, served
 from wavelet_lm.cli.flags import OneLineParser
 from wavelet_lm.config import Config
 from wavelet_lm.data.tokenizers import ByteTokenizer
-from wavelet_lm.errors import run_command
+from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.models.checkpoint import save_checkpoint
 from wavelet_lm.models.registry import build_model, n_params
 
 MiB = 2**20
 VOCAB = 256
+PROMPT = 8  # tokens before a text
 SAMPLES = 20  # measurements of the soak
 ONE_STREAM = 4  # texts of one stream, for every time that many are written at once
 ALONGSIDE = 16  # connections that the soak asks by
@@ -84,7 +85,7 @@ class Progress:
 
 def ask_for(seed: int, tokens: int) -> dict[str, Any]:
     """A request for a text; by its seed alone it is known which."""
-    prompt = random.Random(seed).choices(range(32, 127), k=8)
+    prompt = random.Random(seed).choices(range(32, 127), k=PROMPT)
     return {
         "prompt": prompt,
         "seed": seed,
@@ -268,12 +269,18 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     check_targets([args.json])
+    has_gpt = "gpt" in args.models and not args.no_gpt
+    if has_gpt and PROMPT + args.tokens > args.gpt_context:
+        raise UserError(
+            f"--tokens {args.tokens} after a prompt of {PROMPT} are more than the"
+            f" {args.gpt_context} that the GPT reads; give a larger --gpt_context, or --no_gpt"
+        )
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         config = Config.from_json(args.config)
         run, n = make_run(Path(folder) / "wavelet_lm", config)
         runs = [("wavelet_lm", args.checkpoint or run, n)]
-        if "gpt" in args.models and not args.no_gpt:
+        if has_gpt:
             layers, C, heads = gpt_shape(n, VOCAB)
             shape = {"layers": layers, "C": C, "heads": heads, "block_size": args.gpt_context}
             # As `gpt_shape` counts: the head is the embedding, the table of positions is left out.

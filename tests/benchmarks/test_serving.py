@@ -32,6 +32,12 @@ def test_a_server_is_measured_and_written_down(tmp_path, monkeypatch, capsys):
     assert "8 of 8 requests" in printed.err  # it is seen to go on
 
 
+def test_texts_longer_than_what_the_gpt_reads_are_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["serving.py", "--tokens", "256", "--gpt_context", "256"])
+    with pytest.raises(UserError, match="--tokens 256 after a prompt of 8 are more than the 256"):
+        serving.main()
+
+
 def test_a_stream_that_failed_is_one_line():
     assert streamed_text(b'data: {"choices": [{"text": "a"}]}\n\ndata: [DONE]\n') == "a"
     with pytest.raises(UserError, match="full"):
