@@ -43,7 +43,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from report import check_targets, table, write_results
+from report import check_targets, natural, table, write_results
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -395,7 +395,9 @@ def main() -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configs", default=",".join(CONFIGS), metavar="LIST")
     parser.add_argument("--decode", action="store_true", help="count the decoding of one token")
-    parser.add_argument("--largest", type=int, default=0, metavar="N", help="list N kernels [0]")
+    parser.add_argument(
+        "--largest", type=natural, default=0, metavar="N", help="list N kernels [0]"
+    )
     parser.add_argument("--check", metavar="FILE", help="compare with what is stored there")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     args = parser.parse_args()

@@ -223,6 +223,28 @@ def test_a_further_request_is_not_waited_for_either(monkeypatch):
             assert connection.recv(4096) == b""
 
 
+def test_a_head_is_bounded_and_a_body_that_nobody_reads_is_none():
+    more = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
+    refused = b"POST /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 300000\r\n\r\n"
+    with servers.served(servers.make_service()) as url:
+        address = urlparse(url).hostname, urlparse(url).port
+        with socket.create_connection(address, timeout=10) as connection:
+            connection.sendall(refused)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 404")
+            for _ in range(30):  # in parts, of which no one ends the request and begins another
+                connection.sendall(b"x" * 10_000)
+                time.sleep(0.005)
+            connection.sendall(more)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        with socket.create_connection(address, timeout=10) as connection:
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: a\r\nX: ")
+            for _ in range(7):
+                connection.sendall(b"y" * 10_000)
+                time.sleep(0.005)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+            assert connection.recv(4096) == b""
+
+
 def test_who_takes_nothing_is_given_up(monkeypatch):
     """Its row has long ended; so must the request, which counts as a stream."""
     monkeypatch.setattr(process, "TAKE_SECONDS", 0.2)

@@ -31,22 +31,31 @@ class Protocol(HttpToolsProtocol):
 
     _hurry: asyncio.TimerHandle | None = None  # while a request's head is waited for
     _full: asyncio.TimerHandle | None = None  # while nothing more can be sent
-    _head = 0  # bytes of a head that came, as far as they came in parts of their own
+    _in_head, _head = True, 0  # bytes of a head that came, up to what belongs to the next one
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
         self._hurry = self.loop.call_later(HEAD_SECONDS, transport.close)
 
     def data_received(self, data: bytes) -> None:
+        self._head += len(data)
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._hurry, self._head = _cancelled(self._hurry), 0
-        elif not self.transport.is_closing():  # a request begins, or its head goes on
-            self._head += len(data)
-            if self._head > MOST_HEAD:
-                self.send_400_response("The head of the request is too long.")
-            elif self._hurry is None:
-                self._hurry = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        if self.transport.is_closing():
+            return
+        if self._in_head and self._head > MOST_HEAD:
+            self.send_400_response("The head of the request is too long.")
+        elif self.cycle is not None and not self.cycle.response_complete:
+            self._hurry = _cancelled(self._hurry)
+        elif self._hurry is None:  # a further request begins
+            self._hurry = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_head, self._head = True, 0
+        super().on_message_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
