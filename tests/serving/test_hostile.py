@@ -6,6 +6,7 @@ import random
 import socket
 import threading
 import time
+from http.client import HTTPResponse
 from urllib.parse import urlparse
 
 import httpx2 as httpx
@@ -209,6 +210,14 @@ def test_a_slow_client_is_not_waited_for(monkeypatch):
                 assert connection.recv(12) == answer
 
 
+def status_of(connection):
+    """The status of the next answer, which is read whole: it may come in several parts."""
+    answer = HTTPResponse(connection)
+    answer.begin()
+    answer.read()
+    return answer.status
+
+
 def test_a_further_request_is_not_waited_for_either(monkeypatch):
     monkeypatch.setattr(process, "HEAD_SECONDS", 0.2)
     with servers.served(servers.make_service()) as url:
@@ -216,9 +225,7 @@ def test_a_further_request_is_not_waited_for_either(monkeypatch):
         with socket.create_connection(address, timeout=10) as connection:
             for _ in range(2):
                 connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n")
-                answer = b""
-                while not answer.endswith(b"}]}"):
-                    answer += connection.recv(4096)
+                assert status_of(connection) == 200
             connection.sendall(b"GET /v1")
             assert connection.recv(4096) == b""
 
@@ -230,18 +237,18 @@ def test_a_head_is_bounded_and_a_body_that_nobody_reads_is_none():
         address = urlparse(url).hostname, urlparse(url).port
         with socket.create_connection(address, timeout=10) as connection:
             connection.sendall(refused)
-            assert connection.recv(4096).startswith(b"HTTP/1.1 404")
+            assert status_of(connection) == 404
             for _ in range(30):  # in parts, of which no one ends the request and begins another
                 connection.sendall(b"x" * 10_000)
                 time.sleep(0.005)
             connection.sendall(more)
-            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+            assert status_of(connection) == 200
         with socket.create_connection(address, timeout=10) as connection:
             connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: a\r\nX: ")
             for _ in range(7):
                 connection.sendall(b"y" * 10_000)
                 time.sleep(0.005)
-            assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+            assert status_of(connection) == 400
             assert connection.recv(4096) == b""
 
 
