@@ -50,13 +50,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wavelet_lm.cli.flags import OneLineParser
+from wavelet_lm.compiler import MERGED_KERNELS
 from wavelet_lm.config import Config, read_json_object
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.fusion.fuse import fuse
-from wavelet_lm.inference.decoder import GPU_OPTIONS as DECODING
-from wavelet_lm.inference.decoder import StaticSession
+from wavelet_lm.inference.decoder import REDUCTIONS, StaticSession
 from wavelet_lm.models.registry import model_without_weights, n_params
-from wavelet_lm.training.compilation import GPU_OPTIONS
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
 from wavelet_lm.training.weights import Weights
@@ -129,7 +128,7 @@ def count(config: Config, vocab_size: int) -> dict[str, Any]:
         torch._dynamo.reset()
         try:
             with precision.autocast(), working.in_place():
-                compiled = torch.compile(model.loss, fullgraph=True, options=GPU_OPTIONS)
+                compiled = torch.compile(model.loss, fullgraph=True, options=MERGED_KERNELS)
                 compiled(idx, idx, model.first_window(B, device))
         except Ready:
             pass
@@ -154,7 +153,8 @@ def count_decoding(config: Config, vocab_size: int) -> dict[str, Any]:
         session = StaticSession(decoder, model(token, None)[1], max_step=1)
         torch._dynamo.reset()
         try:
-            step = torch.compile(session.decode, fullgraph=True, dynamic=False, options=DECODING)
+            options = {**REDUCTIONS, **MERGED_KERNELS}
+            step = torch.compile(session.decode, fullgraph=True, dynamic=False, options=options)
             step(token)
         except Ready:
             pass

@@ -1,13 +1,38 @@
 """What follows where `torch.compile` does not work: a line and the same without it, or the end."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from wavelet_lm.errors import UserError
 
 T = TypeVar("T")
+
+# On a GPU: kernels that wait for nothing of each other are one launch. PyTorch calls that
+# experimental.
+MERGED_KERNELS: dict[str, Any] = {"combo_kernels": True}
+
+
+def merged_or_not(run: Callable[[dict[str, Any]], T], log: Callable[[str], object]) -> T:
+    """What `run` returns with the compiler's options `MERGED_KERNELS`, or where that fails without.
+
+    Args:
+        run: a first run of code that is compiled with the options given; its results do not depend
+            on what a run before it has left.
+        log: gets a line where the first run fails.
+
+    Raises:
+        UserError, torch.OutOfMemoryError: of the code itself; all that the second run raises.
+    """
+    try:
+        return run(MERGED_KERNELS)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        log(f"compiling once more without {', '.join(MERGED_KERNELS)}: {_first_line(error)}")
+        torch.compiler.reset()
+    return run({})
 
 
 def compiled_or_plain(
@@ -42,3 +67,7 @@ def compiled_or_plain(
             ) from error
     log(f"going on without torch.compile, which failed: {reason}")
     return plain()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

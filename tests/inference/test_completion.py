@@ -16,6 +16,7 @@ from tests.inference.writers import (
     tokens,
 )
 from wavelet_lm import UserError
+from wavelet_lm.compiler import MERGED_KERNELS
 from wavelet_lm.inference import interrupts
 from wavelet_lm.inference.completion import CoherenceOptions, Strategy
 from wavelet_lm.inference.decoder import Decoder
@@ -375,6 +376,28 @@ def test_a_compiler_that_fails_is_done_without_or_named(auto):
     assert lines[1:] == ["going on without torch.compile, which failed: no compiler at all"]
     assert figures(write(writer, ["bad"], Request(1, N))) == figures(expected)
     assert len(lines) == 2
+
+
+class Unmerging(Decoder):
+    """Compiles whole steps, but none with merged kernels."""
+
+    def accelerate(self, step, owners):
+        def fail():
+            raise RuntimeError("no such merge")
+
+        return fail if self.merging else step
+
+
+def test_a_compiler_that_fails_to_merge_kernels_is_asked_once_more_without():
+    lines = []
+    writer = small_writer(log=lines.append)
+    expected = write(writer, ["bad"], Request(1, N))
+    writer.decoder = Unmerging(writer.model, compile=True)
+    writer.decoder.merging = MERGED_KERNELS  # as on a GPU
+    for _ in range(2):  # the second text is not tried with them
+        assert figures(write(writer, ["bad"], Request(1, N))) == figures(expected)
+    assert lines[1:] == ["compiling once more without combo_kernels: no such merge"]
+    assert writer.decoder.compile
 
 
 def test_output_that_is_not_finite_is_no_fault_of_the_compiler():

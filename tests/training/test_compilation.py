@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests.training import runs
+from wavelet_lm.compiler import MERGED_KERNELS
 from wavelet_lm.config import Config
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.registry import build_model
-from wavelet_lm.training.compilation import GPU_OPTIONS, compiled
+from wavelet_lm.training.compilation import compiled
 from wavelet_lm.training.run import train
 
 
@@ -104,7 +105,7 @@ def test_a_gpu_goes_without_merged_kernels_where_they_fail(monkeypatch, no_cuda_
     monkeypatch.setattr(torch, "compile", compiler)
     values, lines = losses(True)
     assert values == eager
-    assert asked == [GPU_OPTIONS, None]
+    assert asked == [MERGED_KERNELS, None]
     assert lines[1:] == ["compiling once more without combo_kernels: no C++ compiler"]
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
-from wavelet_lm.compiler import compiled_or_plain
+from wavelet_lm.compiler import compiled_or_plain, merged_or_not
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import Drawn, check_vocabulary, sampled_tokens
 from wavelet_lm.inference.interrupts import ctrl_c_as_flag
@@ -307,14 +307,23 @@ class Writer:
         counts: Counts | None,
     ) -> Iterator[list[Drawn]]:
         """Like `_drawn`; a compiler that fails does so before anything is yielded."""
+        decoders = [*filter(None, (self.decoder, self.draft))]
 
         def begun(n: int) -> tuple[list[list[Drawn]], Iterator[list[Drawn]]]:
             """The first n steps, and those that follow."""
             steps = self._drawn(reading, requests, coherence, counts)
             return list(islice(steps, n)), steps
 
+        def merging(options: dict[str, Any]) -> tuple[list[list[Drawn]], Iterator[list[Drawn]]]:
+            for decoder in decoders:
+                decoder.merging = options
+            return begun(2)  # the second token is the first one of a step
+
+        def compiled() -> tuple[list[list[Drawn]], Iterator[list[Drawn]]]:
+            return merged_or_not(merging, self._log) if self.decoder.merging else begun(2)
+
         def plain() -> tuple[list[list[Drawn]], Iterator[list[Drawn]]]:
-            for decoder in filter(None, (self.decoder, self.draft)):
+            for decoder in decoders:
                 decoder.compile = False
             return begun(0)
 
@@ -325,7 +334,7 @@ class Writer:
                 self._log("compiling a step; the first one takes a minute or more")
                 self._announced = True
             first, steps = compiled_or_plain(
-                lambda: begun(2),  # the second token is the first one of a step
+                compiled,
                 plain,
                 required=not self._auto_compile,
                 way_out="--compile false",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from wavelet_lm.compiler import MERGED_KERNELS
 from wavelet_lm.devices import reading
 from wavelet_lm.errors import UserError
 from wavelet_lm.fusion.fuse import fuse, weight_bytes_per_token
@@ -31,7 +32,7 @@ PREFILL_POSITIONS = 4096
 GRAPH_WARM_UP_STEPS = 3
 # With one text, a product reads a matrix once and does nothing else: as a reduction it is left to
 # the compiler's own kernels, and the best of them is searched for.
-GPU_OPTIONS = {"coordinate_descent_tuning": True}
+REDUCTIONS = {"coordinate_descent_tuning": True}
 
 Texts = Sequence[Sequence[int]]
 Step = Callable[[], None]
@@ -53,6 +54,7 @@ class Decoder:
         device: where its tensors are.
         vocab_size: V of the logits.
         vectors: of the tokens, as the fused model reads them; `vectors[tokens]` is [n, C].
+        merging: options with which steps are compiled on a GPU, or none (`compiler.py`).
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Decoder:
                 )
         self.vocab_size: int = model.vocab_size
         self.device = next(model.parameters()).device
+        self.merging = MERGED_KERNELS if self.device.type == "cuda" else {}
 
     def prefill(self, texts: Texts, state: Any = None) -> tuple[Tensor, Any]:
         """Read one text per row, each of its own length (1 or more tokens).
@@ -165,7 +168,7 @@ class Decoder:
         if any(b is None for b in buffers):
             return step
         if self.compile:
-            options = GPU_OPTIONS if self.device.type == "cuda" else {}
+            options = {**REDUCTIONS, **self.merging} if self.device.type == "cuda" else {}
             step = torch.compile(step, fullgraph=True, dynamic=False, options=options)
         if self.device.type == "cuda":
             return CapturedStep(step, [buffer for part in buffers for buffer in part])

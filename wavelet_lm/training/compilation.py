@@ -6,12 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from wavelet_lm.compiler import compiled_or_plain
+from wavelet_lm.compiler import compiled_or_plain, merged_or_not
 from wavelet_lm.config import TrainingConfig
-from wavelet_lm.errors import UserError
-
-# Kernels that wait for nothing of each other are one launch: of the headline's step a quarter less.
-GPU_OPTIONS = {"combo_kernels": True}
 
 
 def compiled(
@@ -21,8 +17,8 @@ def compiled(
 
     `auto` compiles on CUDA alone: on a CPU the compiler takes a minute and gains 10–20% with these
     models (their time goes into matrix products either way). The first call tries whether the
-    compiler works here, forward and backward, on CUDA with `GPU_OPTIONS` and then without: where it
-    does not, `auto` says so and goes on without it, `true` stops. `auto` leaves it out where
+    compiler works here, forward and backward, on CUDA with merged kernels and then without: where
+    it does not, `auto` says so and goes on without it, `true` stops. `auto` leaves it out where
     weights step in backward: a compiled backward pass hands over all gradients at its end.
     """
     leave_out = device.type != "cuda" or config.optimizer_in_backward
@@ -45,15 +41,11 @@ def compiled(
         return loss
 
     def compiled_loss(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-        if device.type == "cuda":
-            try:
-                return tried(torch.compile(model.loss, options=GPU_OPTIONS), *args, **kwargs)
-            except (UserError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                log(f"compiling once more without {', '.join(GPU_OPTIONS)}: {_first_line(error)}")
-                torch.compiler.reset()
-        return tried(torch.compile(model.loss), *args, **kwargs)
+        def merging(options: dict[str, Any]) -> Callable[..., Any]:
+            given = {"options": options} if options else {}
+            return tried(torch.compile(model.loss, **given), *args, **kwargs)
+
+        return merged_or_not(merging, log) if device.type == "cuda" else merging({})
 
     def loss(*args: Any, **kwargs: Any) -> Any:
         nonlocal function
@@ -68,7 +60,3 @@ def compiled(
         return function(*args, **kwargs)
 
     return loss
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
