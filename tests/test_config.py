@@ -65,9 +65,10 @@ def test_every_key_has_a_meaning_and_an_allowed_default():
         ({"split": [1.0, 0.0, 0.0]}, ["split"]),
         ({"split": "0.9"}, ["split", "list"]),
         ({"repeated_passages": 1.5}, ["repeated_passages", "<= 1"]),
+        ({"carry_state": True}, ["carry_state", "data_order is random", "sequential"]),
         (
-            {"repeated_passages": 0.5, "data_order": "sequential"},
-            ["repeated_passages", "data_order"],
+            {"carry_state": True, "data_order": "sequential", "model": "gpt"},
+            ["carry_state", "model gpt", "grows"],
         ),
         ({"per_scale_mixer_widths": []}, ["per_scale_mixer_widths", "list"]),
         ({"per_scale_mixer_widths": [1, 1]}, ["per_scale_mixer_widths", "levels"]),

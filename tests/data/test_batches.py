@@ -101,7 +101,7 @@ def test_passages_come_again_at_every_distance():
 
 @given(n=st.integers(25, 200), B=st.integers(1, 3), T=st.integers(1, 8))
 def test_streams_continue_row_by_row_and_wrap_at_the_end(n, B, T):
-    streams = SequentialStreams(text(n), B, T)
+    streams = SequentialStreams(text(n), B, T, seed=1)
     n_windows = (n - 1) // B // T
     for i in range(2 * n_windows + 1):
         inputs, targets = streams[i]
@@ -115,9 +115,39 @@ def test_streams_continue_row_by_row_and_wrap_at_the_end(n, B, T):
 
 def test_streams_leave_out_less_than_a_window_per_row():
     n, B, T = 1000, 3, 8
-    streams = SequentialStreams(text(n), B, T)
+    streams = SequentialStreams(text(n), B, T, seed=1)
     seen = {int(x) for i in range(streams.n_windows) for x in streams[i][1].flatten()}
     assert n - len(seen) <= B * T + B
+
+
+@pytest.mark.parametrize(("T", "windows_back"), [(16, 0), (16, 5), (9, 2), (1, 3)])
+def test_passages_of_streams_come_from_the_first_half_of_a_window_before(T, windows_back):
+    """The text counts, so that every token says where it comes from."""
+    B, n_windows = 3, 40
+    tokens = text(B * n_windows * T + 1)
+    plain = SequentialStreams(tokens, B, T, seed=1)
+    streams = SequentialStreams(tokens, B, T, 1, repeated=0.75, windows_back=windows_back)
+    found, n_changed = set(), 0
+    for step in range(2 * n_windows):
+        windows, old = (torch.cat([b[0], b[1][:, -1:]], 1) for b in (streams[step], plain[step]))
+        assert torch.equal(windows[:, : T // 2], old[:, : T // 2])
+        assert torch.equal(windows[:, -1], old[:, -1])  # where the next window begins
+        for window, was in zip(windows, old, strict=True):
+            places = (window != was).nonzero().flatten().tolist()
+            if not places:
+                continue
+            n_changed += 1
+            assert places == list(range(places[0], places[-1] + 1))
+            assert T // 8 <= len(places) <= T // 2
+            passage = window[places]
+            assert (passage.diff() == 1).all()
+            back = int(was[0] - passage[0] + T - 1) // T
+            assert 0 <= back <= min(windows_back, step % n_windows)
+            first = int(passage[0] - (was[0] - back * T))
+            assert 0 <= first <= first + len(places) <= T // 2
+            found.add(back)
+    assert found == (set(range(windows_back + 1)) if T > 1 else set())
+    assert T == 1 or 0.65 < n_changed / (2 * n_windows * B) < 0.85
 
 
 @pytest.mark.parametrize(("order", "fits"), [("random", 9), ("sequential", 25)])
@@ -156,7 +186,14 @@ def test_a_validation_split_of_one_token_is_refused():
 
 
 @pytest.mark.parametrize(
-    "order", [{}, {"repeated_passages": 0.5}, {"data_order": "sequential"}], ids=str
+    "order",
+    [
+        {},
+        {"repeated_passages": 0.5},
+        {"data_order": "sequential"},
+        {"data_order": "sequential", "carry_state": True, "repeated_passages": 0.5},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("size", [2, 4])
 def test_processes_read_their_parts_of_the_batch_of_one(order, size):

@@ -52,6 +52,7 @@ SWITCHES = {
     "decompose_bypass_ema": flags,
     "decompose_bypass_cross_window": flags,
     "data_order": st.sampled_from(["random", "sequential"]),
+    "carry_state": flags,
     "delta_memory": flags,
     "delta_heads": st.integers(1, 2),
     "delta_key_dim": st.sampled_from([2, 3]),

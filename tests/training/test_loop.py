@@ -156,6 +156,43 @@ def test_each_line_has_the_rate_of_its_update(tmp_path, monkeypatch):
     assert used[-1] == pytest.approx(2e-4)
 
 
+CARRYING = {"data_order": "sequential", "carry_state": True}
+FAMILY = {
+    "memories": {"delta_memory": True, "fwpkm_enabled": True, "fwpkm_num_keys": 9},
+    "mean": {"decompose_bypass": True, "decompose_bypass_cross_window": True},
+    "cells": {"multinodal_enabled": True, "multinodal_num_cells": 2, "multinodal_cell_dim": 8},
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_windows_that_carry_the_state_are_read_as_one_text(name, tmp_path, monkeypatch):
+    """Of weights that stand still, the loss of a window is that of the whole text there."""
+    seen = []
+    real = LanguageModelling.losses
+
+    def watched(task, step, batch):
+        seen.append((task.model, torch.cat([inputs for inputs, _ in batch])))
+        for loss, (inputs, targets) in zip(real(task, step, batch), batch, strict=True):
+            seen[-1] += (float(loss.detach()),)
+            assert inputs.shape == targets.shape
+            yield loss
+
+    monkeypatch.setattr(LanguageModelling, "losses", watched)
+    (tmp_path / "words.txt").write_text(runs.some_text(90), encoding="utf-8")
+    still = {"lr": 1e-30, "min_lr": 1e-30, "grad_accum": 2, "max_steps": 4}
+    trained(tmp_path, **NO_DROPOUT, **CARRYING, **FAMILY[name], **still)
+    model = seen[0][0].train()  # in which a memory does not learn from what it reads
+    text = torch.cat([inputs for _, inputs, *_ in seen], dim=1)
+    T = seen[0][1].shape[1]
+    logits = model(text[:, :-1])[0].detach()
+    losses = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), text[:, 1:], reduction="none"
+    )
+    for step in range(3):
+        of_step = losses[:, step * T : (step + 1) * T].chunk(2)
+        assert seen[step][2:] == pytest.approx([float(part.mean()) for part in of_step], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("overrides", "evaluations"),
     [

@@ -28,6 +28,7 @@ MODELS = {
         "tie_embedding_to_lm_head": True,
         "gradient_checkpointing": True,
         **SEQUENTIAL,
+        "carry_state": True,
     },
     "efficient": {**{key: EFFICIENT[key] for key in RECIPE}, **DELTA},
     "loops": {

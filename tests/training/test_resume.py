@@ -84,6 +84,7 @@ def plain_run(tmp_path_factory):
         {"optimizer": "AdamW", "optimizer_eps": 1e-8, "amp_dtype": "bf16"},
         {"optimizer": "Muon", "optimizer_eps": 1e-8, "tie_embedding_to_lm_head": True},
         {"data_order": "sequential", "grad_accum": 2, "shared_lifting_weights": False},
+        {"data_order": "sequential", "grad_accum": 2, "carry_state": True, "delta_memory": True},
         {"optimizer": "Adagrad8bit", "C": 64, "max_steps": 30, "save_interval": 5},
         {"optimizer": "AdamW8bit", "C": 64, "max_steps": 30, "optimizer_eps": 1e-8},
     ],

@@ -49,6 +49,7 @@ SWITCHES = [
     "--decompose_bypass_ema",
     "--data_order sequential --decompose_bypass_cross_window",
     "--repeated_passages 0.5",
+    "--data_order sequential --carry_state --repeated_passages 0.5 --delta_memory",
     "--mlp_expansion 0",
     "--mlp_layers 3",
     "--pkm_enabled --pkm_num_keys 64 --pkm_heads 2",

@@ -205,8 +205,14 @@ def _run(c: Config) -> None:
         "document_separator is empty; give a text such as <|endoftext|>, or leave it out",
     )
     _refuse(
-        c.repeated_passages > 0 and c.data_order != "random",
-        f"repeated_passages changes random crops and data_order is {c.data_order}; use random",
+        c.carry_state and c.data_order != "sequential",
+        f"carry_state is for windows that follow each other and data_order is {c.data_order}; use"
+        " sequential",
+    )
+    _refuse(
+        c.carry_state and c.model != "wavelet_lm",
+        f"carry_state needs a state of constant size, and that of model {c.model} grows with the"
+        " text; leave it out",
     )
     _refuse(len(c.adam_betas) != 2, f"adam_betas is {show(c.adam_betas)}; it must be two numbers")
     _refuse(

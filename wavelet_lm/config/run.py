@@ -46,10 +46,15 @@ class DataConfig:
     block_size: int = option(256, "positions of a training window", minimum=1)
     repeated_passages: float = option(
         0.0,
-        "share of the random crops in which a passage comes a second time, so that looking back"
-        " pays",
+        "share of the training windows in which a passage comes a second time, so that looking"
+        " back pays",
         minimum=0,
         maximum=1,
+    )
+    carry_state: bool = option(
+        False,
+        "with data_order sequential, a window begins with the state that the text before it left;"
+        " no gradient goes back there",
     )
     cache_dir: str = option(
         DEFAULT_CACHE,

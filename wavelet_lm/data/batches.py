@@ -16,6 +16,8 @@ from wavelet_lm.config import Config, TrainingConfig
 from wavelet_lm.errors import UserError
 
 ALL = slice(None)
+# How far back a passage that comes again may stand, where windows know what was before them.
+WINDOWS_BACK = 16
 
 
 class Batches(Protocol):
@@ -66,18 +68,47 @@ class RandomCrops:
 
 
 class SequentialStreams:
-    """The text cut into `batch_size` parts that are read side by side, window after window."""
+    """The text cut into `batch_size` parts that are read side by side, window after window.
 
-    def __init__(self, tokens: np.ndarray, batch_size: int, block_size: int, own: slice = ALL):
+    Args:
+        repeated: share of the windows in whose second half a passage of a first half comes again,
+            so that what is repeated is never what was written over.
+        windows_back: how many windows before its own that first half may be; the logarithm of that
+            many and one is drawn evenly.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        batch_size: int,
+        block_size: int,
+        seed: int,
+        own: slice = ALL,
+        repeated: float = 0.0,
+        windows_back: int = 0,
+    ):
         _require_tokens(tokens, batch_size * block_size + 1, block_size)
-        self.tokens, self.block_size = tokens, block_size
+        self.tokens, self.seed, self.own = tokens, seed, own
+        self.batch_size, self.block_size = batch_size, block_size
+        self.repeated, self.windows_back = repeated, windows_back
         stream_length = (len(tokens) - 1) // batch_size
         self.starts = (np.arange(batch_size) * stream_length)[own]
         self.n_windows = stream_length // block_size
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        offset = step % self.n_windows * self.block_size
-        return cut(self.tokens, self.starts + offset, self.block_size)
+        T, number = self.block_size, step % self.n_windows
+        starts = self.starts + number * T
+        windows = windows_at(self.tokens, starts, T + 1)
+        if self.repeated:
+            generator = np.random.default_rng((self.seed, step))
+            # Drawn for all windows, so that those of a process are the same beside any others.
+            draws = generator.random((self.batch_size, 5))[self.own]
+            for window, start, (chance, far, *draw) in zip(windows, starts, draws, strict=True):
+                if chance < self.repeated:
+                    back = min(number, int((self.windows_back + 1) ** far) - 1)
+                    earlier = self.tokens[start - back * T : start - back * T + T // 2]
+                    repeat_earlier(window[:T], earlier, draw)
+        return with_targets(windows)
 
     def starts_text(self, step: int) -> bool:
         """Where the streams have come to their end and begin again."""
@@ -134,10 +165,12 @@ def training_batches(config: Config, tokens: np.ndarray, own: slice = ALL) -> Ba
     Args:
         own: which windows of each batch this process reads.
     """
-    if config.data_order == "sequential":
-        return SequentialStreams(tokens, batch_size(config), config.block_size, own)
     shape = batch_size(config), config.block_size
-    return RandomCrops(tokens, *shape, config.seed, own, config.repeated_passages)
+    options = config.seed, own, config.repeated_passages
+    if config.data_order == "sequential":
+        windows_back = WINDOWS_BACK if config.carry_state else 0
+        return SequentialStreams(tokens, *shape, *options, windows_back)
+    return RandomCrops(tokens, *shape, *options)
 
 
 def validation_batches(config: Config, tokens: np.ndarray) -> list[tuple[Tensor, Tensor]]:
@@ -212,6 +245,21 @@ def repeat_passage(window: np.ndarray, draw: Sequence[float]) -> None:
     first = int(draw[1] * (T - 2 * length + 1))
     again = first + length + int(draw[2] * (T - 2 * length - first + 1))
     window[again : again + length] = window[first : first + length]
+
+
+def repeat_earlier(window: np.ndarray, earlier: np.ndarray, draw: Sequence[float]) -> None:
+    """Write a passage, an eighth to a half of a window, over a part of the window's second half.
+
+    Args:
+        window: [T] tokens, changed in place.
+        earlier: [T // 2], where the passage stands.
+        draw: three numbers in [0, 1): how long it is, where it stands, and where it comes again.
+    """
+    T, half = len(window), len(earlier)
+    length = T // 8 + int(draw[0] * (half - T // 8 + 1))
+    first = int(draw[1] * (half - length + 1))
+    again = half + int(draw[2] * (T - half - length + 1))
+    window[again : again + length] = earlier[first : first + length]
 
 
 def _require_tokens(tokens: np.ndarray, needed: int, block_size: int) -> None:

@@ -108,10 +108,12 @@ class LanguageModel(nn.Module):
     def next_window(self, state: Any) -> Any:
         """The state that the next training window of the same texts starts with.
 
+        It is that of their whole text with `carry_state`, else nothing, or what a kind hands on.
+
         Args:
             state: what `loss` returned for the window before it.
         """
-        return None
+        return state if self.config.carry_state else None
 
     # --- parts ------------------------------------------------------------------------------------
 

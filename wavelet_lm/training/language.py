@@ -7,6 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten_with_path,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
 
 from wavelet_lm.config import Config
 from wavelet_lm.data.batches import (
@@ -19,7 +26,6 @@ from wavelet_lm.data.dataset import TokenizedText
 from wavelet_lm.errors import UserError
 from wavelet_lm.models.checkpoint import Checkpoint
 from wavelet_lm.models.stored_model import StoredModel
-from wavelet_lm.models.wavelet_lm.model import Carry
 from wavelet_lm.training.device_batches import to_device
 from wavelet_lm.training.processes import ALONE, Processes
 from wavelet_lm.training.run_folder import RunFolder
@@ -29,6 +35,8 @@ from wavelet_lm.training.weights import Weights
 
 # A loss this many times that of guessing uniformly has left the region from which it recovers.
 EXPLODED = 4.0
+# What begins the names of the tensors that windows hand on.
+CARRY = "carry"
 
 
 def total_steps(config: Config, data: TokenizedText) -> int:
@@ -38,12 +46,29 @@ def total_steps(config: Config, data: TokenizedText) -> int:
     return max(1, round(config.epochs * steps_per_epoch(config, len(data.train.tokens))))
 
 
+def _by_name(window: Any) -> dict[str, Tensor]:
+    leaves, _ = tree_flatten_with_path(window)
+    return {_leaf_name(place): rows for place, rows in leaves if rows is not None}
+
+
+def _leaf_name(place: tuple[Any, ...]) -> str:
+    """That of a tensor in a checkpoint; a mean that is all there is has always been `carry`."""
+    name = keystr(place)
+    return CARRY if name == ".mean" else CARRY + name
+
+
+def _together(*parts: Tensor | None) -> Tensor | None:
+    """The rows of all of them [n, ...], or None where a state has nothing there."""
+    return None if parts[0] is None else torch.cat(parts)
+
+
 class LanguageModelling(Task):
     """Mean nats per token; what a window hands on is carried to the next one of the same text.
 
     Attributes:
         loss_function: `model.loss`, or what computes the same.
-        window: what the next windows start with; None = nothing.
+        window: what the next windows start with, tensors [windows, ...] in whatever the model hands
+            on; None = nothing.
     """
 
     unit = "tokens"
@@ -67,7 +92,7 @@ class LanguageModelling(Task):
             config, data.valid.tokens, processes.rank, processes.size
         )
         self.loss_function: Callable[..., tuple[Tensor, Any]] = model.loss
-        self.window: Carry | None = None
+        self.window: Any = None
 
     def batch(self, step: int) -> list[MicroBatch]:
         """Tokens and next tokens, int64 [micro_batch_size, block_size] each, or fewer windows."""
@@ -82,7 +107,7 @@ class LanguageModelling(Task):
             starts[i] = self.model.next_window(state)
             yield loss
         if starts[0] is not None:
-            self.window = Carry(torch.cat([start.mean for start in starts]))
+            self.window = tree_map(_together, *starts)
 
     def _starts(self, step: int) -> list[Any]:
         """For each micro-batch the state that its windows start with, None for nothing.
@@ -94,7 +119,8 @@ class LanguageModelling(Task):
             window = self.model.first_window(self._n_windows, self.device)
         if window is None:
             return [None] * self.n_passes
-        return [Carry(mean) for mean in window.mean.chunk(self.n_passes)]
+        n = self.n_passes
+        return [tree_map_only(Tensor, lambda rows, i=i: rows.chunk(n)[i], window) for i in range(n)]
 
     @torch.no_grad()
     def validate(self) -> Validation:
@@ -149,7 +175,8 @@ class LanguageModelling(Task):
         }
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        return {} if self.window is None else {"carry": self.processes.joined(self.window.mean)}
+        leaves = {} if self.window is None else _by_name(self.window)
+        return {name: self.processes.joined(rows) for name, rows in leaves.items()}
 
     def check_data(self, checkpoint: Checkpoint) -> None:
         checkpoint.require({"train_tokens": (int,)})
@@ -169,6 +196,13 @@ class LanguageModelling(Task):
                     f" the one that this run began with; {advice}"
                 )
 
+    @torch.no_grad()
+    def _some_window(self) -> Any:
+        """What a window of one token hands on, for its structure; no random number is drawn."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            return self.model.next_window(self.model.loss(token, token)[1])
+
     @property
     def _eval_windows(self) -> int:
         return self.config.eval_batches * batch_size(self.config)
@@ -182,9 +216,13 @@ class LanguageModelling(Task):
     def restore(
         self, checkpoint: Checkpoint, tensors: dict[str, Tensor], log: Callable[[str], None]
     ) -> None:
+        saved = {name: rows for name, rows in tensors.items() if name.startswith(CARRY)}
         # One of another size is of before the streams were those of the whole batch.
-        if "carry" in tensors and len(tensors["carry"]) == batch_size(self.config):
-            self.window = Carry(tensors["carry"][self._own].to(self.device))
+        if saved and all(len(rows) == batch_size(self.config) for rows in saved.values()):
+            own = {name: rows[self._own].to(self.device) for name, rows in saved.items()}
+            leaves, structure = tree_flatten_with_path(self._some_window())
+            names = [_leaf_name(place) for place, _ in leaves]
+            self.window = tree_unflatten([own.get(name) for name in names], structure)
         if self.config.grad_accum > 1 and "eval_windows" not in checkpoint.metadata:
             log(
                 f"the steps up to {checkpoint.metadata['step']} drew their windows by micro-batch,"

@@ -89,7 +89,9 @@ class MultinodalLM(LanguageModel):
     def first_window(self, B: int, device: torch.device) -> Carry | None:
         return _side_by_side([cell.first_window(B, device) for cell in self.cells])
 
-    def next_window(self, state: tuple[State, ...]) -> Carry | None:
+    def next_window(self, state: tuple[State, ...]) -> tuple[State, ...] | Carry | None:
+        if self.config.carry_state:
+            return state
         pairs = zip(self.cells, state, strict=True)
         return _side_by_side([cell.next_window(s) for cell, s in pairs])
 

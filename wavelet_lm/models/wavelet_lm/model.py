@@ -149,9 +149,11 @@ class WaveletLM(LanguageModel):
             return None
         return Carry(torch.zeros(B, self.config.C, device=device))
 
-    def next_window(self, state: State) -> Carry | None:
-        """The last block's running mean after a window: detached, at least float32."""
-        return Carry(state[-1].mean.mean.detach()) if uses_carry(self.config) else None
+    def next_window(self, state: State) -> State | Carry | None:
+        """The whole state, or the last block's running mean: detached, at least float32."""
+        if uses_carry(self.config):
+            return Carry(state[-1].mean.mean.detach())
+        return super().next_window(state)
 
 
 def uses_carry(config: Config) -> bool:
@@ -161,4 +163,5 @@ def uses_carry(config: Config) -> bool:
         and config.decompose_bypass
         and config.decompose_bypass_cross_window
         and config.data_order == "sequential"
+        and not config.carry_state  # which has the mean, and all else
     )
