@@ -168,7 +168,7 @@ def optimizer_bytes(
     model: nn.Module, config: Config, precision: Precision, working: WorkingWeights
 ) -> int:
     """Bytes that clipping and the update of a model of fake tensors read and write."""
-    from wavelet_lm.kernels import triton_adagrad
+    from wavelet_lm.kernels import multi_tensor
 
     def backward() -> None:
         with working.in_place():
@@ -177,14 +177,13 @@ def optimizer_bytes(
 
     traffic = Traffic()
 
-    class OnePass(triton_adagrad.Launcher):
-        """The kernel by its arguments: each read once, weights and sums written."""
+    def one_pass(launcher: Any, kernel: Any, kind: Any, rows: list, *_: Any, **__: Any) -> None:
+        """A step's kernel: gradients are read, copies written, weights and states both."""
+        for weight, gradient, copy, *states in rows:
+            traffic.n_bytes += _bytes([weight, gradient, *states])
+            traffic.n_bytes += _bytes([weight, copy, *states])
 
-        def __call__(self, weights: list, gradients: list, sums: list, *others: Any) -> None:
-            traffic.n_bytes += _bytes([*weights, *gradients, *sums])
-            traffic.n_bytes += _bytes([*weights, *sums, *others[-1]])
-
-    original, triton_adagrad.Launcher = triton_adagrad.Launcher, OnePass
+    original, multi_tensor.Launcher.launch = multi_tensor.Launcher.launch, one_pass
     try:
         optimizer = Optimizer(model, config, copies=working.copies)
         for _ in range(2):  # the first one makes the state
@@ -195,7 +194,7 @@ def optimizer_bytes(
                 working.gather(in_float32=config.grad_accum > 1)
                 precision.update(optimizer, Weights(model), config.grad_clip)
     finally:
-        triton_adagrad.Launcher = original
+        multi_tensor.Launcher.launch = original
     return traffic.n_bytes
 
 

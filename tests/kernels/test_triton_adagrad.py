@@ -150,7 +150,8 @@ def test_compiles_for_every_gpu_and_moves_16_bytes_at_once(capability, half):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from wavelet_lm.kernels.triton_adagrad import ALIGNMENT, CHUNK, WARPS, _kernel
+    from wavelet_lm.kernels.multi_tensor import ALIGNMENT, CHUNK, WARPS
+    from wavelet_lm.kernels.triton_adagrad import _kernel
 
     constants = {"skip_ptr": None, "DECOUPLED": False, "ALIGNED": ALIGNMENT, "SIZE": CHUNK}
     constants["GRADIENT"] = tl.bfloat16 if half else tl.float32

@@ -5,6 +5,7 @@ import torch
 
 from tests.conftest import tiny_config
 from wavelet_lm.errors import UserError
+from wavelet_lm.kernels.adamw import adamw_
 from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint
 from wavelet_lm.models.registry import build_model
 from wavelet_lm.roles import maps
@@ -173,6 +174,43 @@ def test_a_state_of_pytorchs_adagrad_goes_on_here(reference):
     twin, _ = make("Adagrad")
     named = [(n, p) for n, p in twin.named_parameters() if p.requires_grad]
     old = reference([{"params": [p for _, p in named], "weight_decay": 1e-4}])
+
+    def step_old(seed):
+        torch.manual_seed(seed)
+        tokens = torch.randint(VOCAB, (2, 17))
+        twin.loss(tokens[:, :-1], tokens[:, 1:])[0].backward()
+        old.step()
+        old.zero_grad()
+
+    for seed in range(3):
+        step_old(seed)
+    saved = {f"0/{n}/{key}": value.clone() for n, p in named for key, value in old.state[p].items()}
+    optimizer.load_state(saved, {})
+    for seed in range(3, 6):
+        # From the same weights each time: a gradient that is nothing but rounding has a sign.
+        model.load_state_dict(twin.state_dict())
+        step_old(seed)
+        step(model, optimizer, seed)
+        for (key, a), b in zip(weights(model).items(), weights(twin).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=key)
+    now, _ = optimizer.state()
+    assert now.keys() == saved.keys()
+    assert all(now[key].item() == 6 for key in now if key.endswith("/step"))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_state_of_pytorchs_adamw_goes_on_in_the_pass_of_a_gpu_and_back(fused):
+    """Checkpoints of before hold the state of its fused form; the twin stands for the kernel."""
+    model, optimizer = make("AdamW", lr=0.01, weight_decay=0.1)
+    twin, _ = make("AdamW")
+    (ours,) = optimizer.parts
+    ours._update = adamw_
+    matrices = maps(twin)
+    named = [(n, p) for n, p in twin.named_parameters() if p.requires_grad]
+    keys = {"lr": 0.01, "betas": model.config.adam_betas, "eps": 1e-8, "fused": fused}
+    decayed = [{"params": [p for _, p in named if p in matrices], "weight_decay": 0.1}]
+    rest = [{"params": [p for _, p in named if p not in matrices], "weight_decay": 0.0}]
+    old = torch.optim.AdamW(decayed + rest, **keys)
 
     def step_old(seed):
         torch.manual_seed(seed)

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.training.test_optimizers import make, weights
 from wavelet_lm.kernels.adagrad import adagrad_
+from wavelet_lm.kernels.adamw import adamw_
 from wavelet_lm.roles import maps
 from wavelet_lm.training.precision import LossScale, Precision, collapsed
 from wavelet_lm.training.weights import Weights
@@ -30,6 +31,13 @@ def set_gradients(model, seed, size=1.0):
     for p in model.parameters():
         if p.requires_grad:
             p.grad = size * torch.randn(p.shape, generator=generator)
+
+
+def as_on_a_gpu(optimizer):
+    """Let the twins of the kernels step."""
+    for part in optimizer.parts:
+        if hasattr(part, "_update"):
+            part._update = adamw_ if isinstance(part, torch.optim.AdamW) else adagrad_
 
 
 class NothingIsRead(TorchDispatchMode):
@@ -76,8 +84,11 @@ def test_in_the_step_itself_clipping_and_scale_are_what_they_are_apart(name, cli
 
 @pytest.mark.parametrize("name", ("Adagrad", "AdamW", "Muon"))
 @pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_an_overflow_anywhere_leaves_weights_and_state_as_they_were(name, clip):
+@pytest.mark.parametrize("gpu", [False, True])
+def test_an_overflow_anywhere_leaves_weights_and_state_as_they_were(name, clip, gpu):
     model, optimizer = make(name)
+    if gpu:
+        as_on_a_gpu(optimizer)
     precision = precision_of(model, scale=1024.0)
     set_gradients(model, 0)
     precision.update(optimizer, Weights(model), clip)
@@ -98,8 +109,7 @@ def test_an_overflow_anywhere_leaves_weights_and_state_as_they_were(name, clip):
 @pytest.mark.parametrize("scale", [None, 1024.0])
 def test_no_step_on_a_gpu_reads_a_number(name, scale):
     model, optimizer = make(name, weight_decay=0.1)
-    if name == "Adagrad":
-        optimizer.parts[0]._update = adagrad_  # the twin of what steps there
+    as_on_a_gpu(optimizer)
     precision = precision_of(model, scale=scale, on_device=True)
     set_gradients(model, 0)
     with NothingIsRead():

@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import tiny_config
 from tests.training import runs
+from tests.training.test_precision import as_on_a_gpu
 from tests.training.test_resume import before_step, killed_run, whole_run
-from wavelet_lm.kernels.adagrad import adagrad_
 from wavelet_lm.models.registry import build_model
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
@@ -149,11 +149,11 @@ def assert_fresh(working):
         assert torch.equal(copy, p.to(copy.dtype))
 
 
-def test_on_a_gpu_the_pass_of_adagrad_reads_and_writes_the_copies():
+@pytest.mark.parametrize("name", ["Adagrad", "AdamW"])
+def test_on_a_gpu_the_pass_of_the_step_reads_and_writes_the_copies(name):
     """The twin of its kernel: no float32 gradient is made for a weight that has a copy."""
-    trial, other = Trial({}, copies=True), Trial({}, copies=True)
-    (adagrad,) = trial.optimizer.parts
-    adagrad._update = adagrad_
+    trial, other = (Trial({"optimizer": name}, copies=True) for _ in range(2))
+    as_on_a_gpu(trial.optimizer)
     for each in (trial, other):
         each.backward(0)
         each.precision.update(each.optimizer, Weights(each.model), 1.0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wavelet_lm.kernels.adagrad import Rates, adagrad_, decay_
-from wavelet_lm.training.working_weights import Copies, gradient
+from wavelet_lm.training.working_weights import Copies, with_gradients
 
 Update = Callable[..., None]
 
@@ -57,8 +57,7 @@ class Adagrad(torch.optim.Adagrad):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of all weights that have a gradient, in place."""
         for group in self.param_groups:
-            found = [(p, gradient(p, self.copies)) for p in group["params"]]
-            weights = [p for p, g in found if g is not None]
+            weights, gradients = with_gradients(group["params"], self.copies)
             if not weights:
                 continue
             states = [self._state(p) for p in weights]
@@ -70,7 +69,6 @@ class Adagrad(torch.optim.Adagrad):
             rates = Rates(
                 group["lr"], decoupled or group["weight_decay"], bool(decoupled), group["eps"]
             )
-            gradients = [g for _, g in found if g is not None]
             sums, steps = ([state[key] for state in states] for key in ("sum", "step"))
             scalars, copies = (self.grad_scale, self.found_inf), map(self.copies.get, weights)
             self._update(weights, gradients, sums, rates, *scalars, list(copies))

@@ -1,6 +1,6 @@
 """Optimizers by name, and their state as named tensors for the checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ from wavelet_lm.config import TrainingConfig
 from wavelet_lm.errors import missing_extra
 from wavelet_lm.kernels.adagrad import decay_
 from wavelet_lm.training.adagrad import Adagrad
+from wavelet_lm.training.adamw import AdamW
 from wavelet_lm.training.muon import STACK_BYTES, Muon, stacks, step_dtype
 from wavelet_lm.training.offload import brought, kept, refuse_offload_to_itself
 from wavelet_lm.training.weights import Weights
@@ -62,7 +63,7 @@ class Optimizer:
             case "Adagrad8bit":
                 self.parts = [_bitsandbytes(config, _groups(config, named, {}))]
             case "AdamW":
-                self.parts = [_adamw(config, _groups(config, matrices, others))]
+                self.parts = [self._adamw(config, _groups(config, matrices, others))]
             case "AdamW8bit":
                 self.parts = [_bitsandbytes(config, _groups(config, matrices, others))]
             case "Muon":
@@ -73,7 +74,7 @@ class Optimizer:
                         weight_decay=config.weight_decay,
                         whole=weights,
                     ),
-                    _adamw(config, _groups(config, {}, others)),
+                    self._adamw(config, _groups(config, {}, others)),
                 ]
         self.names = {p: n for n, p in named.items()}
         self._homes = {
@@ -88,6 +89,10 @@ class Optimizer:
         if self._in_backward:
             for p in self.names:
                 p.register_post_accumulate_grad_hook(self._step_and_free)
+
+    def _adamw(self, config: TrainingConfig, groups: list[dict[str, Any]]) -> AdamW:
+        options = {"lr": config.lr, "betas": config.adam_betas, "eps": config.optimizer_eps}
+        return AdamW(groups, **options, copies=self.copies)
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next steps."""
@@ -245,6 +250,20 @@ def step_bytes(model: nn.Module, device_type: str) -> dict[nn.Parameter, int]:
     return taken
 
 
+def widened_gradients(model: nn.Module, halves: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Of weights with a gradient in half precision, those that step on one in float32 made of it.
+
+    As on a GPU, where the passes of Adagrad and AdamW read the halves themselves.
+    """
+    match model.config.optimizer:
+        case "Adagrad" | "AdamW":
+            return []
+        case "Muon":
+            matrices = roles.maps(model)
+            return [p for p in halves if p in matrices]
+    return list(halves)
+
+
 @contextmanager
 def _only(part: torch.optim.Optimizer, number: int, p: nn.Parameter) -> Iterator[None]:
     """Inside, an optimizer has one weight, of the group of that number."""
@@ -270,12 +289,6 @@ def _groups(config: TrainingConfig, decayed: dict, others: dict) -> list[dict[st
         {"params": list(others.items()), "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _adamw(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.adam_betas, eps=config.optimizer_eps, fused=True
-    )
 
 
 def _bitsandbytes(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

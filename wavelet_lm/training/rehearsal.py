@@ -24,7 +24,7 @@ from wavelet_lm.config import Config
 from wavelet_lm.models import losses
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.registry import build_model
-from wavelet_lm.training.optimizers import state_bytes, step_bytes
+from wavelet_lm.training.optimizers import state_bytes, step_bytes, widened_gradients
 from wavelet_lm.training.working_weights import WorkingWeights, copied_dtype
 
 WEIGHTS, GRADIENTS, STATE, ACTIVATIONS = "weights", "gradients", "optimizer state", "activations"
@@ -246,10 +246,9 @@ class StepCounter(TorchDispatchMode):
     def result(self) -> Rehearsal:
         """After the backward passes; the optimizer's step is still to come."""
         if not self.config.optimizer_in_backward:
-            # All but Adagrad step on gradients in float32, made of those in half precision.
             halves = [p for p in self.working.copies if p.grad is None]
-            made = 0 if self.config.optimizer == "Adagrad" else 4 * sum(p.numel() for p in halves)
-            self._note(max(self.step.values()) + made)
+            widened = widened_gradients(self.model, halves)
+            self._note(max(self.step.values()) + 4 * sum(p.numel() for p in widened))
         host = self.state if self.config.optimizer_offload else 0
         passes = self.config.grad_accum
         return Rehearsal(self.most_held, host, self.operations, passes, self.collectives)

@@ -7,7 +7,7 @@ gradient stays as the product made it. What is computed is the same: a copy is t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -98,3 +98,11 @@ def places(model: nn.Module) -> dict[tuple[nn.Module, str], nn.Parameter]:
 def gradient(p: nn.Parameter, copies: Copies) -> Tensor | None:
     """Of a weight, in its shape: its own, or that of its copy in half precision."""
     return copies[p].grad if p.grad is None and p in copies else p.grad
+
+
+def with_gradients(
+    weights: Iterable[nn.Parameter], copies: Copies
+) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """The weights, of any shapes, that have a `gradient`, and these, each in its weight's shape."""
+    found = [(p, g) for p in weights if (g := gradient(p, copies)) is not None]
+    return [p for p, _ in found], [g for _, g in found]
