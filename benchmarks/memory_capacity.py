@@ -2,12 +2,12 @@
 
     python benchmarks/memory_capacity.py --key_dims 32,128,512 --lags 64,256,1024,2048
 
-Pairs of a random key (normal numbers or, with `--activation silu`, their silu, made of length 1;
-one in each head) and one of `--values` random values are written one after the other without decay,
-and at the end the value of the pair that was written n pairs ago is asked for by its keys: right
-where it is the nearest to the sum of what the heads read. A row for each size of a key has the
-share of right answers at each n, for the writing strength β, the same for all pairs, that is best
-there.
+Pairs of a random key (normal numbers or, with `--activation silu`, their silu or, with square, the
+products of all pairs of `--key_dims` of them, made of length 1; one in each head) and one of
+`--values` random values are written one after the other without decay, and at the end the value of
+the pair that was written n pairs ago is asked for by its keys: right where it is the nearest to the
+sum of what the heads read. A row for each size of a key has the share of right answers at each n,
+for the writing strength β, the same for all pairs, that is best there.
 
 That is what a memory can do that writes at every position, all pairs alike, with random keys: a
 trained one may write more seldom, and its keys may be nearer to each other than random ones.
@@ -31,12 +31,13 @@ from torch.nn.functional import normalize, silu
 from wavelet_lm.cli.flags import OneLineParser, add_threads_flag
 from wavelet_lm.errors import run_command
 from wavelet_lm.kernels.delta_rule import delta_rule
+from wavelet_lm.models.wavelet_lm.delta_memory import PairProducts
 from wavelet_lm.threads import use_threads
 
 STRENGTHS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 ASKED = 16  # pairs on end that are asked for at each lag, of each text
 TEXTS = 8
-ACTIVATIONS = {"identity": lambda x: x, "silu": silu}
+ACTIVATIONS = {"identity": lambda x: x, "silu": silu, "square": PairProducts()}
 
 
 def written(keys: Tensor, values: Tensor, beta: float) -> Tensor:

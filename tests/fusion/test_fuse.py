@@ -123,6 +123,7 @@ def test_bytes_read_per_token_are_those_of_the_products_of_a_step(config):
         {"delta_memory": True, "delta_bands": 2},
         {"delta_memory": True, "delta_after_mixing": True},
         {"delta_memory": True, "delta_activation": "identity"},
+        {"delta_memory": True, "delta_activation": "square", "delta_key_dim": 4},
         {"mlp_activation": "relu2"},
     ],
 )

@@ -58,7 +58,7 @@ SWITCHES = {
     "delta_key_dim": st.sampled_from([2, 3]),
     "delta_value_dim": st.sampled_from([2, 4]),
     "delta_bands": st.integers(0, 2),
-    "delta_activation": st.sampled_from(["silu", "identity"]),
+    "delta_activation": st.sampled_from(["silu", "identity", "square"]),
     "delta_after_mixing": flags,
     "delta_horizons": st.sampled_from([(4, 150), (500, 2)]),
     "phase_gating": flags,

@@ -28,6 +28,7 @@ SWITCHES = [
     "--delta_memory --delta_heads 2 --delta_key_dim 8 --delta_value_dim 16 --delta_bands 0",
     "--delta_memory --delta_bands 2 --wavelet_mode haar --no_wavelet_crawl",
     "--delta_memory --delta_activation identity",
+    "--delta_memory --delta_activation square --delta_key_dim 6",
     "--delta_memory --delta_after_mixing --no_decompose_bypass --mlp_activation relu2",
     "--hadamard_top_k 32",
     "--wavelet_decomp_norm",

@@ -157,8 +157,9 @@ class ModelConfig:
     )
     delta_activation: str = option(
         "silu",
-        "that of its queries and keys; without one a memory holds more keys, where they are random",
-        choices=("silu", "identity"),
+        "that of its queries and keys; square takes the products of all pairs of their numbers, so"
+        " that few weights make long keys, and unlike ones are farther apart",
+        choices=("silu", "identity", "square"),
     )
     delta_after_mixing: bool = option(
         False,

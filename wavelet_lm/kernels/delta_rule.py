@@ -10,7 +10,7 @@ For each text and head, with S [dk, dv], keys of length 1, a decay 0 < α ≤ 1 
 `chunked` takes `CHUNK` positions at once: within a chunk the u_t solve a unit lower-triangular
 system, between chunks one product passes the state on. On a CPU `delta_rule.cpp` runs the
 recurrence with the state in the first-level cache, where there is a compiler for it; on CUDA it is
-the kernel of fla-core where that is installed.
+the kernel of fla-core where that is installed and keys have up to 256 numbers.
 
 All tensors: q, k [B, T, H, dk], v [B, T, H, dv], log_decay, beta [B, T, H], state [B, H, dk, dv],
 of one dtype, float32 or float64. All forms return y [B, T, H, dv] and the states after every
@@ -37,7 +37,7 @@ FEW_POSITIONS = 4
 # Numbers of the states, times positions, from which a CPU kernel is worth a second thread.
 THREAD_WORK = 1 << 19
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLA_CHUNK = 64  # fla-core's own
+FLA_CHUNK, FLA_LONGEST_KEY = 64, 256  # fla-core's own
 HAS_FLA = importlib.util.find_spec("fla") is not None
 
 INPUTS = ("q", "k", "v", "log_decay", "beta", "state")
@@ -71,7 +71,7 @@ def delta_rule(
         y, states = _on_cpu(*inputs, every or CHUNK)
     elif every or T <= FEW_POSITIONS:
         y, states = recurrent(*inputs, every)
-    elif q.is_cuda and HAS_FLA:
+    elif q.is_cuda and HAS_FLA and q.shape[-1] <= FLA_LONGEST_KEY:
         y, states, _, _ = _by_fla(*inputs)
     else:
         y, states = chunked(*inputs)

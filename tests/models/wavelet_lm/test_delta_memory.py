@@ -28,17 +28,22 @@ def inputs():
     return h, list(torch.randn(*shape, generator=g).double())
 
 
-@pytest.mark.parametrize("activation", ["silu", "identity"])
-def test_it_computes_what_its_docstring_says(activation):
-    m, (h, bands) = memory(delta_activation=activation), inputs()
-    activate = silu if activation == "silu" else torch.nn.Identity()
+def square(z):
+    """x xᵀ of each row [heads, d], all of it: the same dot products of twice as many numbers."""
+    return torch.einsum("hi,hj->hij", z, z).flatten(1)
+
+
+@pytest.mark.parametrize("activate", [silu, torch.nn.Identity(), square], ids=str)
+def test_it_computes_what_its_docstring_says(activate):
+    names = {silu: "silu", square: "square"}
+    m, (h, bands) = memory(delta_activation=names.get(activate, "identity")), inputs()
     y, _ = m(h, bands)
     for b in range(B):
-        S = torch.zeros(2, 3, 5).double()
+        S = torch.zeros(2, 9 if activate is square else 3, 5).double()
         for t in range(T):
             x = h[b, t]
             f = torch.cat((x, bands[-1][b, t], bands[-2][b, t]))
-            q, k = (activate(w.weight @ f).view(2, 3) for w in (m.query, m.key))
+            q, k = (activate((w.weight @ f).view(2, 3)) for w in (m.query, m.key))
             q, k = (z / z.norm(dim=-1, keepdim=True) for z in (q, k))
             v = (m.value.weight @ x).view(2, 5)
             beta, alpha = (m.rates.weight @ x + m.rates.bias).sigmoid().split(2)

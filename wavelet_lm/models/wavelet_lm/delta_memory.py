@@ -37,6 +37,22 @@ class RuleInputs(NamedTuple):
     beta: Tensor
 
 
+class PairProducts(nn.Module):
+    """φ(x) with φ(x)ᵀ φ(y) = (xᵀ y)²: a number's square, and √2 times the product of any two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d (d + 1) / 2]."""
+        d = x.shape[-1]
+        twice = math.sqrt(2) * x
+        pairs = [twice * x.roll(-lag, -1) for lag in range(1, (d + 1) // 2)]
+        if d % 2 == 0:  # those half a turn apart would come twice
+            pairs.append(twice[..., : d // 2] * x[..., d // 2 :])
+        return torch.cat((x * x, *pairs), -1)
+
+
+ACTIVATIONS = {"silu": nn.SiLU, "identity": nn.Identity, "square": PairProducts}
+
+
 class DeltaMemory(nn.Module):
     """out = W_o (rms_norm(y) ⊙ silu(W_g h)), where y is what the memory answers.
 
@@ -48,7 +64,9 @@ class DeltaMemory(nn.Module):
     the mixed scales were added to; f = [h, d_0, …] the same beside the finest `delta_bands` details
     of the block's input. The rule is that of Yang, Kautz and Hatamizadeh (2024), "Gated Delta
     Networks"; it runs in float32 at least. With `delta_activation` identity q and k are W f: keys
-    that silu made are nearly positive and so alike, and one memory holds fewer of them.
+    that silu made are nearly positive and so alike, and one memory holds fewer of them. With square
+    they are the `PairProducts` of W f: keys of dk (dk + 1) / 2 numbers, whose likeness is the
+    square of what it was, so that what is a little alike is nearly at a right angle.
     """
 
     component = "delta memory"
@@ -58,11 +76,12 @@ class DeltaMemory(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         C = config.C
-        self.heads, self.key_dim = config.delta_heads, config.delta_key_dim
+        self.heads, dk = config.delta_heads, config.delta_key_dim
+        self.key_dim = dk * (dk + 1) // 2 if config.delta_activation == "square" else dk
         self.value_dim, self.n_bands = config.delta_value_dim, config.delta_bands
-        n_keys, n_values = self.heads * self.key_dim, self.heads * self.value_dim
+        n_keys, n_values = self.heads * dk, self.heads * self.value_dim
         n_features = C + self.n_bands * config.padded_channels
-        self.activation = nn.SiLU() if config.delta_activation == "silu" else nn.Identity()
+        self.activation = ACTIVATIONS[config.delta_activation]()
         self.after_mixing = config.delta_after_mixing
         self.norm = nn.LayerNorm(C) if self.after_mixing else nn.Identity()
         self.query = nn.Linear(n_features, n_keys, bias=False)
@@ -74,7 +93,7 @@ class DeltaMemory(nn.Module):
         self.out = nn.Linear(n_values, C, bias=False)
         self.dropout = nn.Dropout(config.dropout_projection)
         # What the state knows of k, what is written, what q reads.
-        self.n_products = 3 * n_keys * self.value_dim
+        self.n_products = 3 * self.heads * self.key_dim * self.value_dim
         with torch.no_grad():
             self.rates.bias[: self.heads] = 0
             # A head of horizon n keeps 1 − 1/n of what it has: σ(log(n − 1)).
@@ -112,7 +131,7 @@ class DeltaMemory(nn.Module):
             state: what an earlier call returned; None starts a text.
 
         Returns:
-            [B, T, C] in x's dtype, and the state [B, heads · dk · dv], at least float32.
+            [B, T, C] in x's dtype, and the state [B, heads · key_dim · dv], at least float32.
         """
         inputs, gate = self.rule_inputs(x, bands)
         if state is None:
@@ -130,7 +149,7 @@ class DeltaMemory(nn.Module):
         return self.dropout(self.out(y)), scan.after(states.flatten(2))
 
     def matrices(self, state: Tensor, inputs: RuleInputs) -> Tensor:
-        """A state [B, heads · dk · dv] as [B, heads, dk, dv] in the dtype of the inputs."""
+        """A state [B, heads · key_dim · dv] as [B, heads, key_dim, dv], in the inputs' dtype."""
         state = state.to(inputs.v.dtype)
         return state.view(len(state), self.heads, self.key_dim, self.value_dim)
 
