@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.models.wavelet_lm.delta_memory import DeltaMemory
-from wavelet_lm.models.wavelet_lm.layers import Gain, PhaseGate, ScaleNorm
+from wavelet_lm.models.wavelet_lm.layers import Gain, PhaseGate, ScaleNorm, by_row
 from wavelet_lm.models.wavelet_lm.memory import FastWeightMemory, FastWeights, ProductKeyMemory
 from wavelet_lm.models.wavelet_lm.mixer import SpectralMixer
 from wavelet_lm.models.wavelet_lm.mlp import MLP
@@ -127,7 +127,7 @@ class Block(nn.Module):
     def mixed_signal(self, bands: Tensor, wavelet: nn.Module) -> Tensor:
         """Bands [S, B, T, Cp], gated and mixed, and the signal [B, T, C] that they make."""
         mixed = self.mixer_dropout(self.mixed_norm(self.mixer(self.phase_gate(bands))))
-        mixed = as_factor(mixed * self.scale_weights[:, None, None, None])
+        mixed = as_factor(mixed * by_row(self.scale_weights, mixed))
         signal = self.projection(wavelet.reconstruct(mixed))
         return self.projection_dropout(signal)
 

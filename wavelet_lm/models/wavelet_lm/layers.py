@@ -45,6 +45,20 @@ class PhaseGate(nn.Module):
         return torch.cat((approximation, details * (2 * phase.sigmoid())))
 
 
+def by_row(factors: Tensor, x: Tensor) -> Tensor:
+    """Factors [...], one for each of the first parts of x [..., rows, C], in a shape to multiply x.
+
+    In a compiled step on a GPU that is [..., rows, 1]: their gradient is then a sum over each row,
+    which the compiler takes where x's gradient is made, and a sum of these few; else it writes the
+    product of x and its gradient, and reads it.
+    """
+    if factors.ndim:
+        factors = factors.reshape(*factors.shape, *[1] * (x.ndim - factors.ndim))
+    if torch.compiler.is_compiling() and x.is_cuda and torch.is_grad_enabled():
+        return factors.expand(*x.shape[:-1], 1)
+    return factors
+
+
 class Gain(nn.Module):
     """One learned factor."""
 
@@ -56,4 +70,4 @@ class Gain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape, [...] -> the same shape."""
-        return self.gain * x
+        return (x * by_row(self.gain, x)).to(x.dtype)
