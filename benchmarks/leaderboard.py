@@ -14,7 +14,8 @@ are trained for the whole time, and the validation loss at its end decides betwe
 --flops there is a second table, for equal FLOPs of matrix products.
 
 Every finished run is kept in the JSON file at once; started again, the program goes on with what is
-missing there, and so do more rows, seeds or rates. A row may be changed: efficient+levels=3.
+missing there, and so do more rows, seeds or rates. A row of a table is the mean of all seeds that
+the file has. A row may be changed: efficient+levels=3.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ class Plan:
         return [self.whole(row, budget, setting)[0] for setting in candidates]
 
     def counted(self, row: str, budget: Budget, runs: dict[str, Record]) -> list[Trial]:
-        """The whole runs that a row of the table is the mean of: its best candidate's so far."""
+        """The whole runs of a row's best candidate so far."""
         settings = self.candidates(row, budget, runs)
         if len(settings) > 1:
             settings = _best_first(self.deciding(row, budget, runs), runs)
@@ -195,13 +196,6 @@ class Plan:
             return []
         common = (row, "recall", self.recall_steps, "AdamW")
         return [Trial(*common, lr, RECALL_BATCH, self.seeds[0], False) for lr in self.lrs]
-
-    def recall(self, row: str, runs: dict[str, Record]) -> float | None:
-        """What a row recalls with the rate that recalls most of the validation's questions."""
-        found = [runs[key_of(t)] for t in self.recalls(row) if key_of(t) in runs]
-        ended = [run for run in found if "diverged" not in run]
-        best = max(ended, key=lambda run: run["valid_accuracy"], default=None)
-        return None if best is None else best["test_accuracy"]
 
     def n_runs(self) -> int:
         grid = len(self.grid())
@@ -344,26 +338,74 @@ def line_of(trial: Trial, record: Record) -> str:
 # --- results -------------------------------------------------------------------------------------
 
 
-def summary(plan: Plan, runs: dict[str, Record]) -> list[Record]:
-    """A record per budget and row that has at least one whole run, the best first."""
-    found = []
-    for budget in plan.budgets:
-        rows = []
-        for row in plan.rows:
-            done = [runs[key_of(t)] for t in plan.counted(row, budget, runs) if key_of(t) in runs]
-            ended = [run for run in done if "diverged" not in run]
-            if ended:
-                about = {
-                    "diverged": len(done) - len(ended),
-                    "recall": plan.recall(row, runs),
-                    "undecided": not _all_ran(plan.deciding(row, budget, runs), runs),
+def whole_runs(runs: dict[str, Record]) -> dict[tuple[str, float, str], list[Record]]:
+    """By kind, amount and row, what a row of a table is the mean of, whatever command ran it.
+
+    They are the whole runs, by seed, of the setting with the lowest last validation loss of a first
+    seed. Runs of a row that has changed since are left out.
+    """
+    found: dict[tuple[str, float, str], dict[Setting, list[Record]]] = {}
+    for run in sorted(_of_rows_as_they_are(runs), key=lambda run: run["seed"]):
+        if run["final"]:
+            settings = found.setdefault((run["kind"], run["amount"], run["row"]), {})
+            settings.setdefault((run["optimizer"], run["lr"], run["batch"]), []).append(run)
+
+    def loss_of_first(of_setting: list[Record]) -> float:
+        return of_setting[0].get("valid_bits_per_byte", math.inf)
+
+    return {place: min(settings.values(), key=loss_of_first) for place, settings in found.items()}
+
+
+def _of_rows_as_they_are(runs: dict[str, Record]) -> list[Record]:
+    trials = {field.name for field in fields(Trial)}
+
+    def is_current(key: str, run: Record) -> bool:
+        try:
+            return key == key_of(Trial(**{name: run[name] for name in trials}))
+        except UserError:  # there is no such row any more
+            return False
+
+    return [run for key, run in runs.items() if is_current(key, run)]
+
+
+def summary(runs: dict[str, Record]) -> list[Record]:
+    """A record per budget and row that has at least one whole run that ended, the best first."""
+    current, rows = _of_rows_as_they_are(runs), []
+    for (kind, amount, row), whole in whole_runs(runs).items():
+        ended = [run for run in whole if "diverged" not in run]
+        if ended:
+            own = [run for run in current if run["row"] == row]
+            rows.append(
+                {
+                    "row": row,
+                    "kind": kind,
+                    "amount": amount,
+                    **_means(ended),
+                    "at_the_edge": _is_at_the_edge(ended[0], own),
+                    "diverged": len(whole) - len(ended),
+                    "recall": _recall(own),
                 }
-                rows.append(_summary_of(plan, row, budget, ended) | about)
-        found += sorted(rows, key=lambda row: row["sliding"])
-    return found
+            )
+    return sorted(rows, key=lambda row: (row["kind"] != "seconds", row["amount"], row["sliding"]))
 
 
-def _summary_of(plan: Plan, row: str, budget: Budget, runs: Sequence[Record]) -> Record:
+def _is_at_the_edge(chosen: Record, runs: Sequence[Record]) -> bool:
+    """Whether a better rate than the chosen run's may lie outside of those that were tried."""
+    alike = [run for run in runs if all(run[k] == chosen[k] for k in ("kind", "optimizer"))]
+    lrs = {run["lr"] for run in alike}
+    return len(lrs) > 1 and chosen["lr"] in (min(lrs), max(lrs))
+
+
+def _recall(runs: Sequence[Record]) -> float | None:
+    """What is recalled after most steps, with the rate that answers most of the validation's."""
+    ended = [run for run in runs if run["kind"] == "recall" and "diverged" not in run]
+    best = max(ended, key=lambda run: (run["amount"], run["valid_accuracy"]), default=None)
+    return None if best is None else best["test_accuracy"]
+
+
+def _means(runs: Sequence[Record]) -> Record:
+    """Of the whole runs of one setting, which ended."""
+
     def mean(values: Sequence[float | None]) -> float | None:
         return None if None in values else statistics.fmean(values)
 
@@ -371,17 +413,10 @@ def _summary_of(plan: Plan, row: str, budget: Budget, runs: Sequence[Record]) ->
         return None if None in values or len(values) < 2 else statistics.stdev(values)
 
     tests = {k: [run["test"][k] for run in runs] for k in ("sliding", "streaming")}
-    first = runs[0]
-    lrs = sorted(plan.lrs)
     return {
-        "row": row,
-        "kind": budget.kind,
-        "amount": budget.amount,
         "seeds": [run["seed"] for run in runs],
         "needles": _mean_needles([run["needles"] for run in runs]),
-        **{key: first[key] for key in ("optimizer", "lr", "batch", "n_params", "body_params")},
-        # A better rate may lie outside of those that were tried.
-        "at_the_edge": len(lrs) > 1 and first["lr"] in (lrs[0], lrs[-1]),
+        **{key: runs[0][key] for key in ("optimizer", "lr", "batch", "n_params", "body_params")},
         **{name: mean(values) for name, values in tests.items()},
         **{f"{name}_spread": spread(values) for name, values in tests.items()},
         **{
@@ -416,8 +451,11 @@ HEAD += ("tokens", "tokens/s", "FLOPs", "memory", "ms/token", "recall", "needle 
 HEAD += ("GFLOP/s of the machine",)
 
 
-def table(rows: Sequence[Record]) -> str:
-    """The rows as Markdown with aligned columns; a dash where there is no figure."""
+def table(rows: Sequence[Record], undecided: Collection[str]) -> str:
+    """The rows as Markdown with aligned columns; a dash where there is no figure.
+
+    undecided: names of rows, some of whose finalists are missing.
+    """
 
     def plus(row: Record, key: str) -> str:
         if row[key] is None:
@@ -428,7 +466,7 @@ def table(rows: Sequence[Record]) -> str:
     lines = []
     for row in rows:
         memory = row["training_bytes"]
-        marks = "*" * row["at_the_edge"] + "†" * row["undecided"]
+        marks = "*" * row["at_the_edge"] + "†" * (row["row"] in undecided)
         lines.append(
             (
                 row["row"] + (f" ({row['diverged']} diverged)" if row["diverged"] else ""),
@@ -467,17 +505,23 @@ def _needle_cells(rows: Sequence[Record] | None) -> list[str]:
 
 def report(plan: Plan, runs: dict[str, Record]) -> str:
     """A table for each budget."""
-    parts, rows = [], summary(plan, runs)
+    parts, rows = [], [row for row in summary(runs) if row["row"] in plan.rows]
     for budget in plan.budgets:
         chosen = [
             row for row in rows if (row["kind"], row["amount"]) == (budget.kind, budget.amount)
         ]
+        undecided = {
+            row["row"]
+            for row in chosen
+            if not _all_ran(plan.deciding(row["row"], budget, runs), runs)
+        }
         what = "time" if budget.kind == "seconds" else "FLOPs"
         title = f"Equal {what}, {budget.text(budget.amount)} a run{_how_chosen(plan, budget)}"
-        parts.append(f"\n{title}:\n\n{table(chosen) if chosen else 'no row is finished'}")
+        rows_of_it = table(chosen, undecided) if chosen else "no row is finished"
+        parts.append(f"\n{title}:\n\n{rows_of_it}")
         if any(row["at_the_edge"] for row in chosen):
             parts.append("* the lowest or highest rate that was tried: give more --lrs")
-        if any(row["undecided"] for row in chosen):
+        if undecided:
             parts.append("† whole runs of its other finalists are missing")
     return "\n".join(parts)
 
@@ -499,14 +543,13 @@ def plot(path: str, plan: Plan, runs: dict[str, Record]) -> None:
 
     figure = Figure(figsize=(7.5 * len(plan.budgets), 5), layout="constrained")
     panels = figure.subplots(1, len(plan.budgets), squeeze=False)[0]
+    counted = whole_runs(runs)
     for budget, panel in zip(plan.budgets, panels, strict=True):
         axis = budget.kind
         for number, row in enumerate(plan.rows):
-            for trial in plan.counted(row, budget, runs):
-                run = runs.get(key_of(trial), {})
-                if "curve" not in run:
-                    continue
-                is_first = trial.seed == plan.seeds[0]
+            ended = [run for run in counted.get((axis, budget.amount, row), []) if "curve" in run]
+            for run in ended:
+                is_first = run is ended[0]
                 panel.plot(
                     [point[axis] for point in run["curve"]],
                     [point["valid_bits_per_byte"] for point in run["curve"]],
@@ -730,7 +773,7 @@ def main() -> None:
     kept |= {"data": data.name, "train_tokens": data.train.key, "test": data.test.key}
     for key in ("dataset", "cache_dir", "band"):  # these change no run
         del kept[key]
-    store = Store(args.json, kept, lambda store: summary(plan, store.runs))
+    store = Store(args.json, kept, lambda store: summary(store.runs))
     print(f"{plan.n_runs()} runs, {len(plan.jobs(store.runs))} can start now", file=sys.stderr)
 
     def log(line: str) -> None:

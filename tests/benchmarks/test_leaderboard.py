@@ -35,7 +35,7 @@ LIBRARY = [name for name, row in models.ROWS.items() if row.library]
 @pytest.fixture
 def tiny(monkeypatch):
     """Two rows that train in no time."""
-    monkeypatch.setattr(models, "ROWS", TINY)
+    monkeypatch.setattr(models, "ROWS", dict(TINY))
     monkeypatch.setattr(leaderboard, "SIZE", SIZE)
     monkeypatch.setattr(leaderboard, "BAND", 0.3)
 
@@ -180,6 +180,52 @@ def test_rows_are_asked_to_recall(command, tmp_path, monkeypatch):
     assert 0 <= row["recall"] < 0.2 and f"{row['recall']:.1%}" in out
 
 
+def test_the_summary_is_of_all_runs_whatever_command_ran_them(command, tmp_path, monkeypatch):
+    file = tmp_path / "board.json"
+    flags = ("--minutes", 0.001, "--lrs", "1e-3", "--json", file)
+    for row, seeds in (("small_gpt", "0"), ("small_wavelets", "1"), ("small_gpt", "1")):
+        out = command(*flags, "--rows", row, "--seeds", seeds).out
+        assert [name for name in TINY if name in out] == [row]
+    kept = json.loads(file.read_text())
+    rows = {row["row"]: row for row in kept["rows"]}
+    assert {name: row["seeds"] for name, row in rows.items()} == {
+        "small_gpt": [0, 1],
+        "small_wavelets": [1],
+    }
+    for name, row in rows.items():
+        scores = [r["test"]["sliding"] for r in kept["runs"].values() if r["row"] == name]
+        assert row["sliding"] == pytest.approx(sum(scores) / len(scores))
+        assert not row["at_the_edge"]
+    changed = dataclasses.replace(TINY["small_gpt"], keys={**GPT, "layers": 2})
+    monkeypatch.setitem(models.ROWS, "small_gpt", changed)
+    assert [row["row"] for row in leaderboard.summary(kept["runs"])] == ["small_wavelets"]
+    monkeypatch.delitem(models.ROWS, "small_gpt")
+    assert [row["row"] for row in leaderboard.summary(kept["runs"])] == ["small_wavelets"]
+
+
+def test_a_row_is_its_setting_with_the_best_whole_run(tiny):
+    """Of two settings that were trained for the whole time; edges are of what was tried."""
+    runs, test = {}, {"sliding": 2.0, "streaming": None}
+    figures = dict.fromkeys(("n_params", "body_params", "step", "tokens", "flops"), 1)
+    figures |= dict.fromkeys(("seconds", "tokens_per_second", "matrix_rate"), 1.0)
+    figures |= {"training_bytes": None, "decode_milliseconds": 1.0, "needles": None, "test": test}
+    for seed, lr, final, loss in (
+        (1, 1e-3, True, 1.1),  # the first seed decides, and it comes later
+        (0, 1e-3, True, 1.5),
+        (0, 1e-2, True, 1.4),
+        (1, 1e-2, True, None),
+        (0, 1e-1, False, 1.0),
+    ):
+        trial = trial_of(lr=lr, final=final, seed=seed)
+        record = {"diverged": "nan"} if loss is None else {"valid_bits_per_byte": loss, **figures}
+        runs[leaderboard.key_of(trial)] = trial.about() | record
+    (row,) = leaderboard.summary(runs)
+    assert (row["lr"], row["seeds"], row["diverged"]) == (1e-2, [0], 1)
+    assert row["valid_bits_per_byte"] == 1.4 and not row["at_the_edge"]
+    del runs[leaderboard.key_of(trial_of(lr=1e-1))]
+    assert leaderboard.summary(runs)[0]["at_the_edge"]
+
+
 def test_two_programs_add_to_one_file(tmp_path):
     file = str(tmp_path / "board.json")
     first, second = (leaderboard.Store(file, {"a": 1}, lambda store: []) for _ in range(2))
@@ -282,7 +328,7 @@ def test_a_table_says_which_rows_wait_for_finalists(command, tmp_path):
             for run in both["runs"].values()
             if run["row"] == row["row"] and run["final"]
         }
-        assert len(ends) == 2 and row["lr"] == min(ends, key=ends.get) and not row["undecided"]
+        assert len(ends) == 2 and row["lr"] == min(ends, key=ends.get)
     plan = leaderboard.Plan(
         tuple(TINY), (leaderboard.Budget("seconds", 0.18, 0.06),), ("AdamW",), (1e-4, 1e-2), (2,),
         (0,), finalists=2,
