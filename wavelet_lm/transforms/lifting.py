@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.roles import Runs
+from wavelet_lm.transforms.batched_linear import batched_linear
 from wavelet_lm.transforms.delays import Crawl, Shift
 from wavelet_lm.transforms.history import Ring
 from wavelet_lm.transforms.means import as_factor, as_summand, products_stand_alone
@@ -251,8 +252,7 @@ def side_by_side(nets: list[nn.Module], x: Tensor) -> Tensor:
 def _linears(layers: list[nn.Linear], x: Tensor) -> Tensor:
     weights = torch.stack([layer.weight for layer in layers])
     biases = torch.stack([layer.bias for layer in layers])
-    y = torch.baddbmm(biases[:, None], x.flatten(1, -2), weights.mT)
-    return y.unflatten(1, x.shape[1:-1])
+    return batched_linear(x, weights, biases)
 
 
 class DataDependentNet(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.models.wavelet_lm.layers import Gain, ScaleNorm
 from wavelet_lm.roles import MAP, Role
+from wavelet_lm.transforms.batched_linear import batched_linear
 from wavelet_lm.transforms.hadamard import HadamardTransform
 from wavelet_lm.transforms.means import as_factor, products_stand_alone
 
@@ -190,13 +191,6 @@ def rotated(weights: dict[str, Tensor], rotate: nn.Module) -> dict[str, Tensor]:
     sizes = [rows.shape[1] for rows in weights.values()]
     parts = rotate(torch.cat(list(weights.values()), 1)).split(sizes, 1)
     return dict(zip(weights, parts, strict=True))
-
-
-def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [n, B, T, in], weight [n, out, in] -> [n, B, T, out]."""
-    if len(x) == 1:  # the compiler leaves a batch of one a batch
-        return nn.functional.linear(x[0], weight[0])[None]
-    return torch.bmm(x.flatten(1, 2), weight.mT).unflatten(1, x.shape[1:3])
 
 
 class Routed(torch.autograd.Function):
