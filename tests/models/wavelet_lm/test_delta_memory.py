@@ -33,13 +33,16 @@ def square(z):
     return torch.einsum("hi,hj->hij", z, z).flatten(1)
 
 
-@pytest.mark.parametrize("activate", [silu, torch.nn.Identity(), square], ids=str)
-def test_it_computes_what_its_docstring_says(activate):
-    names = {silu: "silu", square: "square"}
-    m, (h, bands) = memory(delta_activation=names.get(activate, "identity")), inputs()
+ACTIVATIONS = {"silu": silu, "identity": torch.nn.Identity(), "square": square}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_it_computes_what_its_docstring_says(activation):
+    activate = ACTIVATIONS[activation]
+    m, (h, bands) = memory(delta_activation=activation), inputs()
     y, _ = m(h, bands)
     for b in range(B):
-        S = torch.zeros(2, 9 if activate is square else 3, 5).double()
+        S = torch.zeros(2, 9 if activation == "square" else 3, 5).double()
         for t in range(T):
             x = h[b, t]
             f = torch.cat((x, bands[-1][b, t], bands[-2][b, t]))
