@@ -74,7 +74,7 @@ class SequentialStreams:
         repeated: share of the windows in whose second half a passage of a first half comes again,
             so that what is repeated is never what was written over.
         windows_back: how many windows before its own that first half may be; the logarithm of that
-            many and one is drawn evenly.
+            many and two is drawn evenly.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class SequentialStreams:
             draws = generator.random((self.batch_size, 5))[self.own]
             for window, start, (chance, far, *draw) in zip(windows, starts, draws, strict=True):
                 if chance < self.repeated:
-                    back = min(number, int((self.windows_back + 1) ** far) - 1)
+                    back = min(number, int((self.windows_back + 2) ** far) - 1)
                     earlier = self.tokens[start - back * T : start - back * T + T // 2]
                     repeat_earlier(window[:T], earlier, draw)
         return with_targets(windows)
