@@ -54,22 +54,29 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
+    def __init__(self, device: str):
+        super().__init__()
+        self.device = device
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__.split(".")[0]
-        result = function(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
         if any(word in name for word in LOOKS):
             raise Waits(f"{name} looks at values")
-        if len({x.device for x in tensors}) > 1 or any(not x.is_meta for x in tensors):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        if any(x.device.type != self.device for x in tensors):
             raise Waits(f"{name} of {[(x.device.type, list(x.shape)) for x in tensors]}")
         return result
 
 
 class no_waiting:  # noqa: N801
-    """Refuses what a captured step must not do."""
+    """Refuses what a step on this device must not do when it is captured."""
+
+    def __init__(self, device: str = "meta"):
+        self.device = device
 
     def __enter__(self) -> None:
-        self.modes = [_Functions(), _Operators()]
+        self.modes = [_Functions(), _Operators(self.device)]
         for mode in self.modes:
             mode.__enter__()
 
