@@ -6,6 +6,7 @@ A module may have these attributes; what it does not declare it has from the mod
     roles       of its own parameters by name, where they are no vectors; of a part's as `part.name`
     runs()      how often its parts run, for one run of the module itself
     n_products  products of one position beside those with its weights
+    joints()    its weights that are read together (`transforms/joined.py`)
 
 A linear layer of PyTorch is a `MAP` and a `BIAS`, an embedding a table of which one row is read, a
 LayerNorm's component "norms".

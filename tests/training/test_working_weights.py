@@ -9,6 +9,7 @@ from tests.conftest import tiny_config
 from tests.training import runs
 from tests.training.test_precision import as_on_a_gpu
 from tests.training.test_resume import before_step, killed_run, whole_run
+from wavelet_lm.models import losses
 from wavelet_lm.models.registry import build_model
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
@@ -94,6 +95,37 @@ def test_no_weight_is_cast_and_what_had_been_cast_has_a_copy(keys):
     with CastParameters(working.model) as cast:
         working.backward(0)
     assert cast.found - {None} <= frozen
+
+
+class PutTogether(TorchDispatchMode):
+    """How many numbers of weights are put together, or padded, before products read them."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights, self.n = {p.untyped_storage().data_ptr() for p in weights}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.cat, torch.ops.aten.stack):
+            read = [p for p in args[0] if p.untyped_storage().data_ptr() in self.weights]
+            self.n += sum(p.numel() for p in read)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"mixer_depth": 2}, {"untied_reconstruction": True}, {"mixer_transform": "identity"}],
+)
+def test_what_products_read_together_is_not_put_together(keys, monkeypatch):
+    monkeypatch.setattr(losses, "VOCAB_MULTIPLE", {"cpu": 64})
+    plain, working = Trial(keys, copies=False), Trial(keys, copies=True)
+    with PutTogether(plain.model.parameters()) as mode:
+        plain.backward(0)
+    assert mode.n > 1000
+    copies = working.working.copies.values()
+    few = sum(p.numel() for name, p in working.model.named_parameters() if name.endswith(".V"))
+    with PutTogether(copies) as mode:
+        working.backward(0)
+    assert mode.n <= few
 
 
 @models

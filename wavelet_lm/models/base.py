@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from wavelet_lm.config import Config
-from wavelet_lm.models.losses import mean_cross_entropy, token_cross_entropy
+from wavelet_lm.models.losses import mean_cross_entropy, n_padded, token_cross_entropy
+from wavelet_lm.transforms.joined import Joint
 
 
 class LanguageModel(nn.Module):
@@ -45,6 +46,11 @@ class LanguageModel(nn.Module):
     def output_weight(self) -> Tensor:
         """The head's matrix [vocab, H]."""
         raise NotImplementedError
+
+    def joints(self) -> list[Joint]:
+        """The head, which the loss reads padded."""
+        weight = self.output_weight()
+        return [Joint([weight], n_padded(weight))]
 
     def project(self, x: Tensor) -> Tensor:
         """Logits [B, T, vocab] of vectors that are ready for the head."""

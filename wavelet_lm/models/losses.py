@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from wavelet_lm.transforms.joined import joined
+
 # Logits that may stand at once, in elements: on a CPU what its caches hold, on a GPU enough rows
 # for full matrix tiles (128 MiB in float32). With gradients there are more of them on a GPU (256
 # MiB in bfloat16), since every further chunk reads and writes the head's whole gradient again.
@@ -17,6 +19,12 @@ CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
 GRADIENT_CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 # A GPU multiplies matrices of whole tiles; the rows that are added to the head are never an answer.
 VOCAB_MULTIPLE = {"cpu": 1, "cuda": 64}
+
+
+def n_padded(weight: Tensor) -> int:
+    """The rows of a head W [V, C] with those that are added to it where it is trained."""
+    n_vocab = len(weight)
+    return n_vocab + -n_vocab % VOCAB_MULTIPLE.get(weight.device.type, 1)
 
 
 def token_cross_entropy(
@@ -44,7 +52,8 @@ def mean_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
         hidden: [N, C]; weight: W [V, C]; targets: [N] int64.
     """
     if torch.is_grad_enabled():
-        return _MeanCrossEntropy.apply(hidden, weight, targets)
+        padded = joined([weight], n_padded(weight))
+        return _MeanCrossEntropy.apply(hidden, padded, len(weight), targets)
     return token_cross_entropy(hidden, lambda h: h @ weight.T, len(weight), targets).mean()
 
 
@@ -58,13 +67,12 @@ class _MeanCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, n_vocab: int, targets: Tensor) -> Tensor:
         device = "cpu" if hidden.is_meta else hidden.device.type  # autocast knows no meta device
         dtype = hidden.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        n_vocab = len(weight)
-        w = nn.functional.pad(weight.to(dtype), (0, 0, 0, -n_vocab % VOCAB_MULTIPLE.get(device, 1)))
+        w = weight.to(dtype)
         total = torch.zeros((), dtype=_wide(hidden).dtype, device=hidden.device)
         grads_hidden: list[Tensor] = []
         grad_weight = None
@@ -83,20 +91,20 @@ class _MeanCrossEntropy(torch.autograd.Function):
                     grad_weight = _plus_product(grad_weight, grad.T, h, _wide(h).dtype)
         of_weight = (grad, h) if ctx.is_late else (grad_weight,)
         ctx.save_for_backward(torch.cat(grads_hidden), *of_weight)
-        ctx.n, ctx.n_vocab, ctx.dtypes = len(targets), n_vocab, (hidden.dtype, weight.dtype)
+        ctx.n, ctx.dtypes = len(targets), (hidden.dtype, weight.dtype)
         return total / ctx.n
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, *saved = ctx.saved_tensors
         scale = grad_output / ctx.n
         of_hidden, of_weight = ctx.dtypes
         if ctx.is_late:
             grad, h = saved
-            grad_weight = (grad.T @ (h * scale))[: ctx.n_vocab].to(of_weight)
+            grad_weight = (grad.T @ (h * scale)).to(of_weight)
         else:
-            grad_weight = (saved[0][: ctx.n_vocab] * scale).to(of_weight)
-        return grad_hidden.to(of_hidden) * scale, grad_weight, None
+            grad_weight = (saved[0] * scale).to(of_weight)
+        return grad_hidden.to(of_hidden) * scale, grad_weight, None, None
 
 
 def _less_one_hot(p: Tensor, targets: Tensor) -> Tensor:

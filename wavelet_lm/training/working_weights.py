@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wavelet_lm.config import TrainingConfig
 from wavelet_lm.roles import uses
+from wavelet_lm.transforms.joined import Joint, laid_out
 
 Copies = dict[nn.Parameter, nn.Parameter]
 HALF = (torch.bfloat16, torch.float16)
@@ -38,7 +39,13 @@ class WorkingWeights:
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         self._places = places(model) if dtype in HALF else {}
         weights = dict.fromkeys(self._places.values())
-        self.copies: Copies = {p: nn.Parameter(p.detach().to(dtype)) for p in weights}
+        together = {}
+        for joint in joints(model):
+            if weights.keys() >= set(joint.parts):
+                together |= zip(joint.parts, laid_out(joint, dtype), strict=True)
+        self.copies: Copies = {
+            p: together[p] if p in together else nn.Parameter(p.detach().to(dtype)) for p in weights
+        }
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -93,6 +100,13 @@ def places(model: nn.Module) -> dict[tuple[nn.Module, str], nn.Parameter]:
         for use in uses(model)
         if use.parameter is not None and use.role.in_products and use.parameter.requires_grad
     }
+
+
+def joints(model: nn.Module) -> Iterator[Joint]:
+    """What products read together."""
+    for module in model.modules():
+        if hasattr(module, "joints"):
+            yield from module.joints()
 
 
 def gradient(p: nn.Parameter, copies: Copies) -> Tensor | None:

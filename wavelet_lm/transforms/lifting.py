@@ -13,7 +13,7 @@ The inverse needs no past: c_k = √2 c_{k+1} − U_k(d_k).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from wavelet_lm.roles import Runs
 from wavelet_lm.transforms.batched_linear import batched_linear
 from wavelet_lm.transforms.delays import Crawl, Shift
 from wavelet_lm.transforms.history import Ring
+from wavelet_lm.transforms.joined import Joint, joined
 from wavelet_lm.transforms.means import as_factor, as_summand, products_stand_alone
 from wavelet_lm.transforms.wavelet import Histories, Wavelet
 
@@ -82,6 +83,14 @@ class LiftingWavelet(Wavelet):
 
     def past_by_detail(self) -> tuple[float, float]:
         return self.first_slope, math.sqrt(2)
+
+    def joints(self) -> Iterator[Joint]:
+        """What a reconstruction reads together."""
+        nets = list(reversed(self._updates))
+        if all(map(is_plain, nets)):
+            for layers in _layers(nets):
+                yield Joint([layer.weight for layer in layers])
+                yield Joint([layer.bias for layer in layers])
 
     def at_level(self, k: int) -> list[nn.Module]:
         nets = (self.predict, self.update, self.own_update)
@@ -243,16 +252,23 @@ def is_plain(net: nn.Module) -> bool:
 
 def side_by_side(nets: list[nn.Module], x: Tensor) -> Tensor:
     """n plain nets of one shape, each on its part of x [n, B, T, C], in products of n at once."""
+    first, *last = _layers(nets)
+    y = _linears(first, x)
+    for layers in last:
+        y = _linears(layers, nn.functional.gelu(y))
+    return y
+
+
+def _layers(nets: list[nn.Module]) -> list[list[nn.Linear]]:
+    """The linear layers of plain nets of one shape: all first ones, then all last ones."""
     if isinstance(nets[0], nn.Linear):
-        return _linears(nets, x)
-    firsts, lasts = [net[0] for net in nets], [net[-1] for net in nets]
-    return _linears(lasts, nn.functional.gelu(_linears(firsts, x)))
+        return [nets]
+    return [[net[0] for net in nets], [net[-1] for net in nets]]
 
 
 def _linears(layers: list[nn.Linear], x: Tensor) -> Tensor:
-    weights = torch.stack([layer.weight for layer in layers])
-    biases = torch.stack([layer.bias for layer in layers])
-    return batched_linear(x, weights, biases)
+    n, parts = len(layers), zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
+    return batched_linear(x, *(joined(part).unflatten(0, (n, -1)) for part in parts))
 
 
 class DataDependentNet(nn.Module):

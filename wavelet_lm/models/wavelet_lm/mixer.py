@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import chain, groupby
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from wavelet_lm.models.wavelet_lm.layers import Gain, ScaleNorm
 from wavelet_lm.roles import MAP, Role
 from wavelet_lm.transforms.batched_linear import batched_linear
 from wavelet_lm.transforms.hadamard import HadamardTransform
+from wavelet_lm.transforms.joined import Joint, joined
 from wavelet_lm.transforms.means import as_factor, products_stand_alone
 
 IDENTITY_NOISE = 1e-3
@@ -65,6 +67,10 @@ class SpectralMixer(nn.Module):
         # What acts on X itself needs the signal rotated, however few the weights' rows are.
         self.reads_rotated = bool(self.stacked) or config.hadamard_top_k > 0
         self.n_weight_rows = sum(mixer.n_input_rows for mixer in self.scales)
+
+    def joints(self) -> Iterator[Joint]:
+        """What its products read together."""
+        return chain.from_iterable(joints(m.scales) for m in (self, *self.stacked))
 
     def forward(self, bands: Tensor) -> Tensor:
         """Bands [S, B, T, Cp], coarse to fine -> mixed bands of the same shape."""
@@ -144,10 +150,7 @@ def mix_scales(
     """
     bands = as_factor(bands)
     gates = bands if routing is None else Routed.apply(as_factor(routing), bands)
-    if products_stand_alone(bands):
-        groups = [[mixer] for mixer in mixers]
-    else:
-        groups = [list(group) for _, group in groupby(mixers, key=lambda mixer: mixer.width)]
+    groups = [[mixer] for mixer in mixers] if products_stand_alone(bands) else alike(mixers)
     if len(groups) == 1:
         return mix_alike(groups[0], bands, gates, rotate)
     sizes = [len(group) for group in groups]
@@ -165,32 +168,56 @@ def mix_alike(
     """
     cores, narrow = mixers, isinstance(mixers[0], NarrowMixer)
     if narrow:
-        A = rotate(torch.stack([mixer.A for mixer in mixers]))
+        A = rotate(matrices([mixer.A for mixer in mixers]))
         x, gate = batched_linear(x, A), batched_linear(gate, A)
         cores, rotate = [mixer.mixer for mixer in mixers], nn.Identity()
     first = cores[0]
-    readers = {"W": [core.matrix() for core in cores]}
+    W, *G = rotated([[core.matrix() for core in cores], *gate_matrices(cores)], rotate)
+    y = batched_linear(x, W)
+    if G:
+        y = y * first.activation(batched_linear(gate, *G))
     if first.V is not None:
-        readers["V"] = [core.V.T for core in cores]
-    if first.G is not None:
-        readers["G"] = [core.G for core in cores]
-    weights = rotated({name: torch.stack(rows) for name, rows in readers.items()}, rotate)
-    y = batched_linear(x, weights["W"])
-    if first.G is not None:
-        y = y * first.activation(batched_linear(gate, weights["G"]))
-    if first.V is not None:
-        U = torch.stack([core.U for core in cores])
-        y = y + batched_linear(batched_linear(x, weights["V"]), U)
-    return batched_linear(y, torch.stack([mixer.B for mixer in mixers])) if narrow else y
+        V, U = rotate(matrices([core.V.T for core in cores])), matrices([core.U for core in cores])
+        y = y + batched_linear(batched_linear(x, V), U)
+    return batched_linear(y, matrices([mixer.B for mixer in mixers])) if narrow else y
 
 
-def rotated(weights: dict[str, Tensor], rotate: nn.Module) -> dict[str, Tensor]:
-    """Weights [n, ·, w] after H on their rows, in one transform."""
+def gate_matrices(cores: Sequence[GatedMixer]) -> list[list[nn.Parameter]]:
+    """G of every mixer, in one list, or none."""
+    return [] if cores[0].G is None else [[core.G for core in cores]]
+
+
+def matrices(parts: Sequence[Tensor]) -> Tensor:
+    """n matrices of one shape [out, in], read together: [n, out, in]."""
+    return joined(parts).unflatten(0, (len(parts), -1))
+
+
+def rotated(weights: Sequence[Sequence[Tensor]], rotate: nn.Module) -> list[Tensor]:
+    """Lists of n matrices [w, w], each list as [n, w, w], after H on all rows in one transform."""
     if isinstance(rotate, nn.Identity):
-        return weights
-    sizes = [rows.shape[1] for rows in weights.values()]
-    parts = rotate(torch.cat(list(weights.values()), 1)).split(sizes, 1)
-    return dict(zip(weights, parts, strict=True))
+        return [matrices(parts) for parts in weights]
+    return list(rotate(matrices(list(chain(*weights)))).split([*map(len, weights)]))
+
+
+def alike(mixers: nn.ModuleList) -> list[list[GatedMixer | NarrowMixer]]:
+    """Neighbours of one width, which are computed together."""
+    return [list(group) for _, group in groupby(mixers, key=lambda mixer: mixer.width)]
+
+
+def joints(mixers: nn.ModuleList) -> Iterator[Joint]:
+    """The weights that `mix_alike` reads together."""
+    for group in alike(mixers):
+        cores = group
+        if isinstance(group[0], NarrowMixer):
+            yield Joint([mixer.A for mixer in group])
+            yield Joint([mixer.B for mixer in group])
+            cores = [mixer.mixer for mixer in group]
+        maps = [] if isinstance(cores[0].W, ExponentialMatrix) else [[core.W for core in cores]]
+        maps += gate_matrices(cores)
+        if maps:
+            yield Joint(list(chain(*maps)))
+        if cores[0].U is not None:
+            yield Joint([core.U for core in cores])
 
 
 class Routed(torch.autograd.Function):
