@@ -10,9 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from wavelet_lm.fusion.linear import BatchedLinear, FusedLinear, OneOfBatch, as_parameter
+from wavelet_lm.fusion.linear import (
+    BatchedLinear,
+    FusedLinear,
+    OneOfBatch,
+    as_parameter,
+    dense,
+)
+from wavelet_lm.kernels.lifting import lifting_step_in_one
 from wavelet_lm.roles import Runs
+from wavelet_lm.transforms.history import Ring, RingSignal
 from wavelet_lm.transforms.lifting import LiftingWavelet
+from wavelet_lm.transforms.wavelet import Histories
 
 
 class UpdateNets(nn.Module):
@@ -64,12 +73,51 @@ class UpdateNets(nn.Module):
 
 
 class DecomposingWavelet(LiftingWavelet):
-    """A `LiftingWavelet` whose reconstruction another module does, with `UpdateNets`."""
+    """A `LiftingWavelet` whose reconstruction another module does, with `UpdateNets`.
+
+    A compiled step of one text on a GPU is one launch for all levels (`kernels/lifting.py`).
+    """
 
     def __init__(self, wavelet: LiftingWavelet):
         nn.Module.__init__(self)
         self.delays, self.predict, self.update = wavelet.delays, wavelet.predict, wavelet.update
         self.own_update = None
+
+    def decompose(
+        self, x: Tensor, state: Histories | None = None
+    ) -> tuple[list[Tensor], Histories]:
+        if steps_in_one_launch(x) and state is not None and isinstance(state[0], Ring):
+            layers = self._dense_layers(x.dtype)
+            if layers is not None:
+                return self._step(x, state, layers)
+        return super().decompose(x, state)
+
+    def _step(
+        self, x: Tensor, rings: tuple[Ring, ...], layers: list[tuple[Tensor, Tensor]]
+    ) -> tuple[list[Tensor], Histories]:
+        """One position of one text; no delay is of less than one."""
+        signals = [RingSignal(ring, 1) for ring in rings]
+        pasts = [delay.past(s) for delay, s in zip(self.delays, signals, strict=True)]
+        weights, biases = map(list, zip(*layers, strict=True))
+        arrivals = torch.zeros(1, dtype=torch.int32, device=x.device)
+        approximations, details = lifting_step_in_one(
+            x[0, 0], torch.cat(pasts, 1)[0].to(x.dtype), weights, biases, arrivals
+        )
+        bands = torch.cat((approximations[-1:], details.flip(0)))[:, None, None]
+        for ring, signal in zip(rings, (x, *approximations[:-1, None, None]), strict=True):
+            ring.write(signal)
+        return list(bands), rings
+
+    def _dense_layers(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]] | None:
+        """Weight and bias of all layers in the order in which they run; None if one has others."""
+        nets = [net for level in zip(self.predict, self.update, strict=True) for net in level]
+        layers = [
+            dense(layer)
+            for net in nets
+            for layer in ((net[0], net[-1]) if isinstance(net, nn.Sequential) else (net,))
+        ]
+        known = all(layer is not None and layer[0].dtype == dtype for layer in layers)
+        return layers if known else None
 
     def runs(self) -> dict[nn.Module, Runs]:
         """Its nets run once."""
@@ -100,6 +148,12 @@ class FusedReconstruction(nn.Module):
         if self.side_by_side:
             return self.projection(torch.cat((a, sums), -1))
         return self.projection(torch.add(sums, self.transform(a), alpha=self.gain))
+
+
+def steps_in_one_launch(x: Tensor) -> bool:
+    """Whether x [B, T, C] is a position of one text, compiled for a GPU and not in float64."""
+    is_one = x.is_cuda and x.shape[:2] == (1, 1) and x.dtype != torch.float64
+    return torch.compiler.is_compiling() and is_one
 
 
 def _batch(weights: list[Tensor], layers: list[nn.Linear]) -> BatchedLinear:

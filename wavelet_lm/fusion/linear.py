@@ -81,6 +81,18 @@ class OneOfBatch(nn.Module):
         return self.batch.one(self.i, x)
 
 
+def dense(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Weight [out, in] and bias [out] of a layer that is just these, contiguous; else None."""
+    weight = bias = None
+    if type(layer) is FusedLinear:
+        weight, bias = layer.weight, layer.bias
+    elif type(layer) is OneOfBatch and type(layer.batch) is BatchedLinear:
+        weight, bias = layer.batch.weight[layer.i], layer.batch.bias[layer.i]
+    if weight is None or bias is None or not weight.is_contiguous():
+        return None
+    return weight, bias
+
+
 def as_parameter(x: Tensor | None) -> nn.Parameter | None:
     """x of any shape as a parameter, which it may be already: then a shared one stays shared."""
     if x is None or isinstance(x, nn.Parameter):

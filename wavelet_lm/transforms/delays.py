@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from wavelet_lm.transforms.history import Ring, remember
+from wavelet_lm.transforms.history import Ring, Signal, remember
 
 
 class Shift(nn.Module):
@@ -24,7 +24,11 @@ class Shift(nn.Module):
     ) -> tuple[Tensor, Tensor | Ring]:
         """[B, T, C] -> the same shape, and the history after it."""
         signal = remember(x, history, self.max_lag)
-        return signal.delayed(self.max_lag), signal.state
+        return self.past(signal), signal.state
+
+    def past(self, signal: Signal) -> Tensor:
+        """What the delay gives for the next positions of a signal: [B, T, C]."""
+        return signal.delayed(self.max_lag)
 
 
 class CausalFilter(nn.Module):
@@ -46,7 +50,11 @@ class CausalFilter(nn.Module):
     ) -> tuple[Tensor, Tensor | Ring]:
         """[B, T, C] -> the same shape, and the history after it."""
         signal = remember(x, history, self.max_lag)
-        return signal.filtered(self.taps(), self.min_lag), signal.state
+        return self.past(signal), signal.state
+
+    def past(self, signal: Signal) -> Tensor:
+        """What the filter gives for the next positions of a signal: [B, T, C]."""
+        return signal.filtered(self.taps(), self.min_lag)
 
 
 class Filter(CausalFilter):

@@ -368,7 +368,11 @@ class Ring:
 
 
 class RingSignal:
-    """A `Signal` whose positions lie in a ring, the newest T just written."""
+    """A `Signal` whose positions lie in a ring, the newest T just written.
+
+    Where these are yet to be written, all is there but they themselves: what lies T or more
+    positions back.
+    """
 
     def __init__(self, ring: Ring, T: int):
         self.state, self._T = ring, T
