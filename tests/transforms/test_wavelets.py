@@ -9,9 +9,11 @@ from torch.utils._pytree import tree_leaves
 
 from tests.conftest import perturb, tiny_config
 from wavelet_lm.models.wavelet_lm.wavelets import build_wavelet
+from wavelet_lm.transforms import lifting
 from wavelet_lm.transforms.haar import HaarWavelet
 from wavelet_lm.transforms.lifting import LiftingWavelet
 from wavelet_lm.transforms.packets import WaveletPackets
+from wavelet_lm.transforms.wavelet import Wavelet
 
 VARIANTS = {
     "headline": {},
@@ -229,3 +231,25 @@ def test_gradient(variant):
 
     x = torch.randn(1, 10, 2, dtype=torch.float64, requires_grad=True)
     assert gradcheck(both_ways, x)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("scales_results", [False, True])
+def test_a_reconstruction_has_the_gradients_of_its_levels_one_by_one(
+    linear, scales_results, monkeypatch
+):
+    monkeypatch.setattr(lifting, "scales_results", lambda grad: scales_results)
+    torch.manual_seed(0)
+    wavelet = LiftingWavelet(3, 4, "random", linear=linear).double()
+    bands = torch.randn(4, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    inputs = (bands, *wavelet.update.parameters())
+
+    def gradients(signal):
+        weights = torch.linspace(-1, 1, signal.numel(), dtype=torch.float64).view_as(signal)
+        return torch.autograd.grad((signal.sin() * weights).sum(), inputs)
+
+    together, apart = wavelet.reconstruct(bands), Wavelet.reconstruct(wavelet, bands)
+    torch.testing.assert_close(together, apart)
+    for got, expected in zip(gradients(together), gradients(apart), strict=True):
+        torch.testing.assert_close(got, expected)
+        assert got.any()

@@ -125,10 +125,11 @@ class LiftingWavelet(Wavelet):
         else:
             approximation, details = bands[:1], torch.stack(list(bands[1:]))
         x = 2 ** (self.levels / 2) * as_summand(approximation[0])
-        updates = side_by_side(list(reversed(self._updates)), details)
-        for k, update in zip(reversed(range(self.levels)), updates.unbind(), strict=True):
-            x = torch.sub(x, update, alpha=2 ** (k / 2))
-        return x
+        *firsts, lasts = _layers(list(reversed(self._updates)))
+        for layers in firsts:
+            details = nn.functional.gelu(batched_linear(details, *_weights(layers)))
+        factors = map(as_factor, (details.flatten(1, 2), *_weights(lasts)))
+        return LessUpdates.apply(x.flatten(0, 1), *factors).view_as(x)
 
     @property
     def _updates(self) -> nn.ModuleList:
@@ -250,15 +251,6 @@ def is_plain(net: nn.Module) -> bool:
     return not any(hasattr(layer.weight, "__tensor_flatten__") for layer in linears)
 
 
-def side_by_side(nets: list[nn.Module], x: Tensor) -> Tensor:
-    """n plain nets of one shape, each on its part of x [n, B, T, C], in products of n at once."""
-    first, *last = _layers(nets)
-    y = _linears(first, x)
-    for layers in last:
-        y = _linears(layers, nn.functional.gelu(y))
-    return y
-
-
 def _layers(nets: list[nn.Module]) -> list[list[nn.Linear]]:
     """The linear layers of plain nets of one shape: all first ones, then all last ones."""
     if isinstance(nets[0], nn.Linear):
@@ -266,9 +258,49 @@ def _layers(nets: list[nn.Module]) -> list[list[nn.Linear]]:
     return [[net[0] for net in nets], [net[-1] for net in nets]]
 
 
-def _linears(layers: list[nn.Linear], x: Tensor) -> Tensor:
-    n, parts = len(layers), zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
-    return batched_linear(x, *(joined(part).unflatten(0, (n, -1)) for part in parts))
+def _weights(layers: list[nn.Linear]) -> tuple[Tensor, Tensor]:
+    """Of n linear layers of one shape: weights [n, out, in] and biases [n, out]."""
+    weights, biases = joined([x.weight for x in layers]), joined([x.bias for x in layers])
+    return weights.unflatten(0, (len(layers), -1)), biases.unflatten(0, (len(layers), -1))
+
+
+class LessUpdates(torch.autograd.Function):
+    """x − Σ_k 2^(k/2) (h_k W_kᵀ + b_k) over k = L − 1 … 0, in x's dtype.
+
+    The products of the backward pass read the gradient of the sum, scaled for each level; where
+    `scales_results`, all of them read the same one, and what they give is scaled.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """[N, C], [L, N, hidden], [L, C, hidden], [L, C] -> [N, C]."""
+        ctx.save_for_backward(h, weight)
+        updates = torch.baddbmm(bias[:, None], h, weight.mT)
+        for k, update in zip(reversed(range(len(h))), updates, strict=True):
+            x = torch.sub(x, update, alpha=2 ** (k / 2))
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        """[N, C] -> [N, C], [L, N, hidden], [L, C, hidden], [L, C]."""
+        h, weight = ctx.saved_tensors
+        k = torch.arange(len(h) - 1, -1, -1, dtype=grad.dtype, device=grad.device)
+        scales = -(k / 2).exp2()[:, None, None]
+        if not scales_results(grad):
+            each = (scales * grad).to(h.dtype)
+            return grad, torch.bmm(each, weight), torch.bmm(each.mT, h), each.sum(1)
+        each = grad.to(h.dtype).expand(len(h), *grad.shape)
+        products = torch.bmm(each, weight), torch.bmm(each.mT, h), grad.sum(0).expand(len(h), 1, -1)
+        for_h, for_weight, for_bias = ((scales * y).to(h.dtype) for y in products)
+        return grad, for_h, for_weight, for_bias[:, 0]
+
+
+def scales_results(x: Tensor) -> bool:
+    """Whether to scale what products with x, of any shape, give, and not x for each of them.
+
+    In a compiled step on a GPU that is part of what reads the results.
+    """
+    return torch.compiler.is_compiling() and x.is_cuda
 
 
 class DataDependentNet(nn.Module):

@@ -7,6 +7,7 @@ from torch.nn.functional import silu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wavelet_lm.config import ModelConfig
+from wavelet_lm.models.wavelet_lm import mixer
 from wavelet_lm.models.wavelet_lm.mixer import NarrowMixer, Routed, mix_scales, scale_mixers
 from wavelet_lm.transforms.hadamard import HadamardTransform
 from wavelet_lm.transforms.lifting import LiftingWavelet
@@ -25,17 +26,17 @@ def test_mixing_together_is_mixing_alone(widths, switches, compiling, monkeypatc
     bands = torch.randn(4, 2, 5, 8, dtype=torch.float64)
     routing = torch.randn(4, 4, dtype=torch.float64)
     got = mix_scales(mixers, bands, routing, H)
-    for s, mixer in enumerate(mixers):
+    for s, each in enumerate(mixers):
         x, gate = H(bands[s]), H(sum(routing[s, r] * bands[r] for r in range(4)))
-        core = mixer
-        if isinstance(mixer, NarrowMixer):
-            x, gate, core = x @ mixer.A.T, gate @ mixer.A.T, mixer.mixer
+        core = each
+        if isinstance(each, NarrowMixer):
+            x, gate, core = x @ each.A.T, gate @ each.A.T, each.mixer
         y = x @ core.W.T
         if core.G is not None:
             y = y * silu(gate @ core.G.T)
         if core.U is not None:
             y = y + (x @ core.V) @ core.U.T
-        torch.testing.assert_close(got[s], y @ mixer.B.T if core is not mixer else y)
+        torch.testing.assert_close(got[s], y @ each.B.T if core is not each else y)
 
 
 def test_products_are_batched_unless_a_step_is_compiled_on_a_cpu():
@@ -64,11 +65,14 @@ def test_products_are_batched_unless_a_step_is_compiled_on_a_cpu():
     assert traced and not any("bmm" in name for name in traced)
 
 
-@pytest.mark.parametrize("compiling", [False, True])
-def test_routing_is_a_weighted_sum_with_its_gradients(compiling, monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+@pytest.mark.parametrize("sizes", [[3], [2, 1]])
+@pytest.mark.parametrize("written_out", [False, True])
+def test_routing_is_a_weighted_sum_with_its_gradients(sizes, written_out, monkeypatch):
+    monkeypatch.setattr(mixer, "sums_are_written_out", lambda bands: written_out)
     routing = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
     bands = torch.randn(3, 2, 2, 4, dtype=torch.float64, requires_grad=True)
     expected = torch.einsum("rs,sbtc->rbtc", routing, bands)
-    torch.testing.assert_close(Routed.apply(routing, bands), expected)
-    assert gradcheck(Routed.apply, (routing, bands))
+    parts = Routed.apply(routing, bands, sizes)
+    assert [len(part) for part in parts] == sizes
+    torch.testing.assert_close(torch.cat(parts), expected)
+    assert gradcheck(Routed.apply, (routing, bands, sizes))

@@ -149,13 +149,15 @@ def mix_scales(
     together.
     """
     bands = as_factor(bands)
-    gates = bands if routing is None else Routed.apply(as_factor(routing), bands)
     groups = [[mixer] for mixer in mixers] if products_stand_alone(bands) else alike(mixers)
-    if len(groups) == 1:
-        return mix_alike(groups[0], bands, gates, rotate)
     sizes = [len(group) for group in groups]
-    parts = zip(groups, bands.split(sizes), gates.split(sizes), strict=True)
-    return torch.cat([mix_alike(group, x, gate, rotate) for group, x, gate in parts])
+    parts = bands.split(sizes)
+    gates = parts if routing is None else Routed.apply(as_factor(routing), bands, sizes)
+    mixed = [
+        mix_alike(group, x, gate, rotate)
+        for group, x, gate in zip(groups, parts, gates, strict=True)
+    ]
+    return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 
 def mix_alike(
@@ -221,31 +223,47 @@ def joints(mixers: nn.ModuleList) -> Iterator[Joint]:
 
 
 class Routed(torch.autograd.Function):
-    """Σ_s R_rs X_s for R [S, S] and X [S, B, T, Cp].
+    """Σ_s R_rs X_s for R [S, S] and X [S, B, T, Cp], as parts of so many scales each.
 
     On a GPU a compiled step takes it as weighted sums, which become part of what reads or wrote
-    them, and not as a product with an inner size of S. On a CPU it is the product, for each of the
-    sums would read all bands again, from beyond the fast caches.
+    them, and not as a product with an inner size of S; so the parts' gradients are never put
+    together. On a CPU it is the product, for each of the sums would read all bands again, from
+    beyond the fast caches.
     """
 
     @staticmethod
-    def forward(ctx, routing: Tensor, bands: Tensor) -> Tensor:
-        """[S, S], [S, B, T, Cp] -> [S, B, T, Cp]."""
+    def forward(ctx, routing: Tensor, bands: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        """[S, S], [S, B, T, Cp] -> each [n, B, T, Cp]."""
         ctx.save_for_backward(routing, bands)
-        return weighted_sums(routing, bands)
+        if sums_are_written_out(bands):
+            return weighted_sums(routing, [bands]).split(sizes)
+        return torch.tensordot(routing, bands, dims=1).split(sizes)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """[S, B, T, Cp] -> [S, S], [S, B, T, Cp]."""
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Each [n, B, T, Cp] -> [S, S], [S, B, T, Cp]."""
         routing, bands = ctx.saved_tensors
-        return grad.flatten(1) @ bands.flatten(1).T, weighted_sums(routing.T, grad)
+        if sums_are_written_out(bands):
+            for_bands = weighted_sums(routing.T, grads)
+        else:
+            grads = (torch.cat(grads),) if len(grads) > 1 else grads
+            for_bands = torch.tensordot(routing.T, *grads, dims=1)
+        for_routing = [grad.flatten(1) @ bands.flatten(1).T for grad in grads]
+        return torch.cat(for_routing), for_bands, None
 
 
-def weighted_sums(weights: Tensor, x: Tensor) -> Tensor:
-    """Σ_s weights_rs x_s, for [S, S] and [S, B, T, Cp]."""
-    if torch.compiler.is_compiling() and x.is_cuda and len(x) <= MOST_SUMMED:
-        return (weights[:, :, None, None, None] * x).sum(1).to(x.dtype)
-    return torch.tensordot(weights, x, dims=1)
+def sums_are_written_out(bands: Tensor) -> bool:
+    """Whether a routing of bands [S, B, T, Cp] is no product."""
+    return torch.compiler.is_compiling() and bands.is_cuda and len(bands) <= MOST_SUMMED
+
+
+def weighted_sums(weights: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Σ_s weights_rs x_s for [S, S] and parts of x, each [n, B, T, Cp] -> [S, B, T, Cp]."""
+    columns = weights.split([*map(len, parts)], 1)
+    sums = [
+        (w[:, :, None, None, None] * part).sum(1) for w, part in zip(columns, parts, strict=True)
+    ]
+    return sum(sums).to(parts[0].dtype)
 
 
 class GatedMixer(nn.Module):
