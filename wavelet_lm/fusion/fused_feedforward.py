@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from wavelet_lm.fusion.linear import FusedLinear, shallow_copy
+from wavelet_lm.fusion.linear import FusedLinear, shallow_copy, steps_in_one_launch
+from wavelet_lm.kernels.product_keys import product_key_read_in_one
 from wavelet_lm.kernels.step_matmul import is_step
 from wavelet_lm.models.wavelet_lm.block import FeedForward
 from wavelet_lm.models.wavelet_lm.layers import Gain
-from wavelet_lm.models.wavelet_lm.memory import ProductKeyMemory
+from wavelet_lm.models.wavelet_lm.memory import ProductKeyMemory, ValueTable
 from wavelet_lm.roles import declared
 
 
@@ -81,6 +82,8 @@ class FusedFeedForward(nn.Module):
                 h = matrix(self.activation(h.contiguous() if is_step(h) else h))
             total = h
         scores = [branch.scores(next(parts)) for branch in self.memories]
+        if self.memories and steps_in_one_launch(x) and self._has_tables(x.dtype):
+            return total + self._read_in_one_launch(scores).view_as(x), memory
         if len(scores) > 1 and self.memories_are_alike:
             # The rows to read are looked for in all of them at once.
             together = self.memories[0].memory.plan(torch.stack(scores, 2))
@@ -90,6 +93,32 @@ class FusedFeedForward(nn.Module):
         for branch, plan in zip(self.memories, plans, strict=True):
             total = total + branch(*plan)
         return total, memory
+
+    def _has_tables(self, dtype: torch.dtype) -> bool:
+        """Whether the values of all memories are plain tables of this dtype."""
+        tables = [branch.memory.values for branch in self.memories]
+        return all(type(t) is ValueTable and t.weight.dtype == dtype for t in tables)
+
+    def _read_in_one_launch(self, scores: list[Tensor]) -> Tensor:
+        """The sum of what the memories answer for scores [1, 1, heads, 2, √num_keys], [C].
+
+        That is one launch, or one of each of them where their shapes differ.
+        """
+        pairs = list(zip(self.memories, scores, strict=True))
+        total: Tensor | int = 0
+        for group in [pairs] if self.memories_are_alike else [[pair] for pair in pairs]:
+            memories = [branch.memory for branch, _ in group]
+            first = memories[0]
+            answers = product_key_read_in_one(
+                [own[0, 0] for _, own in group],
+                [memory.values.weight for memory in memories],
+                first.ranks_a,
+                first.ranks_b,
+                *first.lookup,
+            )
+            for (branch, _), answer in zip(group, answers, strict=True):
+                total = total + branch.gain(answer)
+        return total
 
 
 class FusedMemory(nn.Module):

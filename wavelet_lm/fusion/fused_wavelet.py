@@ -16,6 +16,7 @@ from wavelet_lm.fusion.linear import (
     OneOfBatch,
     as_parameter,
     dense,
+    steps_in_one_launch,
 )
 from wavelet_lm.kernels.lifting import lifting_step_in_one
 from wavelet_lm.roles import Runs
@@ -148,12 +149,6 @@ class FusedReconstruction(nn.Module):
         if self.side_by_side:
             return self.projection(torch.cat((a, sums), -1))
         return self.projection(torch.add(sums, self.transform(a), alpha=self.gain))
-
-
-def steps_in_one_launch(x: Tensor) -> bool:
-    """Whether x [B, T, C] is a position of one text, compiled for a GPU and not in float64."""
-    is_one = x.is_cuda and x.shape[:2] == (1, 1) and x.dtype != torch.float64
-    return torch.compiler.is_compiling() and is_one
 
 
 def _batch(weights: list[Tensor], layers: list[nn.Linear]) -> BatchedLinear:

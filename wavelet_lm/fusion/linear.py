@@ -109,6 +109,12 @@ def bias_apart(x: Tensor) -> bool:
     return x.is_cuda and torch.compiler.is_compiling()
 
 
+def steps_in_one_launch(x: Tensor) -> bool:
+    """Whether x [B, T, C] is a position of one text, compiled for a GPU and not in float64."""
+    is_one = x.is_cuda and x.shape[:2] == (1, 1) and x.dtype != torch.float64
+    return torch.compiler.is_compiling() and is_one
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., T, in] -> [..., T, out]."""
     if bias is not None and bias_apart(x):

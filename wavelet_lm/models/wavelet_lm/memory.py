@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 
+from wavelet_lm.kernels.product_keys import Lookup, product_key_plan
 from wavelet_lm.roles import FACTOR, Role
 
 KEY_NOISE = 0.02
@@ -102,16 +103,12 @@ class ProductKeyMemory(nn.Module):
 
         Returns rows [..., heads, top_k] int64, and weights of this shape in float32 at least.
         """
-        best, index = scores.topk(self.n_best)
-        (best_a, best_b), (index_a, index_b) = best.unbind(-2), index.unbind(-2)
-        candidates = best_a[..., self.ranks_a] + best_b[..., self.ranks_b]
-        scores, chosen = candidates.topk(self.top_k)
-        pairs = torch.add(
-            index_b[..., self.ranks_b], index_a[..., self.ranks_a], alpha=self.n_subkeys
-        )
-        first = torch.arange(0, self.n_rows, self.num_keys, device=pairs.device)
-        wide = scores if scores.dtype == torch.float64 else scores.float()
-        return pairs.gather(-1, chosen) + first[:, None], wide.softmax(-1)
+        return product_key_plan(scores, self.ranks_a, self.ranks_b, self.lookup)
+
+    @property
+    def lookup(self) -> Lookup:
+        """The sizes of its lookup."""
+        return Lookup(self.n_best, self.top_k, self.num_keys)
 
 
 class SubKeys(nn.Module):

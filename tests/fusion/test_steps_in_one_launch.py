@@ -1,6 +1,6 @@
-"""A step of one text with all levels of a wavelet at once, beside one level after the other.
+"""A step of one text with all levels of a wavelet, and all memories, at once: the same function.
 
-On a GPU, compiled, that is one launch; here its plain twin stands in for the kernel.
+On a GPU, compiled, these are one launch each; here plain twins stand in for the kernels.
 """
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 from tests.conftest import perturb, tiny_config
 from tests.models.test_properties import V
 from wavelet_lm import build_model
-from wavelet_lm.fusion import fused_wavelet
+from wavelet_lm.fusion import fused_feedforward, fused_wavelet
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.quantization.quantize import quantize
 from wavelet_lm.quantization.scheme import Scheme
@@ -19,19 +19,29 @@ TEXT = torch.randint(V, (60,), generator=torch.Generator().manual_seed(1)).tolis
 
 @pytest.fixture
 def launches(monkeypatch):
-    """What was computed at once, which every step of one text asks for when the list is begun."""
-    seen, launch = [], fused_wavelet.lifting_step_in_one
+    """What was computed at once: the levels of wavelets, and how many memories were read."""
+    seen = {"levels": [], "memories": []}
+    lift, read_memories = (
+        fused_wavelet.lifting_step_in_one,
+        fused_feedforward.product_key_read_in_one,
+    )
 
-    def counted(x, pasts, weights, biases, arrivals):
-        seen.append(len(pasts))
-        return launch(x, pasts, weights, biases, arrivals)
+    def lifted(x, pasts, *rest):
+        seen["levels"].append(len(pasts))
+        return lift(x, pasts, *rest)
 
-    monkeypatch.setattr(fused_wavelet, "lifting_step_in_one", counted)
+    def memories_read(scores, values, *rest):
+        seen["memories"].append(len(values))
+        return read_memories(scores, values, *rest)
+
+    monkeypatch.setattr(fused_wavelet, "lifting_step_in_one", lifted)
+    monkeypatch.setattr(fused_feedforward, "product_key_read_in_one", memories_read)
     return seen
 
 
 def at_once(monkeypatch):
-    monkeypatch.setattr(fused_wavelet, "steps_in_one_launch", lambda x: x.shape[:2] == (1, 1))
+    for module in (fused_wavelet, fused_feedforward):
+        monkeypatch.setattr(module, "steps_in_one_launch", lambda x: x.shape[:2] == (1, 1))
 
 
 def decoder_of(scheme=None, **switches):
@@ -64,18 +74,25 @@ SWITCHES = {
     "untied": {"untied_reconstruction": True, "lifting_linear_only": False},
     "not rotated": {"mixer_transform": "identity", "lifting_linear_only": False},
     "one level": {"levels": 1, "per_scale_mixer_widths": None},
+    "one memory": {"fwpkm_enabled": False, "pkm_heads": 2},
+    "memories of one shape": {"pkm_heads": 2, "fwpkm_heads": 2},
+    "memories without an MLP": {"mlp_expansion": 0},
+    "queries": {"pkm_num_keys": 256, "fwpkm_num_keys": 256},
 }
+# Of all others it is one, and the other, which has another number of heads.
+MEMORIES = {"one memory": [1], "memories of one shape": [2]}
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_a_step_at_once_is_the_same(name, monkeypatch, launches):
     decoder = decoder_of(**SWITCHES[name])
     expected = read(decoder)
-    assert not launches
+    assert launches == {"levels": [], "memories": []}
     at_once(monkeypatch)
     torch.testing.assert_close(read(decoder), expected, rtol=1e-9, atol=1e-9)
     levels = SWITCHES[name].get("levels", 3)
-    assert launches == [levels] * 2 * 30  # of two blocks; steps of three positions have none
+    n = 2 * 30  # of two blocks; steps of three positions have none
+    assert launches == {"levels": [levels] * n, "memories": MEMORIES.get(name, [1, 1]) * n}
 
 
 def test_and_so_is_a_graph_of_it(monkeypatch):
@@ -86,15 +103,15 @@ def test_and_so_is_a_graph_of_it(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "scheme, switches",
+    "scheme, switches, memories",
     [
-        (Scheme.uniform(8), {}),
-        (None, {"lifting_data_dependent": 2}),
-        (None, {"wavelet_packets": True, "per_scale_mixer_widths": None}),
+        (Scheme.uniform(8), {}, []),
+        (None, {"lifting_data_dependent": 2}, [1, 1]),
+        (None, {"wavelet_packets": True, "per_scale_mixer_widths": None}, [1, 1]),
     ],
 )
-def test_other_nets_run_one_after_the_other(scheme, switches, monkeypatch, launches):
+def test_other_parts_run_step_by_step(scheme, switches, memories, monkeypatch, launches):
     decoder = decoder_of(scheme, **switches)
     at_once(monkeypatch)
     assert read(decoder, n=2).isfinite().all()
-    assert not launches
+    assert launches == {"levels": [], "memories": memories * 4}
