@@ -10,7 +10,7 @@ from wavelet_lm.transforms.batched_linear import batched_linear
 
 
 def inputs(n=3, dtype=torch.float64, with_bias=True):
-    shapes = [(n, 2, 3, 4), (n, 5, 4), (n, 5)]
+    shapes = [(n, 6, 4), (n, 5, 4), (n, 5)]
     tensors = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     return tensors if with_bias else tensors[:2]
 

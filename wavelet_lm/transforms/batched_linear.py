@@ -9,12 +9,11 @@ from wavelet_lm.transforms.means import as_factor
 
 
 def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x_i W_iᵀ + b_i for x [n, B, T, in], W [n, out, in], b [n, out] -> [n, B, T, out]."""
+    """x_i W_iᵀ + b_i for rows x [n, N, in], W [n, out, in], b [n, out] -> [n, N, out]."""
     if len(x) == 1:  # the compiler leaves a batch of one a batch
         return torch.nn.functional.linear(x[0], weight[0], None if bias is None else bias[0])[None]
     bias = None if bias is None else as_factor(bias)
-    y = BatchedLinear.apply(as_factor(x.flatten(1, 2)), as_factor(weight), bias)
-    return y.unflatten(1, x.shape[1:3])
+    return BatchedLinear.apply(as_factor(x), as_factor(weight), bias)
 
 
 class BatchedLinear(torch.autograd.Function):

@@ -126,9 +126,10 @@ class LiftingWavelet(Wavelet):
             approximation, details = bands[:1], torch.stack(list(bands[1:]))
         x = 2 ** (self.levels / 2) * as_summand(approximation[0])
         *firsts, lasts = _layers(list(reversed(self._updates)))
+        rows = details.flatten(1, 2)  # of which the compiler sums biases where it makes them
         for layers in firsts:
-            details = nn.functional.gelu(batched_linear(details, *_weights(layers)))
-        factors = map(as_factor, (details.flatten(1, 2), *_weights(lasts)))
+            rows = nn.functional.gelu(batched_linear(rows, *_weights(layers)))
+        factors = map(as_factor, (rows, *_weights(lasts)))
         return LessUpdates.apply(x.flatten(0, 1), *factors).view_as(x)
 
     @property

@@ -70,8 +70,8 @@ def test_products_are_batched_unless_a_step_is_compiled_on_a_cpu():
 def test_routing_is_a_weighted_sum_with_its_gradients(sizes, written_out, monkeypatch):
     monkeypatch.setattr(mixer, "sums_are_written_out", lambda bands: written_out)
     routing = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
-    bands = torch.randn(3, 2, 2, 4, dtype=torch.float64, requires_grad=True)
-    expected = torch.einsum("rs,sbtc->rbtc", routing, bands)
+    bands = torch.randn(3, 4, 4, dtype=torch.float64, requires_grad=True)
+    expected = torch.einsum("rs,snc->rnc", routing, bands)
     parts = Routed.apply(routing, bands, sizes)
     assert [len(part) for part in parts] == sizes
     torch.testing.assert_close(torch.cat(parts), expected)

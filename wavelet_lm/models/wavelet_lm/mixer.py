@@ -151,13 +151,14 @@ def mix_scales(
     bands = as_factor(bands)
     groups = [[mixer] for mixer in mixers] if products_stand_alone(bands) else alike(mixers)
     sizes = [len(group) for group in groups]
-    parts = bands.split(sizes)
-    gates = parts if routing is None else Routed.apply(as_factor(routing), bands, sizes)
+    rows = bands.flatten(1, 2)
+    parts = rows.split(sizes)
+    gates = parts if routing is None else Routed.apply(as_factor(routing), rows, sizes)
     mixed = [
         mix_alike(group, x, gate, rotate)
         for group, x, gate in zip(groups, parts, gates, strict=True)
     ]
-    return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+    return (torch.cat(mixed) if len(mixed) > 1 else mixed[0]).view_as(bands)
 
 
 def mix_alike(
@@ -165,7 +166,7 @@ def mix_alike(
 ) -> Tensor:
     """The mixers of n scales of one width w: Y = (W X) ⊙ φ(G X̂) + U Vᵀ X, between A and B.
 
-    x and gate input X̂ [n, B, T, Cp] -> [n, B, T, Cp]; `rotate` acts on the rows of the weights
+    Rows x and gate input X̂ [n, N, Cp] -> [n, N, Cp]; `rotate` acts on the rows of the weights
     that read them.
     """
     cores, narrow = mixers, isinstance(mixers[0], NarrowMixer)
@@ -223,7 +224,7 @@ def joints(mixers: nn.ModuleList) -> Iterator[Joint]:
 
 
 class Routed(torch.autograd.Function):
-    """Σ_s R_rs X_s for R [S, S] and X [S, B, T, Cp], as parts of so many scales each.
+    """Σ_s R_rs X_s for R [S, S] and rows X [S, N, Cp], as parts of so many scales each.
 
     On a GPU a compiled step takes it as weighted sums, which become part of what reads or wrote
     them, and not as a product with an inner size of S; so the parts' gradients are never put
@@ -233,7 +234,7 @@ class Routed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, routing: Tensor, bands: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-        """[S, S], [S, B, T, Cp] -> each [n, B, T, Cp]."""
+        """[S, S], [S, N, Cp] -> each [n, N, Cp]."""
         ctx.save_for_backward(routing, bands)
         if sums_are_written_out(bands):
             return weighted_sums(routing, [bands]).split(sizes)
@@ -241,7 +242,7 @@ class Routed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Each [n, B, T, Cp] -> [S, S], [S, B, T, Cp]."""
+        """Each [n, N, Cp] -> [S, S], [S, N, Cp]."""
         routing, bands = ctx.saved_tensors
         if sums_are_written_out(bands):
             for_bands = weighted_sums(routing.T, grads)
@@ -253,16 +254,14 @@ class Routed(torch.autograd.Function):
 
 
 def sums_are_written_out(bands: Tensor) -> bool:
-    """Whether a routing of bands [S, B, T, Cp] is no product."""
+    """Whether a routing of bands [S, N, Cp] is no product."""
     return torch.compiler.is_compiling() and bands.is_cuda and len(bands) <= MOST_SUMMED
 
 
 def weighted_sums(weights: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """Σ_s weights_rs x_s for [S, S] and parts of x, each [n, B, T, Cp] -> [S, B, T, Cp]."""
+    """Σ_s weights_rs x_s for [S, S] and parts of x, each [n, N, Cp] -> [S, N, Cp]."""
     columns = weights.split([*map(len, parts)], 1)
-    sums = [
-        (w[:, :, None, None, None] * part).sum(1) for w, part in zip(columns, parts, strict=True)
-    ]
+    sums = [(w[:, :, None, None] * part).sum(1) for w, part in zip(columns, parts, strict=True)]
     return sum(sums).to(parts[0].dtype)
 
 
