@@ -14,13 +14,29 @@ T = TypeVar("T")
 MERGED_KERNELS: dict[str, Any] = {"combo_kernels": True}
 
 
-def merged_or_not(run: Callable[[dict[str, Any]], T], log: Callable[[str], object]) -> T:
+def separate_sums() -> dict[str, Any]:
+    """Options that keep sums over rows and over columns apart, where PyTorch would merge them.
+
+    In large graphs its scheduler fails on what it has merged (2.13: `FusedMixOrderReductions`).
+    """
+    from torch._inductor import config
+
+    known = hasattr(config.triton, "mix_order_reduction")
+    return {"triton.mix_order_reduction": False} if known else {}
+
+
+def merged_or_not(
+    run: Callable[[dict[str, Any]], T],
+    log: Callable[[str], object],
+    otherwise: Callable[[], dict[str, Any]] = dict,
+) -> T:
     """What `run` returns with the compiler's options `MERGED_KERNELS`, or where that fails without.
 
     Args:
         run: a first run of code that is compiled with the options given; its results do not depend
             on what a run before it has left.
         log: gets a line where the first run fails.
+        otherwise: makes the options of the second run.
 
     Raises:
         UserError, torch.OutOfMemoryError: of the code itself; all that the second run raises.
@@ -32,7 +48,7 @@ def merged_or_not(run: Callable[[dict[str, Any]], T], log: Callable[[str], objec
     except Exception as error:
         log(f"compiling once more without {', '.join(MERGED_KERNELS)}: {_first_line(error)}")
         torch.compiler.reset()
-    return run({})
+    return run(otherwise())
 
 
 def compiled_or_plain(

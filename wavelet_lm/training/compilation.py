@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wavelet_lm.compiler import compiled_or_plain, merged_or_not
+from wavelet_lm.compiler import compiled_or_plain, merged_or_not, separate_sums
 from wavelet_lm.config import TrainingConfig
 
 
@@ -45,7 +45,9 @@ def compiled(
             given = {"options": options} if options else {}
             return tried(torch.compile(model.loss, **given), *args, **kwargs)
 
-        return merged_or_not(merging, log) if device.type == "cuda" else merging({})
+        if device.type != "cuda":
+            return merging({})
+        return merged_or_not(merging, log, separate_sums)
 
     def loss(*args: Any, **kwargs: Any) -> Any:
         nonlocal function
