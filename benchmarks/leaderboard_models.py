@@ -140,6 +140,7 @@ ROWS = {
             "delta_value_dim": 32,
             "delta_bands": 1,
             "delta_after_mixing": True,
+            "embedding_std": 0.02,
         },
     ),
     # --- of transformers

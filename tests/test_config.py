@@ -298,6 +298,7 @@ OTHER_VALUES = {
     "mlp_layers": [3, 4],
     "delta_bands": [0, 2, 3],
     "delta_horizons": [(2, 500)],
+    "embedding_std": [0.02],
     "multinodal_cross_cell_gate_interval": [1, 2],
     **{f"{memory}_num_keys": [9, 64] for memory in ("pkm", "fwpkm")},
     **{f"{memory}_heads": [1, 2, 3] for memory in ("pkm", "fwpkm")},

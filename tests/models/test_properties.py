@@ -80,6 +80,7 @@ SWITCHES = {
     "stochastic_depth_rate": st.sampled_from([0.0, 0.5]),
     "gradient_checkpointing": st.sampled_from([False, True, 1]),
     "stable_parametrization": flags,
+    "embedding_std": st.sampled_from([None, 0.02]),
     "stab_embed_scaling": flags,
     "stab_spectral_norm": flags,
     "multinodal_enabled": st.sampled_from([False, False, True]),

@@ -98,6 +98,7 @@ def type_words(spec: dataclasses.Field) -> str:
         "str": "a text",
         "str | None": "a text or none",
         "int | None": "a whole number or none",
+        "float | None": "a number or none",
         "tuple[float, ...]": "a list of numbers",
         "tuple[float, ...] | None": "a list of numbers or none",
         "tuple[str, ...]": "a list of texts",
@@ -128,7 +129,7 @@ def _converted(spec: dataclasses.Field, value: Any) -> Any:
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError
         return value
-    if kind == "float":
+    if kind.startswith("float"):
         if not _is_number(value):
             raise ValueError
         return float(value)
@@ -171,7 +172,7 @@ def parsed(spec: dataclasses.Field, text: str) -> Any:
             return word
         if kind.startswith("int"):
             return int(text)
-        if kind == "float":
+        if kind.startswith("float"):
             return float(text)
         if kind.startswith("tuple"):
             items = text.strip("[]() ").split(",")

@@ -1,6 +1,8 @@
 """The whole model: counts, causality, chunks, formulas, gradients."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -291,6 +293,21 @@ def test_initial_values():
     assert block.projection.weight.abs().max() <= 1e-3 / 16
     assert block.feedforward.branches["mlp"].linears[-1].weight.abs().max() <= 0.02 / 512**0.5
     assert block.feedforward.branches["pkm"].values.weight.std() == pytest.approx(0.02, rel=0.05)
+
+
+@torch.no_grad()
+def test_a_tied_embedding_that_starts_small_expects_no_token_before_any_other():
+    """Tied to the head, one of 1/√C expects the token that it has just read: √C · 1/√C · √C."""
+    config = tiny_config(C=256, layers=1, tie_embedding_to_lm_head=True)
+    tokens = torch.randint(1000, (1, 40))
+    losses = {}
+    for std in (None, 1e-4):
+        torch.manual_seed(0)
+        model = build_model(replace(config, embedding_std=std), 1000).eval()
+        losses[std] = model.loss(tokens, tokens.roll(-1, 1))[0].item()
+    assert model.embedding.weight.std() == pytest.approx(1e-4, rel=0.02)
+    assert losses[1e-4] == pytest.approx(math.log(1000), abs=0.01)
+    assert losses[None] > math.log(1000) + 1
 
 
 @pytest.mark.parametrize("residuals", [False, True])

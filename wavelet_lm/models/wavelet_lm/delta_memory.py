@@ -16,6 +16,7 @@ from torch.nn.functional import linear, logsigmoid, normalize, rms_norm, silu
 
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.kernels.delta_rule import delta_rule
+from wavelet_lm.models.wavelet_lm.mlp import OUTPUT_GAIN
 from wavelet_lm.roles import VECTOR
 from wavelet_lm.transforms.history import Ring, carried
 from wavelet_lm.transforms.lifting import is_plain
@@ -66,7 +67,8 @@ class DeltaMemory(nn.Module):
     Networks"; it runs in float32 at least. With `delta_activation` identity q and k are W f: keys
     that silu made are nearly positive and so alike, and one memory holds fewer of them. With square
     they are the `PairProducts` of W f: keys of dk (dk + 1) / 2 numbers, whose likeness is the
-    square of what it was, so that what is a little alike is nearly at a right angle.
+    square of what it was, so that what is a little alike is nearly at a right angle. W_o starts at
+    0.02 of torch's default, as the MLP's last matrix does.
     """
 
     component = "delta memory"
@@ -95,6 +97,7 @@ class DeltaMemory(nn.Module):
         # What the state knows of k, what is written, what q reads.
         self.n_products = 3 * self.heads * self.key_dim * self.value_dim
         with torch.no_grad():
+            self.out.weight.mul_(OUTPUT_GAIN)
             self.rates.bias[: self.heads] = 0
             # A head of horizon n keeps 1 − 1/n of what it has: σ(log(n − 1)).
             first, last = (math.log(n - 1) for n in config.delta_horizons)

@@ -44,7 +44,8 @@ class WaveletLM(LanguageModel):
         super().__init__(config, vocab_size)
         C = config.C
         self.embedding = declared(nn.Embedding(vocab_size, C), "embedding")
-        nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(C))
+        std = 1 / math.sqrt(C) if config.embedding_std is None else config.embedding_std
+        nn.init.normal_(self.embedding.weight, std=std)
         self.embedding_scale = math.sqrt(C) if config.stabilized("embed_scaling") else 1.0
         self.bag = nn.Identity() if bag is None else bag
         self.embedding_dropout = nn.Dropout(config.dropout_embedding)
