@@ -10,6 +10,7 @@ from tests.training import runs
 from tests.training.test_precision import as_on_a_gpu
 from tests.training.test_resume import before_step, killed_run, whole_run
 from wavelet_lm.models import losses
+from wavelet_lm.models.classifier.model import SequenceClassifier
 from wavelet_lm.models.registry import build_model
 from wavelet_lm.training.optimizers import Optimizer
 from wavelet_lm.training.precision import Precision
@@ -228,6 +229,14 @@ def test_float32_has_no_copies():
     before = [id(p) for p in trial.model.parameters()]
     with trial.working.in_place():
         assert [id(p) for p in trial.model.parameters()] == before
+
+
+@pytest.mark.parametrize("keys", [{"model": "gpt"}, {}, {"multinodal_enabled": True}])
+def test_a_classifier_has_copies_and_no_head(keys):
+    model = SequenceClassifier(build_model(tiny_config(**keys), 16), 3)
+    copies = WorkingWeights(model, torch.bfloat16).copies
+    assert model.classify[0].weight in copies
+    assert not any("head" in name for name, p in model.backbone.named_parameters() if p in copies)
 
 
 def test_weights_that_step_alone_or_are_shared_have_no_copies():

@@ -48,9 +48,9 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def joints(self) -> list[Joint]:
-        """The head, which the loss reads padded."""
-        weight = self.output_weight()
-        return [Joint([weight], n_padded(weight))]
+        """The head, which the loss reads padded; a classifier's network has none."""
+        head = getattr(self, "head", None)
+        return [] if head is None else [Joint([head.weight], n_padded(head.weight))]
 
     def project(self, x: Tensor) -> Tensor:
         """Logits [B, T, vocab] of vectors that are ready for the head."""
