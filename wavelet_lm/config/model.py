@@ -183,6 +183,9 @@ class ModelConfig:
     per_layer_embedding: bool = option(
         True, "add the gained token embedding in every block", cost="N·C"
     )
+    embedding_std: float | None = option(
+        None, "standard deviation of a new embedding; none = 1/sqrt(C)", above=0
+    )
     mlp_expansion: int = option(
         20,
         "hidden width of the MLP, times C; 0 = no MLP",
@@ -215,11 +218,6 @@ class ModelConfig:
     fwpkm_update_lr: float = option(0.01, "step size of fwpkm_inference_updates", minimum=0)
     fwpkm_chunk_size: int = option(64, "tokens between those updates", minimum=2)
     tie_embedding_to_lm_head: bool = option(False, "one matrix for embedding and head", cost="−V·C")
-    embedding_std: float | None = option(
-        None,
-        "standard deviation of a new embedding; none = 1/sqrt(C)",
-        above=0,
-    )
     dropout_embedding: float = option(0.2, "dropout of the embedding", minimum=0, maximum=0.99)
     dropout_mixer: float = option(0.1, "dropout of the mixed scales", minimum=0, maximum=0.99)
     dropout_projection: float = option(
