@@ -36,8 +36,9 @@ if __name__ == "__main__":
     run_command(pretend)  # before PyTorch asks for devices
 
 import math
+import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,7 +51,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wavelet_lm.cli.flags import OneLineParser
-from wavelet_lm.compiler import MERGED_KERNELS
+from wavelet_lm.compiler import MERGED_KERNELS, first_that_compiles, training_options
 from wavelet_lm.config import Config, read_json_object
 from wavelet_lm.errors import UserError, run_command
 from wavelet_lm.fusion.fuse import fuse
@@ -126,12 +127,13 @@ def count(config: Config, vocab_size: int) -> dict[str, Any]:
         precision = Precision(config, device)
         working = WorkingWeights(model, precision.dtype)
         torch._dynamo.reset()
-        try:
-            with precision.autocast(), working.in_place():
-                compiled = torch.compile(model.loss, fullgraph=True, options=MERGED_KERNELS)
+
+        def run(options: dict[str, Any]) -> None:
+            compiled = torch.compile(model.loss, fullgraph=True, options=options)
+            with suppress(Ready), precision.autocast(), working.in_place():
                 compiled(idx, idx, model.first_window(B, device))
-        except Ready:
-            pass
+
+        first_that_compiles(run, training_options(), lambda line: print(line, file=sys.stderr))
         optimizer = optimizer_bytes(model, config, precision, working)
     n = n_params(model)
     forward, backward = graphs[False], graphs[True]

@@ -1,6 +1,6 @@
 """What follows where `torch.compile` does not work: a line and the same without it, or the end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,41 +14,47 @@ T = TypeVar("T")
 MERGED_KERNELS: dict[str, Any] = {"combo_kernels": True}
 
 
-def separate_sums() -> dict[str, Any]:
-    """Options that keep sums over rows and over columns apart, where PyTorch would merge them.
+def training_options() -> list[dict[str, Any]]:
+    """The compiler's options for a training step on a GPU, the next where those before fail.
 
-    In large graphs its scheduler fails on what it has merged (2.13: `FusedMixOrderReductions`).
+    PyTorch also merges sums over rows and over columns. In large graphs its scheduler fails on what
+    it has merged (2.13: `FusedMixOrderReductions`).
     """
     from torch._inductor import config
 
     known = hasattr(config.triton, "mix_order_reduction")
-    return {"triton.mix_order_reduction": False} if known else {}
+    separate = {"triton.mix_order_reduction": False} if known else {}
+    return [MERGED_KERNELS, *([MERGED_KERNELS | separate] if known else []), separate]
 
 
-def merged_or_not(
+def first_that_compiles(
     run: Callable[[dict[str, Any]], T],
+    options: Sequence[dict[str, Any]],
     log: Callable[[str], object],
-    otherwise: Callable[[], dict[str, Any]] = dict,
 ) -> T:
-    """What `run` returns with the compiler's options `MERGED_KERNELS`, or where that fails without.
+    """What `run` returns with the first of the compiler's options that do not fail.
 
     Args:
         run: a first run of code that is compiled with the options given; its results do not depend
             on what a run before it has left.
-        log: gets a line where the first run fails.
-        otherwise: makes the options of the second run.
+        log: gets a line where a run fails that is not the last.
 
     Raises:
-        UserError, torch.OutOfMemoryError: of the code itself; all that the second run raises.
+        UserError, torch.OutOfMemoryError: of the code itself; all that the last run raises.
     """
-    try:
-        return run(MERGED_KERNELS)
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        log(f"compiling once more without {', '.join(MERGED_KERNELS)}: {_first_line(error)}")
-        torch.compiler.reset()
-    return run(otherwise())
+    *firsts, last = options
+    for given, following in zip(firsts, options[1:], strict=True):
+        try:
+            return run(given)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            words = " and ".join(
+                f"{name} {str(value).lower()}" for name, value in following.items()
+            )
+            log(f"compiling once more with {words or 'no options'}: {_first_line(error)}")
+            torch.compiler.reset()
+    return run(last)
 
 
 def compiled_or_plain(

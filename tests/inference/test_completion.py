@@ -396,7 +396,7 @@ def test_a_compiler_that_fails_to_merge_kernels_is_asked_once_more_without():
     writer.decoder.merging = MERGED_KERNELS  # as on a GPU
     for _ in range(2):  # the second text is not tried with them
         assert figures(write(writer, ["bad"], Request(1, N))) == figures(expected)
-    assert lines[1:] == ["compiling once more without combo_kernels: no such merge"]
+    assert lines[1:] == ["compiling once more with no options: no such merge"]
     assert writer.decoder.compile
 
 

@@ -52,6 +52,8 @@ def broken_in_backward(function, **options):
     return call
 
 
+SEPARATE = {"triton.mix_order_reduction": False}
+APART = "triton.mix_order_reduction false"
 BROKEN = pytest.mark.parametrize("broken", [broken_at_once, broken_when_called, broken_in_backward])
 
 
@@ -89,24 +91,26 @@ def test_auto_falls_back_with_a_notice_and_the_same_losses(monkeypatch, no_cuda_
     values, lines = losses("auto")
     assert values == eager
     assert lines[1:] == [
-        "compiling once more without combo_kernels: no C++ compiler",
+        f"compiling once more with combo_kernels true and {APART}: no C++ compiler",
+        f"compiling once more with {APART}: no C++ compiler",
         "going on without torch.compile, which failed: no C++ compiler found here",
     ]
 
 
-def test_a_gpu_goes_without_merged_kernels_where_they_fail(monkeypatch, no_cuda_generator):
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_gpu_merges_less_where_merging_fails(monkeypatch, no_cuda_generator, n):
     asked = []
 
-    def compiler(function, options=None):
+    def compiler(function, options):
         asked.append(options)
-        return broken_when_called(function) if options == MERGED_KERNELS else function
+        return broken_when_called(function) if len(asked) <= n else function
 
     eager, _ = losses(False)
     monkeypatch.setattr(torch, "compile", compiler)
     values, lines = losses(True)
     assert values == eager
-    assert asked == [MERGED_KERNELS, {"triton.mix_order_reduction": False}]
-    assert lines[1:] == ["compiling once more without combo_kernels: no C++ compiler"]
+    assert asked == [MERGED_KERNELS, MERGED_KERNELS | SEPARATE, SEPARATE][: n + 1]
+    assert len(lines) == 1 + n
 
 
 @BROKEN

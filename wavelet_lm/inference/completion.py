@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
-from wavelet_lm.compiler import compiled_or_plain, merged_or_not
+from wavelet_lm.compiler import compiled_or_plain, first_that_compiles
 from wavelet_lm.inference.decoder import Decoder
 from wavelet_lm.inference.generation import Drawn, check_vocabulary, sampled_tokens
 from wavelet_lm.inference.interrupts import ctrl_c_as_flag
@@ -320,7 +320,8 @@ class Writer:
             return begun(2)  # the second token is the first one of a step
 
         def compiled() -> tuple[list[list[Drawn]], Iterator[list[Drawn]]]:
-            return merged_or_not(merging, self._log) if self.decoder.merging else begun(2)
+            options = [self.decoder.merging, {}] if self.decoder.merging else [{}]
+            return first_that_compiles(merging, options, self._log)
 
         def plain() -> tuple[list[list[Drawn]], Iterator[list[Drawn]]]:
             for decoder in decoders:

@@ -1,1 +1,1 @@
-"""Products with quantized weights, each beside the plain PyTorch twin that defines it."""
+"""Kernels, each beside the plain PyTorch twin that defines it."""

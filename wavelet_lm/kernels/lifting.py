@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from wavelet_lm.errors import UserError
-
 
 def lifting_step(
     x: Tensor, pasts: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
@@ -65,12 +63,8 @@ def lifting_step_in_one(
     """
     if not x.is_cuda:
         return lifting_step(x, pasts, weights, biases)
-    try:
-        from wavelet_lm.kernels.triton_lifting import launch
-    except ImportError as error:
-        raise UserError(
-            "a compiled step on a GPU needs triton; install it with python -m pip install triton"
-        ) from error
+    from wavelet_lm.kernels.triton_lifting import launch  # a compiled step on a GPU has triton
+
     return launch(x, pasts, weights, biases, arrivals)
 
 

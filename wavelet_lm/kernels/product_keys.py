@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from wavelet_lm.errors import UserError
-
 
 class Lookup(NamedTuple):
     """The sizes of a memory's lookup.
@@ -90,12 +88,8 @@ def product_key_read_in_one(
     if not values[0].is_cuda:
         lookup = Lookup(n_best, top_k, num_keys)
         return product_key_read(scores, values, ranks_a, ranks_b, lookup)
-    try:
-        from wavelet_lm.kernels.triton_product_keys import launch
-    except ImportError as error:
-        raise UserError(
-            "a compiled step on a GPU needs triton; install it with python -m pip install triton"
-        ) from error
+    from wavelet_lm.kernels.triton_product_keys import launch  # a compiled step on a GPU has triton
+
     return launch(scores, values, ranks_a, ranks_b, n_best, top_k, num_keys)
 
 

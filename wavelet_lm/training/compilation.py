@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wavelet_lm.compiler import compiled_or_plain, merged_or_not, separate_sums
+from wavelet_lm.compiler import compiled_or_plain, first_that_compiles, training_options
 from wavelet_lm.config import TrainingConfig
 
 
@@ -45,9 +45,8 @@ def compiled(
             given = {"options": options} if options else {}
             return tried(torch.compile(model.loss, **given), *args, **kwargs)
 
-        if device.type != "cuda":
-            return merging({})
-        return merged_or_not(merging, log, separate_sums)
+        options = training_options() if device.type == "cuda" else [{}]
+        return first_that_compiles(merging, options, log)
 
     def loss(*args: Any, **kwargs: Any) -> Any:
         nonlocal function
