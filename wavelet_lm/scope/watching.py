@@ -21,7 +21,7 @@ from wavelet_lm.models.wavelet_lm.delta_memory import DeltaMemory
 from wavelet_lm.models.wavelet_lm.memory import ProductKeyMemory
 from wavelet_lm.models.wavelet_lm.model import WaveletLM
 from wavelet_lm.scope.recall import shares
-from wavelet_lm.transforms.means import wide
+from wavelet_lm.transforms.dtypes import wide
 
 # The share of a gate's input z that its activation lets through: φ(z) = z · share, or the share
 # itself where φ is a sigmoid.

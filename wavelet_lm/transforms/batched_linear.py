@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wavelet_lm.transforms.means import as_factor
+from wavelet_lm.transforms.dtypes import as_factor
+
+
+def products_stand_alone(x: Tensor) -> bool:
+    """Whether products of one shape with x, of any shape, cost less one by one than as a batch.
+
+    So they do in a compiled step on a CPU: its library's products in batches are slower, and the
+    compiler has what goes in written together first. Elsewhere a batch saves launches.
+    """
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

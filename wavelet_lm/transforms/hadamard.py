@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from wavelet_lm.transforms.means import without_autocast
+from wavelet_lm.transforms.dtypes import without_autocast
 
 # Largest Kronecker factor: small enough that its product stays memory-bound on a GPU, and large
 # enough that every width up to 16,384 takes two products.

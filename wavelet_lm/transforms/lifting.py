@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.roles import Runs
-from wavelet_lm.transforms.batched_linear import batched_linear
+from wavelet_lm.transforms.batched_linear import batched_linear, products_stand_alone
 from wavelet_lm.transforms.delays import Crawl, Shift
+from wavelet_lm.transforms.dtypes import as_factor, as_summand
 from wavelet_lm.transforms.history import Ring
 from wavelet_lm.transforms.joined import Joint, joined
-from wavelet_lm.transforms.means import as_factor, as_summand, products_stand_alone
 from wavelet_lm.transforms.wavelet import Histories, Wavelet
 
 INIT_NOISE = 0.01

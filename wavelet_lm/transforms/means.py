@@ -6,12 +6,12 @@ are taken in float32 at least.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from wavelet_lm.transforms.dtypes import wide
 from wavelet_lm.transforms.history import Clock, Ring, carried, counted, remember
 
 
@@ -163,44 +163,6 @@ def linear_recurrence(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
         a = torch.cat((a[:, :step], a[:, step:] * a[:, :-step]), 1)
         step *= 2
     return b + a * initial[..., None, :]
-
-
-def wide(x: Tensor) -> Tensor:
-    """x of any shape in the dtype that sums are taken in: float32 at least."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def as_factor(x: Tensor) -> Tensor:
-    """x of any shape in the dtype in which autocast would multiply it."""
-    device = x.device.type
-    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
-
-
-def as_summand(x: Tensor) -> Tensor:
-    """x of any shape in float32 where autocast makes half precision of it, else as it is."""
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return x
-    return wide(x)
-
-
-def products_stand_alone(x: Tensor) -> bool:
-    """Whether products of one shape with x, of any shape, cost less one by one than as a batch.
-
-    So they do in a compiled step on a CPU: its library's products in batches are slower, and the
-    compiler has what goes in written together first. Elsewhere a batch saves launches.
-    """
-    return torch.compiler.is_compiling() and x.device.type == "cpu"
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Products in x's own dtype, x of any shape, where autocast would take another."""
-    # The meta device has no autocast, and where there is none it is no part of an exported graph.
-    device = x.device.type
-    if x.is_meta or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 def _no_positions(x: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from wavelet_lm.errors import UserError
 from wavelet_lm.transforms.correlation import MAX_SHIFTED_TAPS
+from wavelet_lm.transforms.dtypes import wide, without_autocast
 from wavelet_lm.transforms.history import Ring, carried, remember
-from wavelet_lm.transforms.means import linear_recurrence, wide, without_autocast
+from wavelet_lm.transforms.means import linear_recurrence
 
 MIN_BLOCK = 64
 NO_PYWAVELETS = (

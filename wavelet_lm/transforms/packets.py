@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.roles import Runs
-from wavelet_lm.transforms.means import as_summand
+from wavelet_lm.transforms.dtypes import as_summand
 from wavelet_lm.transforms.wavelet import Histories, Wavelet
 
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from wavelet_lm.transforms.dtypes import as_summand
 from wavelet_lm.transforms.history import Ring
-from wavelet_lm.transforms.means import as_summand
 
 Histories = tuple[Tensor | Ring, ...]
 

@@ -17,12 +17,12 @@ from wavelet_lm.models.wavelet_lm.memory import FastWeightMemory, FastWeights, P
 from wavelet_lm.models.wavelet_lm.mixer import SpectralMixer
 from wavelet_lm.models.wavelet_lm.mlp import MLP
 from wavelet_lm.roles import declared
+from wavelet_lm.transforms.dtypes import as_factor
 from wavelet_lm.transforms.means import (
     ExponentialMean,
     ExponentialMeanState,
     RunningMeanState,
     WindowedMeanState,
-    as_factor,
     running_mean,
 )
 

@@ -18,9 +18,9 @@ from wavelet_lm.config import ModelConfig
 from wavelet_lm.kernels.delta_rule import delta_rule
 from wavelet_lm.models.wavelet_lm.mlp import OUTPUT_GAIN
 from wavelet_lm.roles import VECTOR
+from wavelet_lm.transforms.dtypes import as_factor, wide
 from wavelet_lm.transforms.history import Ring, carried
 from wavelet_lm.transforms.lifting import is_plain
-from wavelet_lm.transforms.means import as_factor, wide
 
 EPSILON = 1e-5
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.models.wavelet_lm.layers import Gain, ScaleNorm
 from wavelet_lm.roles import MAP, Role
-from wavelet_lm.transforms.batched_linear import batched_linear
+from wavelet_lm.transforms.batched_linear import batched_linear, products_stand_alone
+from wavelet_lm.transforms.dtypes import as_factor
 from wavelet_lm.transforms.hadamard import HadamardTransform
 from wavelet_lm.transforms.joined import Joint, joined
-from wavelet_lm.transforms.means import as_factor, products_stand_alone
 
 IDENTITY_NOISE = 1e-3
 GATE_NOISE = 0.02
