@@ -23,6 +23,7 @@ from products import flops_per_token, matrix_rate
 from report import Clock, resident_bytes
 from torch import Tensor, nn
 
+from wavelet_lm.allocator import keep_freed_memory
 from wavelet_lm.config import Config
 from wavelet_lm.data.batches import RandomCrops, validation_batches
 from wavelet_lm.data.dataset import TokenizedText, TokenSplit
@@ -261,6 +262,7 @@ def run_trial(trial: Trial, settings: Settings, data: TokenizedText) -> dict[str
         UserError: the model cannot be built or is not of the size of the others.
     """
     use_threads(1)
+    keep_freed_memory()
     device = resolve_device(settings.device)
     config = settings.config(
         optimizer=trial.optimizer, lr=trial.lr, micro_batch_size=trial.batch, seed=trial.seed

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from wavelet_lm.allocator import keep_freed_memory
+from wavelet_lm.allocator import KEPT, keep_freed_memory
 from wavelet_lm.cli.flags import OneLineParser, add_threads_flag
 from wavelet_lm.cli.quantization_flags import add_quantization_flags, quantization_options
 from wavelet_lm.config import show
@@ -134,7 +134,7 @@ def serve(args: argparse.Namespace) -> None:
             "fwpkm_inference_updates": False,
         }
         options = GenerationOptions(**service_options)
-        keep_freed_memory()
+        keep_freed_memory(KEPT)
         writer = open_writer(options, resolve_device(args.device), log)
         name = args.name or hub_name(args.checkpoint) or run_name(checkpoint)
         if writer.model.config.fwpkm_inference_updates:

@@ -4,19 +4,25 @@ The logits of all positions never stand in memory: each chunk is projected, redu
 training, differentiated at once, which costs no recomputation.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from wavelet_lm.kernels.linear_cross_entropy import (
+    BLOCK_LOGITS,
+    block_rows,
+    linear_cross_entropy,
+)
 from wavelet_lm.transforms.joined import joined
 
-# Logits that may stand at once, in elements: on a CPU what its caches hold, on a GPU enough rows
-# for full matrix tiles (128 MiB in float32). With gradients there are more of them on a GPU (256
-# MiB in bfloat16), since every further chunk reads and writes the head's whole gradient again.
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
-GRADIENT_CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+# Where gradients are taken by `linear_cross_entropy`: its blocks suit a CPU's caches.
+IN_BLOCKS = {"cpu"}
+# Elsewhere, the logits that may stand at once, in elements: enough rows for full matrix tiles (128
+# MiB in float32). With gradients there are more of them (256 MiB in bfloat16), since every further
+# chunk reads and writes the head's whole gradient again.
+CHUNK_ELEMENTS = {"cpu": BLOCK_LOGITS, "cuda": 2**25}
+GRADIENT_CHUNK_ELEMENTS = {"cuda": 2**27}
 # A GPU multiplies matrices of whole tiles; the rows that are added to the head are never an answer.
 VOCAB_MULTIPLE = {"cpu": 1, "cuda": 64}
 
@@ -51,10 +57,32 @@ def mean_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
     Args:
         hidden: [N, C]; weight: W [V, C]; targets: [N] int64.
     """
+    if torch.is_grad_enabled() and hidden.device.type in IN_BLOCKS:
+        return _MeanInBlocks.apply(hidden, weight, targets)
     if torch.is_grad_enabled():
         padded = joined([weight], n_padded(weight))
         return _MeanCrossEntropy.apply(hidden, padded, len(weight), targets)
     return token_cross_entropy(hidden, lambda h: h @ weight.T, len(weight), targets).mean()
+
+
+class _MeanInBlocks(torch.autograd.Function):
+    """Of `linear_cross_entropy`, whose gradients backward multiplies by the incoming one over N."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        device, dtype = _autocast(hidden)
+        with torch.autocast(device, enabled=False):
+            total, *grads = linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets)
+        ctx.save_for_backward(*grads)
+        ctx.n, ctx.dtypes = len(targets), (hidden.dtype, weight.dtype)
+        return total / ctx.n
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_output / ctx.n
+        of_hidden, of_weight = ctx.dtypes
+        return grad_hidden.to(of_hidden) * scale, (grad_weight * scale).to(of_weight), None
 
 
 class _MeanCrossEntropy(torch.autograd.Function):
@@ -68,10 +96,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, n_vocab: int, targets: Tensor) -> Tensor:
-        device = "cpu" if hidden.is_meta else hidden.device.type  # autocast knows no meta device
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        device, dtype = _autocast(hidden)
         w = weight.to(dtype)
         total = torch.zeros((), dtype=_wide(hidden).dtype, device=hidden.device)
         grads_hidden: list[Tensor] = []
@@ -107,6 +132,14 @@ class _MeanCrossEntropy(torch.autograd.Function):
         return grad_hidden.to(of_hidden) * scale, grad_weight, None, None
 
 
+def _autocast(hidden: Tensor) -> tuple[str, torch.dtype]:
+    """The device that autocast is asked for, and the dtype in which it would multiply."""
+    device = "cpu" if hidden.is_meta else hidden.device.type  # autocast knows no meta device
+    if torch.is_autocast_enabled(device):
+        return device, torch.get_autocast_dtype(device)
+    return device, hidden.dtype
+
+
 def _less_one_hot(p: Tensor, targets: Tensor) -> Tensor:
     """p [n, V] less 1 at the targets [n]; it may change p."""
     if (
@@ -127,10 +160,7 @@ def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype
 
 
 def _chunks(hidden: Tensor, n_vocab: int, targets: Tensor, elements: dict[str, int]):
-    """As few chunks as there can be, of equal lengths."""
-    most = max(1, elements.get(hidden.device.type, 2**23) // n_vocab)
-    n_chunks = max(1, math.ceil(len(targets) / most))
-    n = max(1, math.ceil(len(targets) / n_chunks))
+    n = block_rows(len(targets), n_vocab, elements.get(hidden.device.type, 2**23))
     return zip(hidden.split(n), targets.split(n), strict=True)
 
 

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from wavelet_lm.allocator import keep_freed_memory
 from wavelet_lm.config import Config
 from wavelet_lm.errors import Interrupted, UserError
 from wavelet_lm.models.checkpoint import Checkpoint, save_checkpoint
@@ -71,6 +72,8 @@ class Trainer:
             Diverged: the loss is NaN or exploded; nothing is saved, the last good files stay.
             UserError: the GPU's memory or the disk is full.
         """
+        if self.task.device.type == "cpu":
+            keep_freed_memory()
         try:
             self._train()
         except torch.OutOfMemoryError as error:

@@ -101,9 +101,11 @@ def counted(
         device_type, dtype: as for `rehearse`.
         copied: dtype of the copies of weights that products read; float32 = none.
     """
-    chunks = losses.GRADIENT_CHUNK_ELEMENTS[device_type]
+    chunks = losses.GRADIENT_CHUNK_ELEMENTS.get(device_type, 0)
+    in_blocks = {device.type} if device_type in losses.IN_BLOCKS else set()
     working = WorkingWeights(model, copied)
     with (
+        mock.patch.object(losses, "IN_BLOCKS", in_blocks),
         mock.patch.dict(losses.GRADIENT_CHUNK_ELEMENTS, {device.type: chunks}),
         StepCounter(model, working, device_type) as counter,
     ):
