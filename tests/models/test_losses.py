@@ -3,14 +3,28 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy
 
+from wavelet_lm.kernels import linear_cross_entropy as blocks
 from wavelet_lm.models import losses
 
 
 @pytest.fixture(params=[1, 40, 10**6])
 def chunk_elements(request, monkeypatch):
     """One position at a time, a few, all at once."""
+    monkeypatch.setattr(blocks, "LEAST_ROWS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_LOGITS", request.param)
     for name in ("CHUNK_ELEMENTS", "GRADIENT_CHUNK_ELEMENTS"):
         monkeypatch.setattr(losses, name, {"cpu": request.param})
+
+
+@pytest.fixture(params=["in blocks", "as on a GPU"])
+def form(request, monkeypatch):
+    """How gradients are taken."""
+    if request.param == "as on a GPU":
+        as_on_a_gpu(monkeypatch)
+
+
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(losses, "IN_BLOCKS", set())
 
 
 def data(N=13, C=5, V=7, dtype=torch.float64):
@@ -21,7 +35,7 @@ def data(N=13, C=5, V=7, dtype=torch.float64):
     )
 
 
-def test_value_and_gradients_equal_torch(chunk_elements):
+def test_value_and_gradients_equal_torch(chunk_elements, form):
     hidden, weight, targets = data()
     value = losses.mean_cross_entropy(hidden, weight, targets)
     got = torch.autograd.grad(3 * value, (hidden, weight))
@@ -33,6 +47,7 @@ def test_value_and_gradients_equal_torch(chunk_elements):
 
 def test_a_padded_vocabulary_changes_nothing(chunk_elements, monkeypatch):
     """What a GPU does for its tiles; the rows that are added get no probability."""
+    as_on_a_gpu(monkeypatch)
     hidden, weight, targets = data()
     plain = losses.mean_cross_entropy(hidden, weight, targets)
     expected = plain, *torch.autograd.grad(plain, (hidden, weight))
@@ -57,7 +72,7 @@ def test_chunks_are_of_equal_lengths():
     assert [len(h) for h, _ in chunks] == [512] * 4
 
 
-def test_gradcheck(chunk_elements):
+def test_gradcheck(chunk_elements, form):
     hidden, weight, targets = data(N=4)
     assert gradcheck(lambda h, w: losses.mean_cross_entropy(h, w, targets), (hidden, weight))
 
@@ -69,7 +84,7 @@ def test_per_token_values(chunk_elements):
     torch.testing.assert_close(got, expected)
 
 
-def test_small_gradients_survive_half_precision():
+def test_small_gradients_survive_half_precision(form):
     """With 4,096 positions a gradient over N would underflow float16 before it is scaled."""
     hidden, weight, targets = data(N=4096, C=16, V=300, dtype=torch.float32)
     with torch.autocast("cpu", torch.float16):
@@ -80,7 +95,9 @@ def test_small_gradients_survive_half_precision():
         assert (got - expected).norm() < 2e-3 * expected.norm()
 
 
-def test_logits_never_stand_in_memory_at_once(monkeypatch):
+def test_logits_never_stand_in_memory_at_once(monkeypatch, form):
+    monkeypatch.setattr(blocks, "LEAST_ROWS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_LOGITS", 1000)
     monkeypatch.setattr(losses, "GRADIENT_CHUNK_ELEMENTS", {"cpu": 1000})
     largest = 0
 
