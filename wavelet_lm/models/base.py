@@ -114,12 +114,15 @@ class LanguageModel(nn.Module):
     def next_window(self, state: Any) -> Any:
         """The state that the next training window of the same texts starts with.
 
-        It is that of their whole text with `carry_state`, else nothing, or what a kind hands on.
+        It is that of their whole text with `carry_state`, dense, so that a compiled step finds all
+        windows alike; else nothing, or what a kind hands on.
 
         Args:
             state: what `loss` returned for the window before it.
         """
-        return state if self.config.carry_state else None
+        if not self.config.carry_state:
+            return None
+        return tree_map(lambda x: x.contiguous() if isinstance(x, Tensor) else x, state)
 
     # --- parts ------------------------------------------------------------------------------------
 

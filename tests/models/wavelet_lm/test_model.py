@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, pad
+from torch.utils._pytree import tree_leaves
 
 from tests.conftest import perturb, tiny_config
 from wavelet_lm.config import Config
@@ -194,6 +195,15 @@ def test_carry_is_the_previous_mean_of_the_first_block():
     without, zero = model(tokens())[0], model(tokens(), Carry(torch.zeros_like(carry)))[0]
     torch.testing.assert_close(without, zero, rtol=0, atol=1e-12)
     assert (model(tokens(), Carry(carry))[0] - without).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("keys", [{}, {"delta_memory": True}, VARIANTS["multinodal"]])
+def test_a_state_that_is_carried_is_dense(keys):
+    """A compiler lays the first window's out unlike the next one's, and would compile for both."""
+    model = make(data_order="sequential", carry_state=True, fwpkm_enabled=False, **keys)
+    _, state = model.loss(tokens(), tokens())
+    parts = [x for x in tree_leaves(model.next_window(state)) if isinstance(x, torch.Tensor)]
+    assert parts and all(x.is_contiguous() for x in parts)
 
 
 # --- values ----------------------------------------------------------------------------------

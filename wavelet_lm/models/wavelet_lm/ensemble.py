@@ -91,7 +91,7 @@ class MultinodalLM(LanguageModel):
 
     def next_window(self, state: tuple[State, ...]) -> tuple[State, ...] | Carry | None:
         if self.config.carry_state:
-            return state
+            return super().next_window(state)
         pairs = zip(self.cells, state, strict=True)
         return _side_by_side([cell.next_window(s) for cell, s in pairs])
 
