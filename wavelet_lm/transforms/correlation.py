@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from wavelet_lm.transforms.dtypes import as_factor, wide
+from wavelet_lm.transforms.dtypes import wide
 
 # Up to this many taps a sum of shifted views is quickest (and fuses into its neighbours under
 # torch.compile); above, a banded product reads each position once per block instead of once a tap.
@@ -38,20 +38,6 @@ def correlate(x: Tensor, taps: Tensor, length: int) -> Tensor:
     return y.reshape(x.shape[0], n_blocks * block, -1)[:, :length]
 
 
-def filtered_at_once(x: Tensor, taps: Tensor, min_lag: int) -> Tensor | None:
-    """y_t = Σ_j taps_j · x_{t−m−j} from the start of a text, in a compiled step on a GPU.
-
-    x [B, T, C], taps [K] -> [B, T, C], or None elsewhere and of longer texts.
-    """
-    if not (torch.compiler.is_compiling() and x.is_cuda):
-        return None
-    if len(taps) <= MAX_SHIFTED_TAPS:
-        return DelayedSum.apply(taps.to(x.dtype), x, min_lag)
-    if x.shape[1] <= MOST_MULTIPLIED:
-        return MultipliedFilter.apply(as_factor(taps), as_factor(x), min_lag)
-    return None
-
-
 class DelayedSum(torch.autograd.Function):
     """y_t = Σ_j taps_j · x_{t−m−j}, few taps, zeros before the text: for a compiled step on CUDA.
 
@@ -71,37 +57,57 @@ class DelayedSum(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """[B, T, C] -> [K], [B, T, C]."""
         taps, x = ctx.saved_tensors
-        lags = range(ctx.min_lag, ctx.min_lag + len(taps))
-        of_taps = torch.stack([(grad * shifted(x, lag)).sum() for lag in lags])
-        pairs = zip(taps.unbind(), lags, strict=True)
-        return of_taps, sum(tap * shifted(grad, -lag) for tap, lag in pairs), None
+        return *_gradients(taps, x, grad, ctx.min_lag), None
 
 
-class MultipliedFilter(torch.autograd.Function):
-    """y_t = Σ_j taps_j · x_{t−m−j}, zeros before the text, as a product with a matrix of the taps.
+def in_one_product(x: Tensor) -> bool:
+    """Whether a step filters x [B, T, C] from the start of a text by a `FilterLess`.
 
-    For a compiled step on CUDA: in the products of `correlate` the windows of a signal are copies,
-    half as large again, and so are their gradients, which are then added up.
+    In the products of `correlate` the windows of a signal are copies, half as large again, and so
+    are their gradients, which are then added up.
+    """
+    return torch.compiler.is_compiling() and x.is_cuda and x.shape[1] <= MOST_MULTIPLIED
+
+
+class FilterLess(torch.autograd.Function):
+    """f (Σ_j taps_j · x_{t−m−j} − y_t), zeros before the text, for a compiled step on CUDA.
+
+    It is one product, of x with a matrix of all taps, to which the library adds y. What the
+    products of the backward pass read is the gradient for y, whatever that of the result is.
     """
 
     @staticmethod
-    def forward(ctx, taps: Tensor, x: Tensor, min_lag: int) -> Tensor:
-        """[K], [B, T, C], m -> [B, T, C]."""
+    def forward(ctx, taps: Tensor, x: Tensor, y: Tensor, min_lag: int, factor: float) -> Tensor:
+        """[K], [B, T, C], [B, T, C], m, f -> [B, T, C]."""
         ctx.save_for_backward(taps, x)
-        ctx.min_lag = min_lag
-        return torch.bmm(_matrix(taps, min_lag, len(x), x.shape[1]), x)
+        ctx.min_lag, ctx.factor = min_lag, factor
+        matrix = _matrix(taps, min_lag, len(x), x.shape[1])
+        return torch.baddbmm(y, matrix, x, beta=-factor, alpha=factor)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """[B, T, C] -> [K], [B, T, C]."""
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """[B, T, C] -> [K], [B, T, C], [B, T, C]."""
         taps, x = ctx.saved_tensors
-        B, T, _ = x.shape
-        of_matrix = torch.bmm(grad, x.mT).sum(0, dtype=wide(x).dtype)
-        # Row j: what stands at t − s = m + j, for every t.
-        t = torch.arange(T, device=x.device)
-        s = t - ctx.min_lag - torch.arange(len(taps), device=x.device)[:, None]
-        of_taps = torch.where(s >= 0, of_matrix[t, s.clamp(min=0)], 0).sum(1)
-        return of_taps.to(taps.dtype), torch.bmm(_matrix(taps, ctx.min_lag, B, T).mT, grad), None
+        of_y = -ctx.factor * grad
+        of_taps, of_x = _gradients(-taps, x, of_y, ctx.min_lag)
+        return -of_taps, of_x, of_y, None, None
+
+
+def _gradients(taps: Tensor, x: Tensor, grad: Tensor, min_lag: int) -> tuple[Tensor, Tensor]:
+    """Of Σ_j taps_j · x_{t−m−j} for taps [K] and x [B, T, C], given that of its value."""
+    B, T, _ = x.shape
+    lags = range(min_lag, min_lag + len(taps))
+    if len(taps) <= MAX_SHIFTED_TAPS:  # which become part of what made `grad` and of what reads it
+        of_taps = torch.stack([(grad * shifted(x, lag)).sum() for lag in lags])
+        pairs = zip(taps.unbind(), lags, strict=True)
+        return of_taps, sum(tap * shifted(grad, -lag) for tap, lag in pairs)
+    of_matrix = torch.bmm(grad, x.mT)
+    # Column j: what stands at t − s = m + j, for every t.
+    t = torch.arange(T, device=x.device)[:, None]
+    s = t - torch.arange(lags.start, lags.stop, device=x.device)
+    by_lag = torch.where(s >= 0, of_matrix[:, t, s.clamp(min=0)], 0)
+    of_taps = by_lag.sum((0, 1), dtype=wide(x).dtype).to(taps.dtype)
+    return of_taps, torch.bmm(_matrix(taps, min_lag, B, T).mT, grad)
 
 
 def _matrix(taps: Tensor, min_lag: int, B: int, T: int) -> Tensor:

@@ -29,7 +29,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from wavelet_lm.transforms.correlation import correlate, filtered_at_once
+from wavelet_lm.transforms.correlation import MAX_SHIFTED_TAPS, DelayedSum, correlate
 
 
 class Signal(Protocol):
@@ -131,10 +131,9 @@ class Window:
 
     def filtered(self, taps: Tensor, min_lag: int = 0) -> Tensor:
         T, K = self._x.shape[1], len(taps)
-        if self._past is None:
-            y = filtered_at_once(self._x, taps, min_lag)
-            if y is not None:
-                return y
+        is_short = self._past is None and K <= MAX_SHIFTED_TAPS
+        if torch.compiler.is_compiling() and self._x.is_cuda and is_short:
+            return DelayedSum.apply(taps.to(self._x.dtype), self._x, min_lag)
         start = self._max_lag - min_lag - K + 1
         # The largest lag comes first in time.
         signal = self.whole()[:, start : start + T + K - 1]

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from wavelet_lm.roles import Runs
 from wavelet_lm.transforms.batched_linear import batched_linear, products_stand_alone
-from wavelet_lm.transforms.delays import Crawl, Shift
+from wavelet_lm.transforms.correlation import FilterLess, in_one_product
+from wavelet_lm.transforms.delays import CausalFilter, Crawl, Shift
 from wavelet_lm.transforms.dtypes import as_factor, as_summand
-from wavelet_lm.transforms.history import Ring
+from wavelet_lm.transforms.history import Ring, remember
 from wavelet_lm.transforms.joined import Joint, joined
 from wavelet_lm.transforms.wavelet import Histories, Wavelet
 
@@ -104,9 +105,10 @@ class LiftingWavelet(Wavelet):
     def split(
         self, k: int, x: Tensor, history: Tensor | Ring | None = None
     ) -> tuple[Tensor, Tensor, Tensor | Ring]:
-        past, history = self.delays[k](x.flatten(2), history)
+        predicted = self.predict[k](x).flatten(2)
+        detail, history = less(self.delays[k], x.flatten(2), predicted, history)
         # Nets and mixers read details in half precision; what goes from level to level is wide.
-        detail = as_factor((past.view_as(x) - self.predict[k](x)) / math.sqrt(2))
+        detail = as_factor(detail).view_as(x)
         return (x + self.update[k](detail)) / math.sqrt(2), detail, history
 
     def merge(self, k: int, approximation: Tensor, detail: Tensor) -> Tensor:
@@ -235,6 +237,18 @@ def lifting_net(
         if level_scaling:
             layers[-1].weight.mul_(1 / (1 + 0.1 * level))
     return DataDependentNet(net, channels, rank) if rank else net
+
+
+def less(
+    delay: nn.Module, x: Tensor, predicted: Tensor, history: Tensor | Ring | None
+) -> tuple[Tensor, Tensor | Ring]:
+    """(delay(x) − predicted) / √2 of two of [B, T, C], in this shape, and the delay's history."""
+    if history is None and isinstance(delay, CausalFilter) and in_one_product(x):
+        factors = map(as_factor, (delay.taps(), x, predicted))
+        detail = FilterLess.apply(*factors, delay.min_lag, 1 / math.sqrt(2))
+        return detail, remember(x, None, delay.max_lag).state
+    past, history = delay(x, history)
+    return (past - predicted) / math.sqrt(2), history
 
 
 def is_plain(net: nn.Module) -> bool:
