@@ -106,9 +106,8 @@ class Block(nn.Module):
 
         h = self.norm1(x)
         details, wavelet_state = wavelet.decompose(self.pad(h), wavelet_state)
-        bands = self.decomposed_norm(torch.stack([as_factor(band) for band in details]))
-        if mean is not None:
-            bands = self.bypass(bands, mean, mean_prev)
+        bands = torch.cat([as_factor(band).flatten(0, 1)[None] for band in details])
+        bands = self.with_past(bands.unflatten(1, x.shape[:2]), mean, mean_prev)
         x = self.spectral_gain(x) + self.mixed_signal(bands, wavelet)
         if self.delta_memory is not None:
             source = x if self.delta_memory.after_mixing else h
@@ -124,11 +123,24 @@ class Block(nn.Module):
         """x + γ ⊙ e, [B, T, C]."""
         return x + self.embedding_gain * embedding
 
+    def with_past(self, bands: Tensor, mean: Tensor | None, mean_prev: Tensor | None) -> Tensor:
+        """Bands [S, B, T, Cp], normalised, and the bypass of means [B, T, C]."""
+        norm, bypass = self.decomposed_norm, self.bypass
+        if mean is None:
+            return norm(bands)
+        if isinstance(norm, ScaleNorm):
+            return norm(bands, added=bypass.summand(mean, mean_prev))
+        return bypass(bands, mean, mean_prev)
+
     def mixed_signal(self, bands: Tensor, wavelet: nn.Module) -> Tensor:
         """Bands [S, B, T, Cp], gated and mixed, and the signal [B, T, C] that they make."""
-        mixed = self.mixer_dropout(self.mixed_norm(self.mixer(self.phase_gate(bands))))
-        mixed = as_factor(mixed * by_row(self.scale_weights, mixed))
-        signal = self.projection(wavelet.reconstruct(mixed))
+        mixed = self.mixer(self.phase_gate(bands))
+        if isinstance(self.mixed_norm, ScaleNorm):
+            mixed = self.mixer_dropout(self.mixed_norm(mixed, self.scale_weights))
+        else:
+            mixed = self.mixer_dropout(mixed)
+            mixed = mixed * by_row(self.scale_weights, mixed)
+        signal = self.projection(wavelet.reconstruct(as_factor(mixed)))
         return self.projection_dropout(signal)
 
 
@@ -152,9 +164,13 @@ class MeanBypass(nn.Module):
 
     def forward(self, bands: Tensor, mean: Tensor, mean_prev: Tensor | None) -> Tensor:
         """Bands [S, B, T, Cp], means [B, T, C] -> bands."""
+        gains, g = self.summand(mean, mean_prev)
+        return torch.addcmul(bands, gains[:, None, None], g)
+
+    def summand(self, mean: Tensor, mean_prev: Tensor | None) -> tuple[Tensor, Tensor]:
+        """η [S, Cp] and g [B, T, Cp] of means [B, T, C]."""
         g = mean if mean_prev is None else mean + self.cross_layer_mix(mean_prev)
-        gains = nn.functional.pad(self.gains, self.padding)
-        return torch.addcmul(bands, gains[:, None, None], nn.functional.pad(g, self.padding))
+        return nn.functional.pad(self.gains, self.padding), nn.functional.pad(g, self.padding)
 
 
 def feedforward_branches(config: ModelConfig) -> dict[str, nn.Module]:

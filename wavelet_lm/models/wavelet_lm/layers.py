@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.config import ModelConfig
+from wavelet_lm.kernels.scale_norm import scale_norm_backward_in_one
 
 
 class ScaleNorm(nn.Module):
@@ -16,10 +17,61 @@ class ScaleNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.n_scales, config.padded_channels))
         self.bias = nn.Parameter(torch.zeros(config.n_scales, config.padded_channels))
 
-    def forward(self, bands: Tensor) -> Tensor:
-        """[S, B, T, Cp] -> the same shape."""
-        normal = nn.functional.layer_norm(bands, bands.shape[-1:])
-        return torch.addcmul(self.bias[:, None, None], normal, self.weight[:, None, None])
+    def forward(
+        self,
+        bands: Tensor,
+        factors: Tensor | None = None,
+        added: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """[S, B, T, Cp] -> the same shape.
+
+        Args:
+            factors: [S], which multiply what each scale gives.
+            added: gains [S, Cp] and a signal [B, T, Cp], whose product is added.
+        """
+        weight, bias = self.weight, self.bias
+        if factors is not None:
+            weight, bias = weight * factors[:, None], bias * factors[:, None]
+        gains, signal = added or (None, None)
+        if torch.compiler.is_compiling() and bands.is_cuda and torch.is_grad_enabled():
+            rows = bands.flatten(1, 2), None if signal is None else signal.flatten(0, 1)
+            return NormalizedBands.apply(rows[0], weight, bias, gains, rows[1]).view_as(bands)
+        bands = normalized(bands, weight[:, None, None], bias[:, None, None])
+        return bands if added is None else torch.addcmul(bands, gains[:, None, None], signal)
+
+
+def normalized(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """w ⊙ x̂ + b of x [..., C], with w and b of shapes that go with it, in x's shape."""
+    return torch.addcmul(bias, nn.functional.layer_norm(x, x.shape[-1:]), weight)
+
+
+class NormalizedBands(torch.autograd.Function):
+    """w ⊙ x̂ + b + a ⊙ m, with a backward pass that reads its gradient and x once.
+
+    So in a compiled step on a GPU: the compiler writes the gradient in float32, and reads it and x
+    again for the sums over the rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, gains: Tensor | None, signal: Tensor | None
+    ) -> Tensor:
+        """[S, N, C], [S, C], [S, C], [S, C] or None, [N, C] or None -> [S, N, C]."""
+        ctx.save_for_backward(x, weight, gains, signal)
+        y = normalized(x, weight[:, None], bias[:, None])
+        return y if gains is None else torch.addcmul(y, gains[:, None], signal)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """[S, N, C] -> those of what `forward` is given, in their shapes."""
+        x, weight, gains, signal = ctx.saved_tensors
+        grad = grad.to(x.dtype)  # in which all that reads the result reads it
+        of_x, sums = scale_norm_backward_in_one(grad, x, weight, signal)
+        of_weight, of_bias, *of_gains = sums.sum(0).unbind()
+        if signal is None:
+            return of_x, of_weight, of_bias, None, None
+        of_signal = (gains[:, None] * grad).sum(0).to(signal.dtype)
+        return of_x, of_weight, of_bias, *of_gains, of_signal
 
 
 class PhaseGate(nn.Module):
