@@ -6,7 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wavelet_lm.transforms.batched_linear import batched_linear
+from wavelet_lm.transforms.batched_linear import batched_linear, linear_by_text
 
 
 def inputs(n=3, dtype=torch.float64, with_bias=True):
@@ -23,6 +23,22 @@ def test_each_is_a_linear_map_with_its_gradients(n, with_bias):
     torch.testing.assert_close(batched_linear(*given), expected)
     assert gradcheck(batched_linear, given)
     assert gradgradcheck(batched_linear, given)
+
+
+def test_rows_may_stand_in_several_dimensions():
+    x, weight, bias = inputs()
+    given = x.detach().view(3, 2, 3, 4).requires_grad_(), weight, bias
+    torch.testing.assert_close(
+        batched_linear(*given).flatten(1, 2), batched_linear(x, weight, bias)
+    )
+    assert gradcheck(batched_linear, given)
+
+
+def test_a_linear_layer_by_text():
+    given = [part[0].detach().requires_grad_() for part in inputs()]
+    given[0] = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(linear_by_text(*given), linear(*given))
+    assert gradcheck(linear_by_text, given)
 
 
 def test_what_is_frozen_has_no_gradient():

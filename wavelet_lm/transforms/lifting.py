@@ -19,7 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from wavelet_lm.roles import Runs
-from wavelet_lm.transforms.batched_linear import batched_linear, products_stand_alone
+from wavelet_lm.transforms.batched_linear import (
+    batched_linear,
+    linear_by_text,
+    products_stand_alone,
+)
 from wavelet_lm.transforms.correlation import FilterLess, in_one_product
 from wavelet_lm.transforms.delays import CausalFilter, Crawl, Shift
 from wavelet_lm.transforms.dtypes import as_factor, as_summand
@@ -105,11 +109,11 @@ class LiftingWavelet(Wavelet):
     def split(
         self, k: int, x: Tensor, history: Tensor | Ring | None = None
     ) -> tuple[Tensor, Tensor, Tensor | Ring]:
-        predicted = self.predict[k](x).flatten(2)
+        predicted = applied(self.predict[k], x).flatten(2)
         detail, history = less(self.delays[k], x.flatten(2), predicted, history)
         # Nets and mixers read details in half precision; what goes from level to level is wide.
         detail = as_factor(detail).view_as(x)
-        return (x + self.update[k](detail)) / math.sqrt(2), detail, history
+        return (x + applied(self.update[k], detail)) / math.sqrt(2), detail, history
 
     def merge(self, k: int, approximation: Tensor, detail: Tensor) -> Tensor:
         return math.sqrt(2) * approximation - self._updates[k](detail)
@@ -128,10 +132,9 @@ class LiftingWavelet(Wavelet):
             approximation, details = bands[:1], torch.stack(list(bands[1:]))
         x = 2 ** (self.levels / 2) * as_summand(approximation[0])
         *firsts, lasts = _layers(list(reversed(self._updates)))
-        rows = details.flatten(1, 2)  # of which the compiler sums biases where it makes them
         for layers in firsts:
-            rows = nn.functional.gelu(batched_linear(rows, *_weights(layers)))
-        factors = map(as_factor, (rows, *_weights(lasts)))
+            details = nn.functional.gelu(batched_linear(details, *_weights(layers)))
+        factors = map(as_factor, (details.flatten(1, 2), *_weights(lasts)))
         return LessUpdates.apply(x.flatten(0, 1), *factors).view_as(x)
 
     @property
@@ -237,6 +240,17 @@ def lifting_net(
         if level_scaling:
             layers[-1].weight.mul_(1 / (1 + 0.1 * level))
     return DataDependentNet(net, channels, rank) if rank else net
+
+
+def applied(net: nn.Module, x: Tensor) -> Tensor:
+    """net(x), [..., C] -> [..., C]: in a GPU's compiled step with biases summed by text."""
+    trains = torch.compiler.is_compiling() and x.is_cuda and torch.is_grad_enabled()
+    if not (trains and x.ndim == 3 and is_plain(net)):
+        return net(x)
+    *firsts, last = [layers[0] for layers in _layers([net])]
+    for layer in firsts:
+        x = nn.functional.gelu(linear_by_text(x, layer.weight, layer.bias))
+    return linear_by_text(x, last.weight, last.bias)
 
 
 def less(
