@@ -65,7 +65,7 @@ class NormalizedBands(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """[S, N, C] -> those of what `forward` is given, in their shapes."""
         x, weight, gains, signal = ctx.saved_tensors
-        grad = grad.to(x.dtype)  # in which all that reads the result reads it
+        grad = grad.to(x.dtype)  # mixers read the result in it
         of_x, sums = scale_norm_backward_in_one(grad, x, weight, signal)
         of_weight, of_bias, *of_gains = sums.sum(0).unbind()
         if signal is None:
