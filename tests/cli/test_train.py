@@ -99,9 +99,12 @@ def test_texts_that_cannot_be_trained_on(tmp_path, write, overrides, message):
         ({"amp_dtype": "fp16"}, "amp_dtype fp16 needs a CUDA GPU"),
         ({"device": "tpu"}, "it must be auto, cpu, cuda or cuda:N"),
         ({"lr": "fast"}, "--lr is 'fast'; it must be a number"),
+        ({"embedding_std": -1}, "--embedding_std is -1; it must be > 0"),
+        ({"levels": 60}, "--levels is 60; it must be >= 1 and <= 24"),
         ({"lerning_rate": 1}, "unknown option --lerning_rate"),
         ({"init_from": "/nowhere"}, "/nowhere: "),
         ({"C": 2**20, "layers": 9}, "this config needs about"),
+        ({"C": 2**20, "layers": 9}, "layers (9) or levels (5)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -58,7 +58,7 @@ def test_without_a_config_the_command_takes_that_of_the_run(source, tmp_path):
     ("overrides", "message"),
     [
         ({"tokenizer": "bytes"}, "was trained with char; leave tokenizer at auto"),
-        ({"C": 8}, "a checkpoint of another config"),
+        ({"C": 8}, "a checkpoint of another config.*; without --init_from a new run begins"),
         ({"layers": 3}, "a checkpoint of another config: no blocks.2"),
         ({"tie_embedding_to_lm_head": True}, "unknown head.weight"),
         ({"init_from": "nowhere/at/all"}, "nowhere/at/all"),

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from itertools import pairwise
 from pathlib import Path
@@ -313,6 +313,15 @@ def parse_flags(
     """What was given: options of `Config` as their typed values, others as the parser has them."""
     given = vars(parser.parse_args(arguments))
     return {k: parse_value(k, v) if k in FIELDS else v for k, v in given.items()}
+
+
+def check_flags(flags: Mapping[str, Any]) -> None:
+    """Every option of `Config` is allowed by itself, or a `ConfigError` that names its flag."""
+    for key in flags.keys() & FIELDS.keys():
+        try:
+            checked_value(key, flags[key])
+        except ConfigError as error:
+            raise ConfigError(f"--{error}") from None
 
 
 def listed(key: str, text: str | None, default: Any) -> list[Any]:

@@ -40,7 +40,7 @@ def main() -> None:
     )
     where = parser.add_argument_group("where")
     where.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
-    where.add_argument("--port", type=int, default=8000, help="its port; 0: any free one [8000]")
+    where.add_argument("--port", type=port, default=8000, help="its port; 0: any free one [8000]")
     where.add_argument("--name", help="what the model is called [the run's name]")
     where.add_argument("--api_key_file", metavar="FILE", help="holds what clients have to know")
     where.add_argument(
@@ -73,6 +73,13 @@ def main() -> None:
     add_quantization_flags(parser)
     args = parser.parse_args()
     serve(args)
+
+
+def port(text: str) -> int:
+    """A port's number, 0 for any."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 65535")
+    return int(text)
 
 
 def add_limit_flags(group: argparse._ArgumentGroup) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from wavelet_lm.cli.flags import OneLineParser, add_config_flags, parse_flags
+from wavelet_lm.cli.flags import OneLineParser, add_config_flags, check_flags, parse_flags
 from wavelet_lm.config import Config, ConfigError, presets, read_config
 from wavelet_lm.streams import output_is_optional
 from wavelet_lm.tables import aligned
@@ -44,6 +44,7 @@ def main() -> None:
 
 def run(flags: dict[str, Any], processes: Processes) -> None:
     """What the flags ask for."""
+    check_flags(flags)
     if "resume" in flags:
         from wavelet_lm.training.run import resume
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from wavelet_lm.config.option import option
 
+# The lags of the last level reach back 2^levels positions.
+MAX_LEVELS = 24
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -28,6 +31,7 @@ class ModelConfig:
         5,
         "wavelet levels of a block; it has levels + 1 scales, or 2^levels with wavelet_packets",
         minimum=1,
+        maximum=MAX_LEVELS,
         cost="lifting nets and mixers each",
     )
     wavelet_mode: str = option(

@@ -57,8 +57,16 @@ def refuse_other_flags(path: str | Path, flags: Iterable[str]) -> None:
     if refused:
         raise UserError(
             f"--resume does not take --{refused[0]}, for the run would be another one; it takes"
-            f" {', '.join(FLAGS)}; start a new run from this one with --init_from {path}"
+            f" {', '.join(FLAGS)}; {new_run(path)}"
         )
+
+
+def new_run(path: str | Path) -> str:
+    """What to do where a run cannot go on as asked."""
+    return (
+        f"start a new run, with --init_from {path} where its weights keep their shapes, else with"
+        f" --config {Path(path) / 'config.json'}"
+    )
 
 
 def changed_config(
@@ -81,7 +89,7 @@ def changed_config(
             advice = f"give --{key} to --resume, or" if key in FLAGS else "to change it,"
             raise UserError(
                 f"{run.config_file}: {key} is {show(now[key])} but {checkpoint.path.name} is a"
-                f" checkpoint of {show(then[key])}; {advice} start a new run with --init_from"
+                f" checkpoint of {show(then[key])}; {advice} {new_run(run.path)}"
             )
     if "epochs" in flags:  # which max_steps would take the place of
         flags = {"max_steps": None, **flags}

@@ -69,10 +69,11 @@ def savings(config: Config, device: torch.device) -> str:
     }
     flags = [f"--{flag}" for flag, helps in switches.items() if helps]
     words = f"try {', '.join(flags)}, or " if flags else ""
-    return (
-        f"{words}lower micro_batch_size ({config.micro_batch_size}), block_size"
-        f" ({config.block_size}), C ({config.C}) or layers ({config.layers})"
-    )
+    keys = ["micro_batch_size", "block_size", "C", "layers"]
+    if config.model == "wavelet_lm":
+        keys.append("levels")
+    sizes = [f"{key} ({getattr(config, key)})" for key in keys]
+    return f"{words}lower {', '.join(sizes[:-1])} or {sizes[-1]}"
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -71,7 +71,12 @@ def train(config: Config, command: str | None = None, processes: Processes = ALO
     model = _build(config, data, device, processes)
     processes.seed(config.seed)
     if source is not None:
-        _weights(model, processes).load(Checkpoint(source))
+        try:
+            _weights(model, processes).load(Checkpoint(source))
+        except UserError as error:
+            raise UserError(
+                f"{error}; without --init_from a new run begins with random weights"
+            ) from None
     run = _new_folder(config, data.name, command, processes)
     try:
         for message in messages:

@@ -156,7 +156,10 @@ class MultiQueryRecall(RecallTask):
 
     def _check(self) -> None:
         if self.keys < self.pairs:
-            raise UserError(f"{self.pairs} pairs need as many keys, and keys is {self.keys}")
+            raise UserError(
+                f"{self.pairs} pairs need as many keys, and keys is {self.keys}; raise keys or"
+                " lower pairs"
+            )
         if self.length < (needed := 2 * self.pairs + self.queries):
             raise UserError(
                 f"{self.pairs} pairs and {self.queries} queries need {needed} positions, and length"
