@@ -93,6 +93,10 @@ def test_every_key_has_a_meaning_and_an_allowed_default():
         ({"wavelet_packets": True}, ["6 entries", "with wavelet_packets makes 32 scales", "none"]),
         ({"wavelet_packets": True, "levels": 7}, ["wavelet_packets", "levels is 7", "6 or less"]),
         (
+            {"delta_memory": True, "delta_activation": "square", "delta_key_dim": 513},
+            ["delta_activation square", "delta_key_dim is 513", "512 or less"],
+        ),
+        (
             {"wavelet_mode": "haar", "wavelet_crawl": False, "lifting_data_dependent": 4},
             ["haar", "set lifting_data_dependent to 0"],
         ),

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from wavelet_lm.config.config import Config
 
 MAX_PACKET_LEVELS = 6
+# Of keys whose products of pairs are taken: 131,328 of them.
+MAX_SQUARE_KEY = 512
 # Switches of the wavelet model that would change what a GPT is, and it has none of.
 WAVELET_LM_ALONE = (
     "looped_blocks",
@@ -86,6 +88,11 @@ def _wavelet(c: Config) -> None:
     _refuse(
         c.delta_memory and len(c.delta_horizons) != 2,
         f"delta_horizons is {show(c.delta_horizons)}; it must be two numbers",
+    )
+    _refuse(
+        c.delta_memory and c.delta_activation == "square" and c.delta_key_dim > MAX_SQUARE_KEY,
+        f"delta_activation square takes all products of two numbers of a key and delta_key_dim is"
+        f" {c.delta_key_dim}; use {MAX_SQUARE_KEY} or less",
     )
     _refuse(
         c.skip_proj_out and c.padded_channels != c.C,
