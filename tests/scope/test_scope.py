@@ -15,6 +15,7 @@ from wavelet_lm import Config, UserError, build_model
 from wavelet_lm.data.tokenizers import ByteTokenizer
 from wavelet_lm.fusion.fuse import fuse
 from wavelet_lm.inference.decoder import Decoder
+from wavelet_lm.models.wavelet_lm.layers import ScaleNorm
 from wavelet_lm.models.wavelet_lm.mixer import ACTIVATIONS, NarrowMixer
 from wavelet_lm.quantization.quantize import quantize
 from wavelet_lm.quantization.scheme import Scheme
@@ -66,8 +67,11 @@ class Seen:
         self.bits = -log_probs.gather(-1, targets[:, None])[:, 0] / math.log(2)
 
     def _see_mixed(self, block, network):
+        is_weighted = isinstance(block.mixed_norm, ScaleNorm)  # which has the factors in it
+
         def see(_, __, mixed: Tensor) -> None:
-            self.mixed.append((network, mixed[:, 0] * block.scale_weights[:, None, None]))
+            factors = 1 if is_weighted else block.scale_weights[:, None, None]
+            self.mixed.append((network, mixed[:, 0] * factors))
 
         return see
 

@@ -72,7 +72,10 @@ def tile(C: int) -> tuple[int, int, int]:
 def launch(
     grad: Tensor, x: Tensor, weight: Tensor, added: Tensor | None, eps: float, parts: int
 ) -> tuple[Tensor, Tensor]:
-    """`scale_norm_backward` on a GPU, in any dtype but float64, with so many parts of the sums."""
+    """`scale_norm_backward` on a GPU, in any dtype but float64, with so many parts of the sums.
+
+    grad, x [S, N, C], weight [S, C], added [N, C] or None -> [S, N, C] and [parts, 2 or 3, S, C].
+    """
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     S, N, C = x.shape
     of_x = torch.empty_like(x)
