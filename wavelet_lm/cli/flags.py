@@ -317,7 +317,7 @@ def parse_flags(
 
 def check_flags(flags: Mapping[str, Any]) -> None:
     """Every option of `Config` is allowed by itself, or a `ConfigError` that names its flag."""
-    for key in flags.keys() & FIELDS.keys():
+    for key in filter(FIELDS.__contains__, flags):
         try:
             checked_value(key, flags[key])
         except ConfigError as error:

@@ -18,13 +18,13 @@ from wavelet_lm.transforms.joined import joined
 
 # Where gradients are taken by `linear_cross_entropy`: its blocks suit a CPU's caches.
 IN_BLOCKS = {"cpu"}
-# Elsewhere, the logits that may stand at once, in elements: enough rows for full matrix tiles (128
-# MiB in float32). With gradients there are more of them (256 MiB in bfloat16), since every further
-# chunk reads and writes the head's whole gradient again.
+# The logits that may stand at once, in elements: on a CPU as in a block, on a GPU enough rows for
+# full matrix tiles (128 MiB in float32). With gradients there are more of them there (256 MiB in
+# bfloat16), since every further chunk reads and writes the head's whole gradient again.
 CHUNK_ELEMENTS = {"cpu": BLOCK_LOGITS, "cuda": 2**25}
 GRADIENT_CHUNK_ELEMENTS = {"cuda": 2**27}
 # A GPU multiplies matrices of whole tiles; the rows that are added to the head are never an answer.
-VOCAB_MULTIPLE = {"cpu": 1, "cuda": 64}
+VOCAB_MULTIPLE = {"cuda": 64}
 
 
 def n_padded(weight: Tensor) -> int:
