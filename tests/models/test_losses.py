@@ -77,6 +77,21 @@ def test_gradcheck(chunk_elements, form):
     assert gradcheck(lambda h, w: losses.mean_cross_entropy(h, w, targets), (hidden, weight))
 
 
+def test_the_heads_gradient_of_chunks_in_half_precision(monkeypatch):
+    """Products in bfloat16 are added up in float32, whatever the head itself is in."""
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(losses, "GRADIENT_CHUNK_ELEMENTS", {"cpu": 700})
+    hidden, weight, targets = data(N=300, C=16, V=50, dtype=torch.float32)
+    plain = cross_entropy(hidden @ weight.T, targets)
+    _, expected = torch.autograd.grad(3 * plain, (hidden, weight))
+    for head in (weight, weight.detach().bfloat16().requires_grad_()):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = losses.mean_cross_entropy(hidden, head, targets)
+        (got,) = torch.autograd.grad(3 * loss, head)
+        assert got.dtype == head.dtype
+        assert (got - expected).norm() < 1e-2 * expected.norm()
+
+
 def test_per_token_values(chunk_elements):
     hidden, weight, targets = data()
     expected = cross_entropy(hidden @ weight.T, targets, reduction="none")

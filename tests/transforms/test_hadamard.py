@@ -7,6 +7,7 @@ from torch.autograd import gradcheck
 
 from wavelet_lm.transforms.hadamard import (
     HadamardTransform,
+    _ColumnsScaledInProduct,
     _ScaledInProduct,
     hadamard_transform,
 )
@@ -40,6 +41,19 @@ def test_a_scale_within_the_product_is_the_same(n):
     g = torch.randn_like(y)
     (grad,) = torch.autograd.grad(y, x, g)
     torch.testing.assert_close(grad, g @ scipy_matrix(n), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+@pytest.mark.parametrize("in_product", [False, True])
+def test_columns_are_those_of_the_transposed(n, in_product):
+    H = HadamardTransform(n)
+    x = torch.randn(2, n, 3, dtype=torch.float64, requires_grad=True)
+    factors = [f.to(x.dtype) for f in H.buffers()]
+    y = _ColumnsScaledInProduct.apply(x, *factors) if in_product else H.of_columns(x)
+    torch.testing.assert_close(y, scipy_matrix(n) @ x, rtol=0, atol=1e-12)
+    g = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, x, g)
+    torch.testing.assert_close(grad, scipy_matrix(n) @ g, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", WIDTHS)

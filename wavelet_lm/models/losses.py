@@ -19,10 +19,10 @@ from wavelet_lm.transforms.joined import joined
 # Where gradients are taken by `linear_cross_entropy`: its blocks suit a CPU's caches.
 IN_BLOCKS = {"cpu"}
 # The logits that may stand at once, in elements: on a CPU as in a block, on a GPU enough rows for
-# full matrix tiles (128 MiB in float32). With gradients there are more of them there (256 MiB in
+# full matrix tiles (128 MiB in float32). With gradients there are more of them there (512 MiB in
 # bfloat16), since every further chunk reads and writes the head's whole gradient again.
 CHUNK_ELEMENTS = {"cpu": BLOCK_LOGITS, "cuda": 2**25}
-GRADIENT_CHUNK_ELEMENTS = {"cuda": 2**27}
+GRADIENT_CHUNK_ELEMENTS = {"cuda": 2**28}
 # A GPU multiplies matrices of whole tiles; the rows that are added to the head are never an answer.
 VOCAB_MULTIPLE = {"cuda": 64}
 
@@ -100,7 +100,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
         w = weight.to(dtype)
         total = torch.zeros((), dtype=_wide(hidden).dtype, device=hidden.device)
         grads_hidden: list[Tensor] = []
-        grad_weight = None
+        grads_weight: list[Tensor] = []
         with torch.autocast(device, enabled=False):
             chunks = [*_chunks(hidden.to(dtype), n_vocab, targets, GRADIENT_CHUNK_ELEMENTS)]
             ctx.is_late = len(chunks) == 1 and dtype in (torch.bfloat16, torch.float16)
@@ -113,8 +113,8 @@ class _MeanCrossEntropy(torch.autograd.Function):
                 grad = _less_one_hot(logits.sub_(log_norm).exp_(), t).to(dtype)
                 grads_hidden.append(grad @ w)
                 if not ctx.is_late:
-                    grad_weight = _plus_product(grad_weight, grad.T, h, _wide(h).dtype)
-        of_weight = (grad, h) if ctx.is_late else (grad_weight,)
+                    _add_product(grads_weight, grad.T, h)
+        of_weight = [grad, h] if ctx.is_late else grads_weight
         ctx.save_for_backward(torch.cat(grads_hidden), *of_weight)
         ctx.n, ctx.dtypes = len(targets), (hidden.dtype, weight.dtype)
         return total / ctx.n
@@ -128,7 +128,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
             grad, h = saved
             grad_weight = (grad.T @ (h * scale)).to(of_weight)
         else:
-            grad_weight = (saved[0] * scale).to(of_weight)
+            grad_weight = (sum(map(_wide, saved)) * scale).to(of_weight)
         return grad_hidden.to(of_hidden) * scale, grad_weight, None, None
 
 
@@ -150,13 +150,12 @@ def _less_one_hot(p: Tensor, targets: Tensor) -> Tensor:
     return p.scatter_add_(-1, targets[:, None], -torch.ones_like(p[:, :1]))
 
 
-def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + a b, of several products in `dtype`; one alone stays in its own."""
-    if total is None:
-        return a @ b
-    if a.dtype == dtype:
-        return total.addmm_(a, b)
-    return total.to(dtype) + a @ b
+def _add_product(summands: list[Tensor], a: Tensor, b: Tensor) -> None:
+    """One more product a b of a sum; those in half precision are added up where the sum is read."""
+    if summands and a.dtype == _wide(a).dtype:
+        summands[0].addmm_(a, b)
+    else:
+        summands.append(a @ b)
 
 
 def _chunks(hidden: Tensor, n_vocab: int, targets: Tensor, elements: dict[str, int]):

@@ -98,7 +98,9 @@ def _gradients(taps: Tensor, x: Tensor, grad: Tensor, min_lag: int) -> tuple[Ten
     B, T, _ = x.shape
     lags = range(min_lag, min_lag + len(taps))
     if len(taps) <= MAX_SHIFTED_TAPS:  # which become part of what made `grad` and of what reads it
-        of_taps = torch.stack([(grad * shifted(x, lag)).sum() for lag in lags])
+        # Summed over each text first, as a bias's gradient is, in the kernel that made `grad`.
+        by_text = [(grad * shifted(x, lag)).sum(1, dtype=wide(x).dtype) for lag in lags]
+        of_taps = torch.stack([sums.sum() for sums in by_text]).to(taps.dtype)
         pairs = zip(taps.unbind(), lags, strict=True)
         return of_taps, sum(tap * shifted(grad, -lag) for tap, lag in pairs)
     of_matrix = torch.bmm(grad, x.mT)

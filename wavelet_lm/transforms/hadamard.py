@@ -70,6 +70,14 @@ class HadamardTransform(nn.Module):
                 return _ScaledInProduct.apply(x, *factors)
             return _products(x, factors, _product) * (1 / math.sqrt(self.n))
 
+    def of_columns(self, x: Tensor) -> Tensor:
+        """H x over the last dimension but one: [..., n, m] -> [..., n, m], dtype kept."""
+        factors = [getattr(self, f"factor_{i}").to(x.dtype) for i in range(len(self.sizes))]
+        with without_autocast(x):
+            if torch.compiler.is_compiling() and x.is_cuda:
+                return _ColumnsScaledInProduct.apply(x, *factors)
+            return _columns(x, factors, _product_of_columns) * (1 / math.sqrt(self.n))
+
     def extra_repr(self) -> str:
         return f"{self.n}"
 
@@ -91,6 +99,22 @@ class _ScaledInProduct(torch.autograd.Function):
         return _products(grad, factors, _scaled_product), *[None] * len(factors)
 
 
+class _ColumnsScaledInProduct(torch.autograd.Function):
+    """The transform of columns with its scale in the last product."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *factors: Tensor) -> Tensor:
+        """[..., n, m] -> [..., n, m]."""
+        ctx.save_for_backward(*factors)
+        return _columns(x, factors, _scaled_columns)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """H is symmetric: [..., n, m] -> [..., n, m]."""
+        factors = ctx.saved_tensors
+        return _columns(grad, factors, _scaled_columns), *[None] * len(factors)
+
+
 def _products(
     x: Tensor, factors: Sequence[Tensor], last: Callable[[Tensor, Tensor, int], Tensor]
 ) -> Tensor:
@@ -103,6 +127,19 @@ def _products(
     return last(x.reshape(-1, inner), factors[-1], shape[-1]).reshape(shape)
 
 
+def _columns(
+    x: Tensor, factors: Sequence[Tensor], last: Callable[[Tensor, Tensor, int], Tensor]
+) -> Tensor:
+    """x [..., n, m] with every factor along its part of n; `last` takes a factor, columns and n."""
+    shape = x.shape
+    inner = math.prod(shape[-2:])
+    for factor in factors[:-1]:
+        inner //= len(factor)
+        x = factor @ x.reshape(-1, len(factor), inner)
+    columns = x.reshape(-1, len(factors[-1]), shape[-1])
+    return last(factors[-1], columns, shape[-2]).reshape(shape)
+
+
 def _product(rows: Tensor, factor: Tensor, n: int) -> Tensor:
     return rows @ factor
 
@@ -110,3 +147,12 @@ def _product(rows: Tensor, factor: Tensor, n: int) -> Tensor:
 def _scaled_product(rows: Tensor, factor: Tensor, n: int) -> Tensor:
     # Of what is added to the product, nothing.
     return torch.addmm(factor[0], rows, factor, beta=0, alpha=1 / math.sqrt(n))
+
+
+def _product_of_columns(factor: Tensor, columns: Tensor, n: int) -> Tensor:
+    return factor @ columns
+
+
+def _scaled_columns(factor: Tensor, columns: Tensor, n: int) -> Tensor:
+    factors = factor.expand(len(columns), -1, -1)
+    return torch.baddbmm(factor[0, 0], factors, columns, beta=0, alpha=1 / math.sqrt(n))

@@ -26,7 +26,8 @@ from wavelet_lm.transforms.batched_linear import (
 )
 from wavelet_lm.transforms.correlation import FilterLess, in_one_product
 from wavelet_lm.transforms.delays import CausalFilter, Crawl, Shift
-from wavelet_lm.transforms.dtypes import as_factor, as_summand
+from wavelet_lm.transforms.dropout import Dropout
+from wavelet_lm.transforms.dtypes import as_factor, as_summand, in_gpu_step
 from wavelet_lm.transforms.history import Ring, remember
 from wavelet_lm.transforms.joined import Joint, joined
 from wavelet_lm.transforms.wavelet import Histories, Wavelet
@@ -223,7 +224,7 @@ def lifting_net(
         layers = [net]
     else:
         first, last = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
-        net = nn.Sequential(first, nn.GELU(), nn.Dropout(dropout), last)
+        net = nn.Sequential(first, nn.GELU(), Dropout(dropout), last)
         layers = [first, last]
     with torch.no_grad():
         for layer in layers:
@@ -244,8 +245,7 @@ def lifting_net(
 
 def applied(net: nn.Module, x: Tensor) -> Tensor:
     """net(x), [..., C] -> [..., C]: in a GPU's compiled step with biases summed by text."""
-    trains = torch.compiler.is_compiling() and x.is_cuda and torch.is_grad_enabled()
-    if not (trains and x.ndim == 3 and is_plain(net)):
+    if not (in_gpu_step(x) and x.ndim == 3 and is_plain(net)):
         return net(x)
     *firsts, last = [layers[0] for layers in _layers([net])]
     for layer in firsts:
@@ -272,9 +272,9 @@ def is_plain(net: nn.Module) -> bool:
     ones are, know themselves how to be applied.
     """
     layers = list(net) if isinstance(net, nn.Sequential) else [net]
-    dropped = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in layers)
+    dropped = any(isinstance(layer, Dropout) and layer.p > 0 for layer in layers)
     types = {type(layer) for layer in layers}
-    if dropped or not types <= {nn.Linear, nn.GELU, nn.Dropout}:
+    if dropped or not types <= {nn.Linear, nn.GELU, Dropout}:
         return False
     linears = [layer for layer in layers if type(layer) is nn.Linear]
     return not any(hasattr(layer.weight, "__tensor_flatten__") for layer in linears)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wavelet_lm.transforms.dtypes import wide
+from wavelet_lm.transforms.dtypes import in_gpu_step, wide
 from wavelet_lm.transforms.history import Clock, Ring, carried, counted, remember
 
 
@@ -51,11 +51,14 @@ def running_mean(
     """
     B, T, C = x.shape
     x_wide = wide(x)
-    if state is None:
+    is_start = state is None
+    if is_start:
         state = RunningMeanState(x_wide.new_zeros(B, C), _no_positions(x))
     scan, count = carried(state.total), counted(state.count)
     totals = scan.before()[:, None] + x_wide.cumsum(1)
     means = (totals / count.up_to(T)[..., None]).to(x.dtype)
+    if is_start and in_gpu_step(x):  # where the last one is all that would be kept of the totals
+        return means, RunningMeanState(x_wide.sum(1), count.after(T))
     return means, RunningMeanState(scan.after(totals), count.after(T))
 
 

@@ -8,7 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.models.wavelet_lm import mixer
-from wavelet_lm.models.wavelet_lm.mixer import NarrowMixer, Routed, mix_scales, scale_mixers
+from wavelet_lm.models.wavelet_lm.mixer import (
+    NarrowMixer,
+    Routed,
+    mix_scales,
+    scale_mixers,
+    together,
+)
 from wavelet_lm.transforms.hadamard import HadamardTransform
 from wavelet_lm.transforms.lifting import LiftingWavelet
 
@@ -25,7 +31,7 @@ def test_mixing_together_is_mixing_alone(widths, switches, compiling, monkeypatc
     mixers, H = scale_mixers(config, 0).double(), HadamardTransform(8).double()
     bands = torch.randn(4, 2, 5, 8, dtype=torch.float64)
     routing = torch.randn(4, 4, dtype=torch.float64)
-    got = mix_scales(mixers, bands, routing, H)
+    got = together(mix_scales(mixers, bands, routing, H))
     for s, each in enumerate(mixers):
         x, gate = H(bands[s]), H(sum(routing[s, r] * bands[r] for r in range(4)))
         core = each
@@ -47,7 +53,7 @@ def test_products_are_batched_unless_a_step_is_compiled_on_a_cpu():
     traced, ran = [], []
 
     def both():
-        return wavelet.reconstruct(mix_scales(mixers, bands, routing, H).unbind())
+        return wavelet.reconstruct(together(mix_scales(mixers, bands, routing, H)).unbind())
 
     def backend(graph, inputs):
         traced.extend(str(node.target) for node in graph.graph.nodes)

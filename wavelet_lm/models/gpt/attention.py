@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from wavelet_lm.config import ModelConfig
+from wavelet_lm.transforms.dropout import Dropout
 from wavelet_lm.transforms.history import Clock, Ring, counted, remember
 
 
@@ -24,7 +25,7 @@ class Attention(nn.Module):
         self.n_products = 2 * context * C
         self.qkv = nn.Linear(C, 3 * C)
         self.projection = nn.Linear(C, C)
-        self.dropout = nn.Dropout(config.dropout_projection)
+        self.dropout = Dropout(config.dropout_projection)
 
     def forward(
         self, x: Tensor, state: Tensor | Ring | None, count: Tensor | Clock

@@ -12,6 +12,7 @@ from wavelet_lm.errors import UserError
 from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.gpt.attention import Attention
 from wavelet_lm.roles import FACTOR, declared
+from wavelet_lm.transforms.dropout import Dropout
 from wavelet_lm.transforms.history import Clock, Ring, counted
 from wavelet_lm.transforms.moving_averages import MovingAverages
 
@@ -47,7 +48,7 @@ class GPT(LanguageModel):
         C, self.longest = config.C, config.block_size
         self.embedding = declared(nn.Embedding(vocab_size, C), "embedding")
         self.position_embedding = declared(nn.Embedding(config.block_size, C), "positions")
-        self.embedding_dropout = nn.Dropout(config.dropout_embedding)
+        self.embedding_dropout = Dropout(config.dropout_embedding)
         self.blocks = nn.ModuleList(
             GPTBlock(config, is_last=i == config.layers - 1) for i in range(config.layers)
         )
@@ -57,7 +58,7 @@ class GPT(LanguageModel):
             self.dense = declared(
                 nn.Sequential(nn.Linear(C, config.head_hidden), nn.GELU()), "head"
             )
-        self.head_dropout = nn.Dropout(config.dropout_lm_head)
+        self.head_dropout = Dropout(config.dropout_lm_head)
         head = nn.Linear(config.head_hidden or C, vocab_size, bias=False)
         self.head = declared(head, "head", weight=FACTOR)
         self.apply(_initialise)
@@ -159,7 +160,7 @@ class GPTMLP(nn.Module):
         hidden = config.C * config.gpt_mlp_expansion
         self.expand = nn.Linear(config.C, hidden)
         self.contract = nn.Linear(hidden, config.C)
-        self.dropout = nn.Dropout(config.dropout_mlp)
+        self.dropout = Dropout(config.dropout_mlp)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, C]."""

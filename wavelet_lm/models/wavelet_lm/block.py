@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.models.wavelet_lm.delta_memory import DeltaMemory
-from wavelet_lm.models.wavelet_lm.layers import Gain, PhaseGate, ScaleNorm, by_row
+from wavelet_lm.models.wavelet_lm.layers import Gain, PhaseGate, ScaleNorm, added_up
 from wavelet_lm.models.wavelet_lm.memory import FastWeightMemory, FastWeights, ProductKeyMemory
-from wavelet_lm.models.wavelet_lm.mixer import SpectralMixer
+from wavelet_lm.models.wavelet_lm.mixer import SpectralMixer, together
 from wavelet_lm.models.wavelet_lm.mlp import MLP
 from wavelet_lm.roles import declared
-from wavelet_lm.transforms.dtypes import as_factor
+from wavelet_lm.transforms.dropout import Dropout
+from wavelet_lm.transforms.dtypes import as_factor, by_row, in_gpu_step
 from wavelet_lm.transforms.means import (
     ExponentialMean,
     ExponentialMeanState,
@@ -59,17 +60,17 @@ class Block(nn.Module):
         self.phase_gate = PhaseGate(config) if config.phase_gating else nn.Identity()
         self.mixer = SpectralMixer(config)
         self.mixed_norm = ScaleNorm(config) if config.wavelet_recon_norm else nn.Identity()
-        self.mixer_dropout = nn.Dropout(config.dropout_mixer)
+        self.mixer_dropout = Dropout(config.dropout_mixer)
         self.scale_weights = nn.Parameter(torch.ones(config.n_scales))
         self.projection = (
             nn.Identity() if config.skip_proj_out else declared(nn.Linear(Cp, C), "projection")
         )
-        self.projection_dropout = nn.Dropout(config.dropout_projection)
+        self.projection_dropout = Dropout(config.dropout_projection)
         self.delta_memory = DeltaMemory(config) if config.delta_memory else None
         self.spectral_gain = Gain() if config.learned_residual else nn.Identity()
         self.feedforward_gain = Gain() if config.learned_residual else nn.Identity()
         branches = feedforward_branches(config)
-        self.feedforward = FeedForward(config.C, branches) if branches else None
+        self.feedforward = FeedForward(config, branches) if branches else None
         if not config.skip_proj_out:
             scaled = config.stabilized("proj_out_scaling")
             gain = (C * config.layers) ** -0.5 if scaled else PROJECTION_GAIN
@@ -134,11 +135,17 @@ class Block(nn.Module):
 
     def mixed_signal(self, bands: Tensor, wavelet: nn.Module) -> Tensor:
         """Bands [S, B, T, Cp], gated and mixed, and the signal [B, T, C] that they make."""
-        mixed = self.mixer(self.phase_gate(bands))
+        bands = self.phase_gate(bands)
         if isinstance(self.mixed_norm, ScaleNorm):
-            mixed = self.mixer_dropout(self.mixed_norm(mixed, self.scale_weights))
+            mixed = self.mixed_norm(self.mixer(bands), self.scale_weights)
+            mixed = self.mixer_dropout(as_factor(mixed))
+        elif in_gpu_step(bands):
+            # Part by part: what products wrote is then all that is kept for the backward pass.
+            parts = self.mixer.parts(bands)
+            weights = self.scale_weights.split([*map(len, parts)])
+            mixed = together([*map(self.mixer_dropout.times, parts, weights)])
         else:
-            mixed = self.mixer_dropout(mixed)
+            mixed = self.mixer_dropout(self.mixer(bands))
             mixed = mixed * by_row(self.scale_weights, mixed)
         signal = self.projection(wavelet.reconstruct(as_factor(mixed)))
         return self.projection_dropout(signal)
@@ -165,12 +172,32 @@ class MeanBypass(nn.Module):
     def forward(self, bands: Tensor, mean: Tensor, mean_prev: Tensor | None) -> Tensor:
         """Bands [S, B, T, Cp], means [B, T, C] -> bands."""
         gains, g = self.summand(mean, mean_prev)
+        if in_gpu_step(bands):
+            return AddedToBands.apply(bands, gains, g.to(bands.dtype))
         return torch.addcmul(bands, gains[:, None, None], g)
 
     def summand(self, mean: Tensor, mean_prev: Tensor | None) -> tuple[Tensor, Tensor]:
         """η [S, Cp] and g [B, T, Cp] of means [B, T, C]."""
         g = mean if mean_prev is None else mean + self.cross_layer_mix(mean_prev)
         return nn.functional.pad(self.gains, self.padding), nn.functional.pad(g, self.padding)
+
+
+class AddedToBands(torch.autograd.Function):
+    """c_s + η_s ⊙ g, whose gradients for η and g are made of one reading of all bands'."""
+
+    @staticmethod
+    def forward(ctx, bands: Tensor, gains: Tensor, g: Tensor) -> Tensor:
+        """[S, B, T, C], [S, C], [B, T, C] -> [S, B, T, C], with bands and g in one dtype."""
+        ctx.save_for_backward(gains, g)
+        return torch.addcmul(bands, gains[:, None, None], g).to(bands.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[S, B, T, C] -> [S, B, T, C], [S, C], [B, T, C]."""
+        gains, g = ctx.saved_tensors
+        # Over each text first, as a bias's gradient: in the order in which g's is made.
+        by_text = [(each * g).sum(1, dtype=gains.dtype) for each in grad.unbind()]
+        return grad, torch.stack(by_text).sum(1), added_up(gains, grad)
 
 
 def feedforward_branches(config: ModelConfig) -> dict[str, nn.Module]:
@@ -196,11 +223,12 @@ def feedforward_branches(config: ModelConfig) -> dict[str, nn.Module]:
 
 
 class FeedForward(nn.Module):
-    """Σ β_i branch_i(LN(x)), with learned factors β."""
+    """Σ β_i branch_i(LN(x)), with learned factors β, and dropout of what the MLP gives."""
 
-    def __init__(self, C: int, branches: dict[str, nn.Module]):
+    def __init__(self, config: ModelConfig, branches: dict[str, nn.Module]):
         super().__init__()
-        self.norm = nn.LayerNorm(C)
+        self.norm = nn.LayerNorm(config.C)
+        self.mlp_dropout = Dropout(config.dropout_mlp)
         self.branches = nn.ModuleDict(branches)
         self.gains = nn.ModuleDict({name: Gain() for name in branches})
 
@@ -209,9 +237,13 @@ class FeedForward(nn.Module):
         h = self.norm(x)
         total = 0
         for name, branch in self.branches.items():
+            gain = self.gains[name]
             if name == "fwpkm":
                 y, memory = branch.read_text(h, memory)
             else:
                 y = branch(h)
-            total = total + self.gains[name](y)
+            if name == "mlp":
+                total = total + self.mlp_dropout.times(y[None], gain.gain[None])[0]
+            else:
+                total = total + gain(y)
         return total, memory

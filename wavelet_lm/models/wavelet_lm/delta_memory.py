@@ -18,6 +18,7 @@ from wavelet_lm.config import ModelConfig
 from wavelet_lm.kernels.delta_rule import delta_rule
 from wavelet_lm.models.wavelet_lm.mlp import OUTPUT_GAIN
 from wavelet_lm.roles import VECTOR
+from wavelet_lm.transforms.dropout import Dropout
 from wavelet_lm.transforms.dtypes import as_factor, wide
 from wavelet_lm.transforms.history import Ring, carried
 from wavelet_lm.transforms.lifting import is_plain
@@ -93,7 +94,7 @@ class DeltaMemory(nn.Module):
         self.rates = nn.Linear(C, 2 * self.heads)  # of β, then of α
         self.norm_weight = nn.Parameter(torch.ones(self.value_dim))
         self.out = nn.Linear(n_values, C, bias=False)
-        self.dropout = nn.Dropout(config.dropout_projection)
+        self.dropout = Dropout(config.dropout_projection)
         # What the state knows of k, what is written, what q reads.
         self.n_products = 3 * self.heads * self.key_dim * self.value_dim
         with torch.no_grad():

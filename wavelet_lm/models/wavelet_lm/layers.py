@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from wavelet_lm.config import ModelConfig
 from wavelet_lm.kernels.scale_norm import scale_norm_backward_in_one
+from wavelet_lm.transforms.dtypes import by_row, in_gpu_step, without_autocast
 
 
 class ScaleNorm(nn.Module):
@@ -33,9 +34,11 @@ class ScaleNorm(nn.Module):
         if factors is not None:
             weight, bias = weight * factors[:, None], bias * factors[:, None]
         gains, signal = added or (None, None)
-        if torch.compiler.is_compiling() and bands.is_cuda and torch.is_grad_enabled():
-            rows = bands.flatten(1, 2), None if signal is None else signal.flatten(0, 1)
-            return NormalizedBands.apply(rows[0], weight, bias, gains, rows[1]).view_as(bands)
+        if in_gpu_step(bands):
+            if signal is not None:  # as the bands: what reads their sum rounds it
+                signal = signal.to(bands.dtype).flatten(0, 1)
+            rows = NormalizedBands.apply(bands.flatten(1, 2), weight, bias, gains, signal)
+            return rows.view_as(bands)
         bands = normalized(bands, weight[:, None, None], bias[:, None, None])
         return bands if added is None else torch.addcmul(bands, gains[:, None, None], signal)
 
@@ -70,8 +73,14 @@ class NormalizedBands(torch.autograd.Function):
         of_weight, of_bias, *of_gains = sums.sum(0).unbind()
         if signal is None:
             return of_x, of_weight, of_bias, None, None
-        of_signal = (gains[:, None] * grad).sum(0).to(signal.dtype)
-        return of_x, of_weight, of_bias, *of_gains, of_signal
+        return of_x, of_weight, of_bias, *of_gains, added_up(gains, grad)
+
+
+def added_up(gains: Tensor, grad: Tensor) -> Tensor:
+    """Σ_s a_s ⊙ g_s of gains [S, C] and g [S, ..., C] -> [..., C], written in g's dtype."""
+    gains = gains.view(len(gains), *[1] * (grad.ndim - 2), -1)
+    with without_autocast(grad):  # which would write the sum in float32
+        return (gains * grad).to(grad.dtype).sum(0)
 
 
 class PhaseGate(nn.Module):
@@ -95,20 +104,6 @@ class PhaseGate(nn.Module):
         approximation, details = bands[:1], bands[1:]
         phase = self.gains[:, None, None] * self.proj(approximation)
         return torch.cat((approximation, details * (2 * phase.sigmoid())))
-
-
-def by_row(factors: Tensor, x: Tensor) -> Tensor:
-    """Factors [...], one for each of the first parts of x [..., rows, C], in a shape to multiply x.
-
-    In a compiled step on a GPU that is [..., rows, 1]: their gradient is then a sum over each row,
-    which the compiler takes where x's gradient is made, and a sum of these few; else it writes the
-    product of x and its gradient, and reads it.
-    """
-    if factors.ndim:
-        factors = factors.reshape(*factors.shape, *[1] * (x.ndim - factors.ndim))
-    if torch.compiler.is_compiling() and x.is_cuda and torch.is_grad_enabled():
-        return factors.expand(*x.shape[:-1], 1)
-    return factors
 
 
 class Gain(nn.Module):

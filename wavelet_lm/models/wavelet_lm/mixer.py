@@ -14,7 +14,7 @@ from wavelet_lm.config import ModelConfig
 from wavelet_lm.models.wavelet_lm.layers import Gain, ScaleNorm
 from wavelet_lm.roles import MAP, Role
 from wavelet_lm.transforms.batched_linear import batched_linear, products_stand_alone
-from wavelet_lm.transforms.dtypes import as_factor
+from wavelet_lm.transforms.dtypes import as_factor, in_gpu_step
 from wavelet_lm.transforms.hadamard import HadamardTransform
 from wavelet_lm.transforms.joined import Joint, joined
 
@@ -74,6 +74,10 @@ class SpectralMixer(nn.Module):
 
     def forward(self, bands: Tensor) -> Tensor:
         """Bands [S, B, T, Cp], coarse to fine -> mixed bands of the same shape."""
+        return together(self.parts(bands))
+
+    def parts(self, bands: Tensor) -> list[Tensor]:
+        """Bands [S, B, T, Cp] -> the mixed bands in parts of neighbours, each [n, B, T, Cp]."""
         S, B, T, _ = bands.shape
         bands = as_factor(bands)  # once for all that reads them
         rotate_weights: nn.Module = self.rotate
@@ -82,8 +86,10 @@ class SpectralMixer(nn.Module):
             bands, rotate_weights = self.select(self.rotate(bands)), nn.Identity()
         for stacked in self.stacked:
             bands = stacked(bands, self.routing)
-        mixed = mix_scales(self.scales, bands, self.routing, rotate_weights)
-        return self.rotate(bands + mixed if self.residual else mixed)
+        if in_gpu_step(bands) and not self.residual:
+            return mix_scales(self.scales, bands, self.routing, rotate_weights, self.rotate)
+        mixed = together(mix_scales(self.scales, bands, self.routing, rotate_weights))
+        return [self.rotate(bands + mixed if self.residual else mixed)]
 
 
 class LargestCoefficients(nn.Module):
@@ -127,8 +133,8 @@ class StackedMixer(nn.Module):
     def forward(self, bands: Tensor, routing: Tensor | None) -> Tensor:
         """Rotated bands [S, B, T, Cp] -> the same shape; gates are routed as in the last mixer."""
         x = self.input_gain(self.norm(bands))
-        mixed = mix_scales(self.scales, x, routing, nn.Identity()) + self.bias[:, None, None]
-        mixed = self.output_gain(mixed)
+        mixed = together(mix_scales(self.scales, x, routing, nn.Identity()))
+        mixed = self.output_gain(mixed + self.bias[:, None, None])
         return bands + mixed if self.residual else mixed
 
 
@@ -141,12 +147,16 @@ def scale_mixers(config: ModelConfig, depth: int) -> nn.ModuleList:
 
 
 def mix_scales(
-    mixers: nn.ModuleList, bands: Tensor, routing: Tensor | None, rotate: nn.Module
-) -> Tensor:
+    mixers: nn.ModuleList,
+    bands: Tensor,
+    routing: Tensor | None,
+    rotate: nn.Module,
+    rotate_mixed: nn.Module | None = None,
+) -> list[Tensor]:
     """Every scale through its mixer, gated by X̂_r = Σ_s R_rs X_s (R = `routing`, or X̂ = X).
 
-    Bands [S, B, T, Cp], routing [S, S] -> [S, B, T, Cp]. Neighbours of one width are computed
-    together.
+    Bands [S, B, T, Cp], routing [S, S] -> in parts, each [n, B, T, Cp], what is mixed and then
+    rotated by `rotate_mixed`. Neighbours of one width are a part and computed together.
     """
     bands = as_factor(bands)
     groups = [[mixer] for mixer in mixers] if products_stand_alone(bands) else alike(mixers)
@@ -154,20 +164,28 @@ def mix_scales(
     rows = bands.flatten(1, 2)
     parts = rows.split(sizes)
     gates = parts if routing is None else Routed.apply(as_factor(routing), rows, sizes)
-    mixed = [
-        mix_alike(group, x, gate, rotate)
+    return [
+        mix_alike(group, x, gate, rotate, rotate_mixed or nn.Identity()).view(-1, *bands.shape[1:])
         for group, x, gate in zip(groups, parts, gates, strict=True)
     ]
-    return (torch.cat(mixed) if len(mixed) > 1 else mixed[0]).view_as(bands)
+
+
+def together(parts: list[Tensor]) -> Tensor:
+    """Parts of bands, each [n, B, T, Cp] -> [S, B, T, Cp]."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def mix_alike(
-    mixers: list[GatedMixer | NarrowMixer], x: Tensor, gate: Tensor, rotate: nn.Module
+    mixers: list[GatedMixer | NarrowMixer],
+    x: Tensor,
+    gate: Tensor,
+    rotate: nn.Module,
+    rotate_mixed: nn.Module,
 ) -> Tensor:
     """The mixers of n scales of one width w: Y = (W X) ⊙ φ(G X̂) + U Vᵀ X, between A and B.
 
     Rows x and gate input X̂ [n, N, Cp] -> [n, N, Cp]; `rotate` acts on the rows of the weights
-    that read them.
+    that read them, and `rotate_mixed` on the result, or on the columns of B where these are fewer.
     """
     cores, narrow = mixers, isinstance(mixers[0], NarrowMixer)
     if narrow:
@@ -182,7 +200,12 @@ def mix_alike(
     if first.V is not None:
         V, U = rotate(matrices([core.V.T for core in cores])), matrices([core.U for core in cores])
         y = y + batched_linear(batched_linear(x, V), U)
-    return batched_linear(y, matrices([mixer.B for mixer in mixers])) if narrow else y
+    if not narrow:
+        return rotate_mixed(y)
+    B = matrices([mixer.B for mixer in mixers])
+    if isinstance(rotate_mixed, nn.Identity) or y.shape[1] <= B.shape[2]:
+        return rotate_mixed(batched_linear(y, B))
+    return batched_linear(y, rotate_mixed.of_columns(B))
 
 
 def gate_matrices(cores: Sequence[GatedMixer]) -> list[list[nn.Parameter]]:

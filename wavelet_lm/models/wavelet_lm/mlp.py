@@ -19,7 +19,7 @@ ACTIVATIONS = {"gelu": nn.functional.gelu, "relu2": relu2}
 
 
 class MLP(nn.Module):
-    """Linear(C → C·expansion), `mlp_activation`, …, Linear(→ C), dropout; `mlp_layers` linears.
+    """Linear(C → C·expansion), `mlp_activation`, …, Linear(→ C); `mlp_layers` linears.
 
     The last matrix starts at 0.02 of torch's default (1/√hidden of it with `stab_ff_scaling`) and
     its bias at 0, so that a new block is nearly the identity.
@@ -33,7 +33,6 @@ class MLP(nn.Module):
         widths = [config.C] + [hidden] * (config.mlp_layers - 1) + [config.C]
         self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.activation = ACTIVATIONS[config.mlp_activation]
-        self.dropout = nn.Dropout(config.dropout_mlp)
         gain = hidden**-0.5 if config.stabilized("ff_scaling") else OUTPUT_GAIN
         with torch.no_grad():
             self.linears[-1].weight.mul_(gain)
@@ -45,4 +44,4 @@ class MLP(nn.Module):
         x = x.flatten(0, -2)  # as rows, the compiler sums a bias's gradient where it makes it
         for linear in self.linears[:-1]:
             x = self.activation(linear(x))
-        return self.dropout(self.linears[-1](x)).view(shape)
+        return self.linears[-1](x).view(shape)

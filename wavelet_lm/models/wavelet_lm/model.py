@@ -14,6 +14,8 @@ from wavelet_lm.models.base import LanguageModel
 from wavelet_lm.models.wavelet_lm.block import Block, BlockState
 from wavelet_lm.models.wavelet_lm.wavelets import build_wavelet
 from wavelet_lm.roles import FACTOR, Runs, declared
+from wavelet_lm.transforms.dropout import Dropout
+from wavelet_lm.transforms.dtypes import as_factor
 
 State = tuple[BlockState, ...]
 
@@ -48,7 +50,7 @@ class WaveletLM(LanguageModel):
         nn.init.normal_(self.embedding.weight, std=std)
         self.embedding_scale = math.sqrt(C) if config.stabilized("embed_scaling") else 1.0
         self.bag = nn.Identity() if bag is None else bag
-        self.embedding_dropout = nn.Dropout(config.dropout_embedding)
+        self.embedding_dropout = Dropout(config.dropout_embedding)
         n_blocks = 1 if config.looped_blocks else config.layers
         n_wavelets = 1 if config.shared_lifting_weights else n_blocks
         self.wavelets = nn.ModuleList(
@@ -61,7 +63,7 @@ class WaveletLM(LanguageModel):
         # One pass through the stack, as block numbers; `loop_iterations` passes make the network.
         self.order = [0] * config.looped_blocks_count if config.looped_blocks else range(n_blocks)
         self.final_norm = nn.LayerNorm(C)
-        self.head_dropout = nn.Dropout(config.dropout_lm_head)
+        self.head_dropout = Dropout(config.dropout_lm_head)
         head = nn.Linear(C, vocab_size, bias=False)
         self.head = declared(head, "head", weight=FACTOR)
         if config.tie_embedding_to_lm_head:
@@ -136,7 +138,7 @@ class WaveletLM(LanguageModel):
 
     def finish(self, stream: Stream) -> Tensor:
         """The residual stream, normalised and ready for the head: [B, T, C]."""
-        return self.head_dropout(self.final_norm(stream.x))
+        return self.head_dropout(as_factor(self.final_norm(stream.x)))
 
     def _drop(self, x: Tensor, y: Tensor, i: int) -> Tensor:
         """Stochastic depth: in training x in place of y with probability rate · i / n_blocks."""
