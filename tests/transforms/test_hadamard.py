@@ -7,7 +7,6 @@ from torch.autograd import gradcheck
 
 from wavelet_lm.transforms.hadamard import (
     HadamardTransform,
-    _ColumnsScaledInProduct,
     _ScaledInProduct,
     hadamard_transform,
 )
@@ -29,7 +28,7 @@ def test_equals_scipy(n, make):
 def scaled_in_product(x):
     """As a compiled step on a GPU takes it."""
     return _ScaledInProduct.apply(
-        x, *(f.to(x.dtype) for f in HadamardTransform(x.shape[-1]).buffers())
+        x, False, *(f.to(x.dtype) for f in HadamardTransform(x.shape[-1]).buffers())
     )
 
 
@@ -49,7 +48,7 @@ def test_columns_are_those_of_the_transposed(n, in_product):
     H = HadamardTransform(n)
     x = torch.randn(2, n, 3, dtype=torch.float64, requires_grad=True)
     factors = [f.to(x.dtype) for f in H.buffers()]
-    y = _ColumnsScaledInProduct.apply(x, *factors) if in_product else H.of_columns(x)
+    y = _ScaledInProduct.apply(x, True, *factors) if in_product else H.of_columns(x)
     torch.testing.assert_close(y, scipy_matrix(n) @ x, rtol=0, atol=1e-12)
     g = torch.randn_like(y)
     (grad,) = torch.autograd.grad(y, x, g)

@@ -67,7 +67,7 @@ class HadamardTransform(nn.Module):
         factors = [getattr(self, f"factor_{i}").to(x.dtype) for i in range(len(self.sizes))]
         with without_autocast(x):
             if torch.compiler.is_compiling() and x.is_cuda:
-                return _ScaledInProduct.apply(x, *factors)
+                return _ScaledInProduct.apply(x, False, *factors)
             return _products(x, factors, _product) * (1 / math.sqrt(self.n))
 
     def of_columns(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class HadamardTransform(nn.Module):
         factors = [getattr(self, f"factor_{i}").to(x.dtype) for i in range(len(self.sizes))]
         with without_autocast(x):
             if torch.compiler.is_compiling() and x.is_cuda:
-                return _ColumnsScaledInProduct.apply(x, *factors)
+                return _ScaledInProduct.apply(x, True, *factors)
             return _columns(x, factors, _product_of_columns) * (1 / math.sqrt(self.n))
 
     def extra_repr(self) -> str:
@@ -87,32 +87,23 @@ class _ScaledInProduct(torch.autograd.Function):
     by a number before it is rounded, and a pass over the result is spared, forward and backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, *factors: Tensor) -> Tensor:
-        """[..., n] -> [..., n]."""
+    def forward(ctx, x: Tensor, of_columns: bool, *factors: Tensor) -> Tensor:
+        """[..., n], or [..., n, m] `of_columns` -> the same shape."""
         ctx.save_for_backward(*factors)
-        return _products(x, factors, _scaled_product)
+        ctx.of_columns = of_columns
+        return _scaled(x, of_columns, factors)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """H is symmetric: [..., n] -> [..., n]."""
+        """H is symmetric: as `forward`."""
         factors = ctx.saved_tensors
-        return _products(grad, factors, _scaled_product), *[None] * len(factors)
+        return _scaled(grad, ctx.of_columns, factors), None, *[None] * len(factors)
 
 
-class _ColumnsScaledInProduct(torch.autograd.Function):
-    """The transform of columns with its scale in the last product."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, *factors: Tensor) -> Tensor:
-        """[..., n, m] -> [..., n, m]."""
-        ctx.save_for_backward(*factors)
+def _scaled(x: Tensor, of_columns: bool, factors: Sequence[Tensor]) -> Tensor:
+    if of_columns:
         return _columns(x, factors, _scaled_columns)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """H is symmetric: [..., n, m] -> [..., n, m]."""
-        factors = ctx.saved_tensors
-        return _columns(grad, factors, _scaled_columns), *[None] * len(factors)
+    return _products(x, factors, _scaled_product)
 
 
 def _products(
