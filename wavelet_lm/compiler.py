@@ -12,19 +12,23 @@ T = TypeVar("T")
 # On a GPU: kernels that wait for nothing of each other are one launch. PyTorch calls that
 # experimental.
 MERGED_KERNELS: dict[str, Any] = {"combo_kernels": True}
+# Batches of products write where their results are put beside others', and nothing is copied.
+IN_PLACE = "max_autotune_allow_flexible_layouts"
 
 
 def training_options() -> list[dict[str, Any]]:
     """The compiler's options for a training step on a GPU, the next where those before fail.
 
     PyTorch also merges sums over rows and over columns. In large graphs its scheduler fails on what
-    it has merged (2.13: `FusedMixOrderReductions`).
+    it has merged (2.13: `FusedMixOrderReductions`). Options that a version does not know are left
+    out.
     """
     from torch._inductor import config
 
+    merged = MERGED_KERNELS | ({IN_PLACE: True} if hasattr(config, IN_PLACE) else {})
     known = hasattr(config.triton, "mix_order_reduction")
     separate = {"triton.mix_order_reduction": False} if known else {}
-    return [MERGED_KERNELS, *([MERGED_KERNELS | separate] if known else []), separate]
+    return [merged, *([merged | separate] if known else []), separate]
 
 
 def first_that_compiles(

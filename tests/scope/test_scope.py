@@ -77,10 +77,9 @@ class Seen:
 
     def _see_gates(self, network):
         def see(mixer, inputs) -> None:
-            X = mixer.select(mixer.rotate(inputs[0]))
+            X = mixer.select(mixer.rotate(inputs[0]))[:, 0]
             for stacked in mixer.stacked:
                 X = stacked(X, mixer.routing)
-            X = X[:, 0]
             gates = X
             if mixer.routing is not None:
                 gates = torch.stack(

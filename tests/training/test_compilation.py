@@ -52,8 +52,10 @@ def broken_in_backward(function, **options):
     return call
 
 
+MERGED = MERGED_KERNELS | {"max_autotune_allow_flexible_layouts": True}
 SEPARATE = {"triton.mix_order_reduction": False}
 APART = "triton.mix_order_reduction false"
+MERGING = "combo_kernels true and max_autotune_allow_flexible_layouts true"
 BROKEN = pytest.mark.parametrize("broken", [broken_at_once, broken_when_called, broken_in_backward])
 
 
@@ -91,7 +93,7 @@ def test_auto_falls_back_with_a_notice_and_the_same_losses(monkeypatch, no_cuda_
     values, lines = losses("auto")
     assert values == eager
     assert lines[1:] == [
-        f"compiling once more with combo_kernels true and {APART}: no C++ compiler",
+        f"compiling once more with {MERGING} and {APART}: no C++ compiler",
         f"compiling once more with {APART}: no C++ compiler",
         "going on without torch.compile, which failed: no C++ compiler found here",
     ]
@@ -109,7 +111,7 @@ def test_a_gpu_merges_less_where_merging_fails(monkeypatch, no_cuda_generator, n
     monkeypatch.setattr(torch, "compile", compiler)
     values, lines = losses(True)
     assert values == eager
-    assert asked == [MERGED_KERNELS, MERGED_KERNELS | SEPARATE, SEPARATE][: n + 1]
+    assert asked == [MERGED, MERGED | SEPARATE, SEPARATE][: n + 1]
     assert len(lines) == 1 + n
 
 

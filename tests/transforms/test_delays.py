@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 from torch.autograd import gradcheck
 
-from wavelet_lm.transforms.correlation import DelayedSum, FilterLess, correlate
+from wavelet_lm.transforms.correlation import DelayedSum, FilterLess, correlate, written
 from wavelet_lm.transforms.delays import Crawl, Shift
 from wavelet_lm.transforms.history import remember
 
@@ -108,3 +109,20 @@ def test_one_product_filters_and_subtracts(K, min_lag, T):
     assert gradcheck(lambda *inputs: FilterLess.apply(*inputs, min_lag, 0.7), (taps, x, y))
     ours = FilterLess.apply(taps, x, y, min_lag, 0.7)
     torch.testing.assert_close(ours, 0.7 * (past - y), rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_written_is_read_and_not_worked_out_again():
+    torch.compiler.reset()
+
+    def shifts(x, keep):
+        y = keep(x.exp())
+        return sum(torch.nn.functional.pad(y[:, lag:], (0, lag)) for lag in range(3))
+
+    x = torch.randn(5, 7).mT  # whose strides are not those of its result
+    codes = []
+    for keep in (written, torch.clone):
+        compiled = torch.compile(shifts, fullgraph=True)
+        found, (code,) = run_and_get_code(compiled, x, keep)
+        torch.testing.assert_close(found, shifts(x, torch.clone))
+        codes.append(code)
+    assert codes[0].count("exp(") < codes[1].count("exp(")

@@ -33,8 +33,9 @@ def scaled_in_product(x):
 
 
 @pytest.mark.parametrize("n", WIDTHS)
-def test_a_scale_within_the_product_is_the_same(n):
-    x = torch.randn(3, 2, n, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("shape", [(5,), (3, 2), (2, 3, 2)])
+def test_a_scale_within_the_product_is_the_same(n, shape):
+    x = torch.randn(*shape, n, dtype=torch.float64, requires_grad=True)
     y = scaled_in_product(x)
     torch.testing.assert_close(y, x @ scipy_matrix(n), rtol=0, atol=1e-12)
     g = torch.randn_like(y)

@@ -202,8 +202,8 @@ class FusedBlock(Block):
     def with_embedding(self, x: Tensor, embedding: Tensor) -> Tensor:
         return torch.addcmul(x, self.embedding_gain, embedding)
 
-    def mixed_signal(self, bands: Tensor, wavelet: nn.Module) -> Tensor:
-        mixed = self.mixer(self.phase_gate(bands))
+    def mixed_signal(self, parts: list[Tensor], wavelet: nn.Module) -> Tensor:
+        mixed = self.mixer(self.phase_gate(*parts))
         if self.reconstruction is not None:
             return self.reconstruction(mixed)
         return self.projection(wavelet.reconstruct(mixed))

@@ -73,7 +73,7 @@ class FilterLess(torch.autograd.Function):
     """f (Σ_j taps_j · x_{t−m−j} − y_t), zeros before the text, for a compiled step on CUDA.
 
     It is one product, of x with a matrix of all taps, to which the library adds y. What the
-    products of the backward pass read is the gradient for y, whatever that of the result is.
+    backward pass reads is the gradient for y, whatever that of the result is made of.
     """
 
     @staticmethod
@@ -89,6 +89,8 @@ class FilterLess(torch.autograd.Function):
         """[B, T, C] -> [K], [B, T, C], [B, T, C]."""
         taps, x = ctx.saved_tensors
         of_y = -ctx.factor * grad
+        if len(taps) <= MAX_SHIFTED_TAPS:
+            of_y = written(of_y)
         of_taps, of_x = _gradients(-taps, x, of_y, ctx.min_lag)
         return -of_taps, of_x, of_y, None, None
 
@@ -118,6 +120,17 @@ def _matrix(taps: Tensor, min_lag: int, B: int, T: int) -> Tensor:
     j = t[:, None] - t - min_lag
     inside = (j >= 0) & (j < len(taps))
     return torch.where(inside, taps[j.clamp(0, len(taps) - 1)], 0).expand(B, T, T)
+
+
+def written(x: Tensor) -> Tensor:
+    """x as it is, of any shape, which a compiled step writes once for all that reads it.
+
+    Where many read what is quickly worked out, as the shifts of a signal do, the compiler may work
+    it out for each of them, and read for each what it is made of. What has its strides given
+    stands in memory.
+    """
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())
 
 
 def shifted(x: Tensor, lag: int) -> Tensor:

@@ -103,6 +103,9 @@ class _ScaledInProduct(torch.autograd.Function):
 def _scaled(x: Tensor, of_columns: bool, factors: Sequence[Tensor]) -> Tensor:
     if of_columns:
         return _columns(x, factors, _scaled_columns)
+    if len(factors) == 1 and x.ndim == 3:  # what reads it may have it written in its place
+        each = factors[0].expand(len(x), -1, -1)
+        return torch.baddbmm(x, x, each, beta=0, alpha=1 / math.sqrt(x.shape[-1]))
     return _products(x, factors, _scaled_product)
 
 
@@ -146,4 +149,4 @@ def _product_of_columns(factor: Tensor, columns: Tensor, n: int) -> Tensor:
 
 def _scaled_columns(factor: Tensor, columns: Tensor, n: int) -> Tensor:
     factors = factor.expand(len(columns), -1, -1)
-    return torch.baddbmm(factor[0, 0], factors, columns, beta=0, alpha=1 / math.sqrt(n))
+    return torch.baddbmm(columns, factors, columns, beta=0, alpha=1 / math.sqrt(n))

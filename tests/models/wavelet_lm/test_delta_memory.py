@@ -161,7 +161,7 @@ def test_after_mixing_it_reads_what_the_scales_have_been_added_to():
 
     h = block.norm1(block.with_embedding(x, x))
     details, _ = wavelet.decompose(block.pad(h))
-    mixed = block.mixed_signal(block.bypass(torch.stack(details), mean, None), wavelet)
+    mixed = block.mixed_signal([block.bypass(torch.stack(details), mean, None)], wavelet)
     stream = block.spectral_gain(block.with_embedding(x, x)) + mixed
     memory = block.delta_memory
     plain = DeltaMemory(CONFIG).double().eval()  # which reads what is normalised

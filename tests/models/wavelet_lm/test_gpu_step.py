@@ -38,8 +38,26 @@ QUICK = {
     "cross_scale_gating": False,
     "per_scale_mixer_widths": None,
 }
+LIFTING = {
+    **SMALL,
+    "cross_scale_gating": False,
+    "per_scale_mixer_widths": (1, 1, 0.5, 0.5),
+    "low_rank": 2,
+    "decompose_bypass": False,
+}
 CONFIGS = pytest.mark.parametrize(
-    "keys", [HEADLINE, MINI, QUICK], ids=["headline", "mini", "quick"]
+    "keys",
+    [
+        HEADLINE,
+        MINI,
+        QUICK,
+        LIFTING,
+        LIFTING | {"decompose_bypass": True},
+        LIFTING | {"phase_gating": True, "decompose_bypass": True},
+        LIFTING | {"mixer_depth": 2, "mixer_depth_residuals": True},
+        LIFTING | {"mixer_exp_parametrization": True, "C": 12},
+    ],
+    ids=["headline", "mini", "quick", "lifting", "mean", "phase", "deep", "exponential"],
 )
 DROPOUT = {
     f"dropout_{part}": 0.3 for part in ("embedding", "projection", "mixer", "mlp", "lm_head")

@@ -11,6 +11,7 @@ from wavelet_lm.models.wavelet_lm import mixer
 from wavelet_lm.models.wavelet_lm.mixer import (
     NarrowMixer,
     Routed,
+    alike,
     mix_scales,
     scale_mixers,
     together,
@@ -24,14 +25,20 @@ WIDTHS = [(1, 1, 1, 0.5), (1, 0.5, 1, 0.5), (0.5, 0.5, 0.5, 0.5), None]
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("switches", [{}, {"low_rank": 0}, {"use_mixer_gate": False}])
 @pytest.mark.parametrize("compiling", [False, True])
-def test_mixing_together_is_mixing_alone(widths, switches, compiling, monkeypatch):
+@pytest.mark.parametrize("routed", [False, True])
+def test_mixing_together_is_mixing_alone(widths, switches, compiling, routed, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     keys = {"C": 8, "levels": 3, "per_scale_mixer_widths": widths, "low_rank": 2, **switches}
     config = ModelConfig(**keys)
     mixers, H = scale_mixers(config, 0).double(), HadamardTransform(8).double()
-    bands = torch.randn(4, 2, 5, 8, dtype=torch.float64)
-    routing = torch.randn(4, 4, dtype=torch.float64)
-    got = together(mix_scales(mixers, bands, routing, H))
+    bands = torch.randn(4, 10, 8, dtype=torch.float64)
+    routing = torch.randn(4, 4, dtype=torch.float64) if routed else torch.eye(4).double()
+    got = together(mix_scales(mixers, [bands], routing if routed else None, H))
+    if not (routed or compiling):
+        parts = bands.split([len(group) for group in alike(mixers)])
+        of_parts = mix_scales(mixers, parts, None, H, None, torch.arange(4.0).double())
+        factors = torch.arange(4)[:, None, None]
+        torch.testing.assert_close(together(of_parts), factors * got)
     for s, each in enumerate(mixers):
         x, gate = H(bands[s]), H(sum(routing[s, r] * bands[r] for r in range(4)))
         core = each
@@ -49,11 +56,12 @@ def test_products_are_batched_unless_a_step_is_compiled_on_a_cpu():
     config = ModelConfig(C=8, levels=3, per_scale_mixer_widths=None, low_rank=2)
     mixers, H = scale_mixers(config, 0), HadamardTransform(8)
     wavelet = LiftingWavelet(3, 8)
-    bands, routing = torch.randn(4, 2, 5, 8), torch.eye(4)
+    bands, routing = torch.randn(4, 10, 8), torch.eye(4)
     traced, ran = [], []
 
     def both():
-        return wavelet.reconstruct(together(mix_scales(mixers, bands, routing, H)).unbind())
+        mixed = together(mix_scales(mixers, [bands], routing, H))
+        return wavelet.reconstruct(mixed.view(4, 2, 5, 8).unbind())
 
     def backend(graph, inputs):
         traced.extend(str(node.target) for node in graph.graph.nodes)

@@ -5,6 +5,8 @@ add, then what the delta memory recalls, of the block's input or of this sum →
 product-key memories → add.
 """
 
+from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -60,6 +62,11 @@ class Block(nn.Module):
         self.phase_gate = PhaseGate(config) if config.phase_gating else nn.Identity()
         self.mixer = SpectralMixer(config)
         self.mixed_norm = ScaleNorm(config) if config.wavelet_recon_norm else nn.Identity()
+        # Whether nothing before or after the mixer needs all bands beside each other.
+        self.mixes_parts = all(
+            isinstance(module, nn.Identity)
+            for module in (self.decomposed_norm, self.phase_gate, self.mixed_norm)
+        )
         self.mixer_dropout = Dropout(config.dropout_mixer)
         self.scale_weights = nn.Parameter(torch.ones(config.n_scales))
         self.projection = (
@@ -107,9 +114,8 @@ class Block(nn.Module):
 
         h = self.norm1(x)
         details, wavelet_state = wavelet.decompose(self.pad(h), wavelet_state)
-        bands = torch.cat([as_factor(band).flatten(0, 1)[None] for band in details])
-        bands = self.with_past(bands.unflatten(1, x.shape[:2]), mean, mean_prev)
-        x = self.spectral_gain(x) + self.mixed_signal(bands, wavelet)
+        parts = self.with_past(details, mean, mean_prev)
+        x = self.spectral_gain(x) + self.mixed_signal(parts, wavelet)
         if self.delta_memory is not None:
             source = x if self.delta_memory.after_mixing else h
             recalled, delta = self.delta_memory(source, details, delta)
@@ -124,31 +130,56 @@ class Block(nn.Module):
         """x + γ ⊙ e, [B, T, C]."""
         return x + self.embedding_gain * embedding
 
-    def with_past(self, bands: Tensor, mean: Tensor | None, mean_prev: Tensor | None) -> Tensor:
-        """Bands [S, B, T, Cp], normalised, and the bypass of means [B, T, C]."""
-        norm, bypass = self.decomposed_norm, self.bypass
-        if mean is None:
-            return norm(bands)
-        if isinstance(norm, ScaleNorm):
-            return norm(bands, added=bypass.summand(mean, mean_prev))
-        return bypass(bands, mean, mean_prev)
+    def with_past(
+        self, details: list[Tensor], mean: Tensor | None, mean_prev: Tensor | None
+    ) -> list[Tensor]:
+        """Bands [B, T, Cp], normalised, and the bypass of means [B, T, C], in parts [n, B, T, Cp].
 
-    def mixed_signal(self, bands: Tensor, wavelet: nn.Module) -> Tensor:
-        """Bands [S, B, T, Cp], gated and mixed, and the signal [B, T, C] that they make."""
-        bands = self.phase_gate(bands)
-        if isinstance(self.mixed_norm, ScaleNorm):
-            mixed = self.mixed_norm(self.mixer(bands), self.scale_weights)
-            mixed = self.mixer_dropout(as_factor(mixed))
-        elif in_gpu_step(bands):
-            # Part by part: what products wrote is then all that is kept for the backward pass.
-            parts = self.mixer.parts(bands)
-            weights = self.scale_weights.split([*map(len, parts)])
-            mixed = together([*map(self.mixer_dropout.times, parts, weights)])
+        In one part, but where a compiled step on a GPU mixes several that need nothing of each
+        other: then no band's gradient is put together with others'.
+        """
+        details = [*map(as_factor, details)]
+        norm, bypass, in_gpu = self.decomposed_norm, self.bypass, in_gpu_step(details[0])
+        counts = self.mixer.counts if in_gpu and self.mixes_parts else [len(details)]
+        if in_gpu and mean is not None and not isinstance(norm, ScaleNorm):
+            gains, g = bypass.summand(mean, mean_prev)
+            return [*WithMean.apply(counts, gains, g.to(details[0].dtype), *details)]
+        parts = beside(details, counts)
+        if mean is None:
+            return [*map(norm, parts)]
+        if isinstance(norm, ScaleNorm):
+            return [norm(*parts, added=bypass.summand(mean, mean_prev))]
+        return [bypass(*parts, mean, mean_prev)]
+
+    def mixed_signal(self, parts: list[Tensor], wavelet: nn.Module) -> Tensor:
+        """Bands in parts [n, B, T, Cp], gated and mixed, and the signal [B, T, C] they make."""
+        is_normalized = isinstance(self.mixed_norm, ScaleNorm)
+        if in_gpu_step(parts[0]) and not is_normalized:
+            mixed = self.mixed_by_parts([self.phase_gate(part) for part in parts])
         else:
-            mixed = self.mixer_dropout(self.mixer(bands))
-            mixed = mixed * by_row(self.scale_weights, mixed)
+            mixed = self.mixer(self.phase_gate(*parts))
+            if is_normalized:
+                mixed = self.mixer_dropout(as_factor(self.mixed_norm(mixed, self.scale_weights)))
+            else:
+                mixed = self.mixer_dropout(mixed)
+                mixed = mixed * by_row(self.scale_weights, mixed)
         signal = self.projection(wavelet.reconstruct(as_factor(mixed)))
         return self.projection_dropout(signal)
+
+    def mixed_by_parts(self, parts: list[Tensor]) -> Tensor:
+        """Gated bands in parts [n, B, T, Cp] -> [S, B, T, Cp], mixed, each times its weight.
+
+        The weights are part of the mixers'. Where there is dropout they are part of it, so that
+        what products wrote is all that is kept for the backward pass.
+        """
+        rows = [part.flatten(1, 2) for part in parts]
+        if self.mixer_dropout.p == 0:
+            rows = self.mixer.parts(rows, self.scale_weights)
+        else:
+            rows = self.mixer.parts(rows)
+            weights = self.scale_weights.split([*map(len, rows)])
+            rows = [*map(self.mixer_dropout.times, rows, weights)]
+        return together(rows).unflatten(1, parts[0].shape[1:3])
 
 
 class MeanBypass(nn.Module):
@@ -172,8 +203,6 @@ class MeanBypass(nn.Module):
     def forward(self, bands: Tensor, mean: Tensor, mean_prev: Tensor | None) -> Tensor:
         """Bands [S, B, T, Cp], means [B, T, C] -> bands."""
         gains, g = self.summand(mean, mean_prev)
-        if in_gpu_step(bands):
-            return AddedToBands.apply(bands, gains, g.to(bands.dtype))
         return torch.addcmul(bands, gains[:, None, None], g)
 
     def summand(self, mean: Tensor, mean_prev: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -182,22 +211,34 @@ class MeanBypass(nn.Module):
         return nn.functional.pad(self.gains, self.padding), nn.functional.pad(g, self.padding)
 
 
-class AddedToBands(torch.autograd.Function):
-    """c_s + η_s ⊙ g, whose gradients for η and g are made of one reading of all bands'."""
+def beside(bands: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """Bands [B, T, C], beside each other in parts of so many: [n, B, T, C] each."""
+    rows = iter([band.flatten(0, 1)[None] for band in bands])
+    shape = bands[0].shape[:2]
+    return [torch.cat([*islice(rows, n)]).unflatten(1, shape) for n in counts]
+
+
+class WithMean(torch.autograd.Function):
+    """c_s + η_s ⊙ g in parts, whose gradients for η and g are made of one reading of theirs."""
 
     @staticmethod
-    def forward(ctx, bands: Tensor, gains: Tensor, g: Tensor) -> Tensor:
-        """[S, B, T, C], [S, C], [B, T, C] -> [S, B, T, C], with bands and g in one dtype."""
+    def forward(
+        ctx, counts: list[int], gains: Tensor, g: Tensor, *bands: Tensor
+    ) -> tuple[Tensor, ...]:
+        """η [S, C], g and S bands [B, T, C] in one dtype -> parts of so many, [n, B, T, C] each."""
         ctx.save_for_backward(gains, g)
-        return torch.addcmul(bands, gains[:, None, None], g).to(bands.dtype)
+        parts, gains = beside(bands, counts), gains[:, None, None].split(counts)
+        return tuple(torch.addcmul(*each, g).to(g.dtype) for each in zip(parts, gains, strict=True))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[S, B, T, C] -> [S, B, T, C], [S, C], [B, T, C]."""
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the parts -> those of η [S, C], of g [B, T, C], and of each band."""
         gains, g = ctx.saved_tensors
+        each = [band for grad in grads for band in grad.unbind()]
         # Over each text first, as a bias's gradient: in the order in which g's is made.
-        by_text = [(each * g).sum(1, dtype=gains.dtype) for each in grad.unbind()]
-        return grad, torch.stack(by_text).sum(1), added_up(gains, grad)
+        by_text = [(band * g).sum(1, dtype=gains.dtype) for band in each]
+        of_g = sum(map(added_up, gains.split([*map(len, grads)]), grads))
+        return None, torch.stack(by_text).sum(1), of_g, *each
 
 
 def feedforward_branches(config: ModelConfig) -> dict[str, nn.Module]:

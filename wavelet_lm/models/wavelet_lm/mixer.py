@@ -14,7 +14,7 @@ from wavelet_lm.config import ModelConfig
 from wavelet_lm.models.wavelet_lm.layers import Gain, ScaleNorm
 from wavelet_lm.roles import MAP, Role
 from wavelet_lm.transforms.batched_linear import batched_linear, products_stand_alone
-from wavelet_lm.transforms.dtypes import as_factor, in_gpu_step
+from wavelet_lm.transforms.dtypes import as_factor, by_row, in_gpu_step
 from wavelet_lm.transforms.hadamard import HadamardTransform
 from wavelet_lm.transforms.joined import Joint, joined
 
@@ -72,24 +72,38 @@ class SpectralMixer(nn.Module):
         """What its products read together."""
         return chain.from_iterable(joints(m.scales) for m in (self, *self.stacked))
 
+    @property
+    def counts(self) -> list[int]:
+        """How many bands each of the parts has that need nothing of each other."""
+        if self.routing is not None or self.reads_rotated:
+            return [len(self.scales)]
+        return [*map(len, alike(self.scales))]
+
     def forward(self, bands: Tensor) -> Tensor:
         """Bands [S, B, T, Cp], coarse to fine -> mixed bands of the same shape."""
-        return together(self.parts(bands))
+        return together(self.parts([bands.flatten(1, 2)])).view_as(bands)
 
-    def parts(self, bands: Tensor) -> list[Tensor]:
-        """Bands [S, B, T, Cp] -> the mixed bands in parts of neighbours, each [n, B, T, Cp]."""
-        S, B, T, _ = bands.shape
-        bands = as_factor(bands)  # once for all that reads them
+    def parts(self, bands: list[Tensor], factors: Tensor | None = None) -> list[Tensor]:
+        """Rows of bands in parts of neighbours -> those of the mixed bands, all of [n, N, Cp].
+
+        Args:
+            bands: all of them, or in parts of `counts`.
+            factors: [S], by which what each scale gives is multiplied.
+        """
+        bands = [*map(as_factor, bands)]  # once for all that reads them
         rotate_weights: nn.Module = self.rotate
-        n_signal_rows = S * B * T
+        n_signal_rows = len(self.scales) * bands[0].shape[1]
         if self.reads_rotated or n_signal_rows <= self.n_weight_rows:
-            bands, rotate_weights = self.select(self.rotate(bands)), nn.Identity()
+            bands, rotate_weights = [self.select(self.rotate(x)) for x in bands], nn.Identity()
         for stacked in self.stacked:
-            bands = stacked(bands, self.routing)
-        if in_gpu_step(bands) and not self.residual:
-            return mix_scales(self.scales, bands, self.routing, rotate_weights, self.rotate)
+            bands = [stacked(*bands, self.routing)]
+        if in_gpu_step(bands[0]) and not self.residual:
+            return mix_scales(
+                self.scales, bands, self.routing, rotate_weights, self.rotate, factors
+            )
         mixed = together(mix_scales(self.scales, bands, self.routing, rotate_weights))
-        return [self.rotate(bands + mixed if self.residual else mixed)]
+        mixed = self.rotate(together(bands) + mixed if self.residual else mixed)
+        return [mixed if factors is None else (mixed * by_row(factors, mixed)).to(mixed.dtype)]
 
 
 class LargestCoefficients(nn.Module):
@@ -131,10 +145,10 @@ class StackedMixer(nn.Module):
         self.residual = config.mixer_depth_residuals
 
     def forward(self, bands: Tensor, routing: Tensor | None) -> Tensor:
-        """Rotated bands [S, B, T, Cp] -> the same shape; gates are routed as in the last mixer."""
-        x = self.input_gain(self.norm(bands))
-        mixed = together(mix_scales(self.scales, x, routing, nn.Identity()))
-        mixed = self.output_gain(mixed + self.bias[:, None, None])
+        """Rotated rows [S, N, Cp] -> the same shape; gates are routed as in the last mixer."""
+        x = self.input_gain(self.norm(bands[:, None]))[:, 0]
+        mixed = together(mix_scales(self.scales, [x], routing, nn.Identity()))
+        mixed = self.output_gain(mixed + self.bias[:, None])
         return bands + mixed if self.residual else mixed
 
 
@@ -148,30 +162,36 @@ def scale_mixers(config: ModelConfig, depth: int) -> nn.ModuleList:
 
 def mix_scales(
     mixers: nn.ModuleList,
-    bands: Tensor,
+    bands: list[Tensor],
     routing: Tensor | None,
     rotate: nn.Module,
     rotate_mixed: nn.Module | None = None,
+    factors: Tensor | None = None,
 ) -> list[Tensor]:
     """Every scale through its mixer, gated by X̂_r = Σ_s R_rs X_s (R = `routing`, or X̂ = X).
 
-    Bands [S, B, T, Cp], routing [S, S] -> in parts, each [n, B, T, Cp], what is mixed and then
-    rotated by `rotate_mixed`. Neighbours of one width are a part and computed together.
+    Rows of bands, of all [S, N, Cp] or in parts [n, N, Cp], and routing [S, S] -> what is mixed,
+    rotated by `rotate_mixed` and multiplied by `factors` [S], in parts. Neighbours of one width are
+    a part and computed together.
     """
-    bands = as_factor(bands)
-    groups = [[mixer] for mixer in mixers] if products_stand_alone(bands) else alike(mixers)
-    sizes = [len(group) for group in groups]
-    rows = bands.flatten(1, 2)
-    parts = rows.split(sizes)
-    gates = parts if routing is None else Routed.apply(as_factor(routing), rows, sizes)
+    parts = [*map(as_factor, bands)]
+    groups = [[mixer] for mixer in mixers] if products_stand_alone(parts[0]) else alike(mixers)
+    counts = [len(group) for group in groups]
+    gates: Sequence[Tensor]
+    if routing is not None:
+        rows = together(parts)
+        parts, gates = rows.split(counts), Routed.apply(as_factor(routing), rows, counts)
+    else:
+        gates = parts = parts if len(parts) == len(groups) else together(parts).split(counts)
+    scaled = [None] * len(groups) if factors is None else factors.split(counts)
     return [
-        mix_alike(group, x, gate, rotate, rotate_mixed or nn.Identity()).view(-1, *bands.shape[1:])
-        for group, x, gate in zip(groups, parts, gates, strict=True)
+        mix_alike(group, x, gate, rotate, rotate_mixed or nn.Identity(), each)
+        for group, x, gate, each in zip(groups, parts, gates, scaled, strict=True)
     ]
 
 
-def together(parts: list[Tensor]) -> Tensor:
-    """Parts of bands, each [n, B, T, Cp] -> [S, B, T, Cp]."""
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of bands, each [n, ..., Cp] -> [S, ..., Cp]."""
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -181,31 +201,39 @@ def mix_alike(
     gate: Tensor,
     rotate: nn.Module,
     rotate_mixed: nn.Module,
+    factors: Tensor | None,
 ) -> Tensor:
     """The mixers of n scales of one width w: Y = (W X) ⊙ φ(G X̂) + U Vᵀ X, between A and B.
 
     Rows x and gate input X̂ [n, N, Cp] -> [n, N, Cp]; `rotate` acts on the rows of the weights
     that read them, and `rotate_mixed` on the result, or on the columns of B where these are fewer.
+    `factors` [n] of what is mixed become part of W and U.
     """
     cores, narrow = mixers, isinstance(mixers[0], NarrowMixer)
     if narrow:
         A = rotate(matrices([mixer.A for mixer in mixers]))
-        x, gate = batched_linear(x, A), batched_linear(gate, A)
+        narrow_x = batched_linear(x, A)
+        x, gate = narrow_x, narrow_x if gate is x else batched_linear(gate, A)
         cores, rotate = [mixer.mixer for mixer in mixers], nn.Identity()
     first = cores[0]
     W, *G = rotated([[core.matrix() for core in cores], *gate_matrices(cores)], rotate)
-    y = batched_linear(x, W)
+    y = batched_linear(x, multiplied(W, factors))
     if G:
         y = y * first.activation(batched_linear(gate, *G))
     if first.V is not None:
         V, U = rotate(matrices([core.V.T for core in cores])), matrices([core.U for core in cores])
-        y = y + batched_linear(batched_linear(x, V), U)
+        y = y + batched_linear(batched_linear(x, V), multiplied(U, factors))
     if not narrow:
         return rotate_mixed(y)
     B = matrices([mixer.B for mixer in mixers])
     if isinstance(rotate_mixed, nn.Identity) or y.shape[1] <= B.shape[2]:
         return rotate_mixed(batched_linear(y, B))
     return batched_linear(y, rotate_mixed.of_columns(B))
+
+
+def multiplied(weights: Tensor, factors: Tensor | None) -> Tensor:
+    """Matrices [n, out, in] times factors [n], in their own dtype; as they are without factors."""
+    return weights if factors is None else (weights * by_row(factors, weights)).to(weights.dtype)
 
 
 def gate_matrices(cores: Sequence[GatedMixer]) -> list[list[nn.Parameter]]:
