@@ -4,7 +4,7 @@ The logits of all positions never stand in memory: each chunk is projected, redu
 training, differentiated at once, which costs no recomputation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,10 @@ def _add_product(summands: list[Tensor], a: Tensor, b: Tensor) -> None:
         summands.append(a @ b)
 
 
-def _chunks(hidden: Tensor, n_vocab: int, targets: Tensor, elements: dict[str, int]):
+def _chunks(
+    hidden: Tensor, n_vocab: int, targets: Tensor, elements: dict[str, int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """h [N, C] and targets [N] in chunks whose logits have about so many elements on a device."""
     n = block_rows(len(targets), n_vocab, elements.get(hidden.device.type, 2**23))
     return zip(hidden.split(n), targets.split(n), strict=True)
 
