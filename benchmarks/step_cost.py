@@ -64,6 +64,7 @@ from wavelet_lm.training.working_weights import WorkingWeights
 
 ROOT = Path(__file__).resolve().parents[1]
 GROWTH = 1.1  # that a change may bring unseen
+COUNTED = ("kernels", "in_products", "outside", "kept", "optimizer")
 # Kernels of the project's own, which the compiler calls as it does products.
 OWN_PASSES = ("wavelet_lm::scale_norm_backward",)
 
@@ -113,8 +114,10 @@ def config_of(name: str) -> tuple[Config, int]:
     """A config of the table or of a file, in bfloat16 on CUDA, and its vocabulary."""
     file, vocab_size, keys = CONFIGS.get(name, (name, 50257, {}))
     path = ROOT / file if name in CONFIGS else Path(file)
-    if name not in CONFIGS and not path.exists():
-        raise UserError(f"{name} is neither a file nor one of {', '.join(CONFIGS)}")
+    if name not in CONFIGS and not path.is_file():
+        raise UserError(
+            f"{name or 'an empty name'} is neither a file nor one of {', '.join(CONFIGS)}"
+        )
     keys = {**read_json_object(str(path)), **keys, "device": "cuda", "amp_dtype": "bf16"}
     return Config.from_dict(keys, source=name), vocab_size
 
@@ -379,16 +382,24 @@ def _bytes(values: list[Any]) -> int:
 def grown(row: dict[str, Any], stored: dict[str, Any]) -> list[str]:
     """What of a row is more than `GROWTH` times that of the stored one, in words."""
     found = []
-    for key in ("kernels", "in_products", "outside", "kept", "optimizer"):
+    for key in COUNTED:
         now, before = (sum(tree_leaves(r[key])) for r in (row, stored))
         if now > GROWTH * before:
             found.append(f"{key} grew from {before:,} to {now:,}")
     return found
 
 
+def is_row(row: object) -> bool:
+    """Whether it has a name and all that is counted."""
+    return isinstance(row, dict) and row.keys() >= {"config", *COUNTED}
+
+
 def stored_rows(file: str, names: Collection[str]) -> dict[str, dict[str, Any]]:
     """The rows of a file by their configs; `UserError` where one of `names` is not there."""
-    stored = {row["config"]: row for row in read_json_object(file)["rows"]}
+    rows = read_json_object(file).get("rows")
+    if not (isinstance(rows, list) and all(map(is_row, rows))):
+        raise UserError(f"{file} has no rows of this benchmark; write it anew with --json")
+    stored = {row["config"]: row for row in rows}
     for name in names:
         if name not in stored:
             raise UserError(

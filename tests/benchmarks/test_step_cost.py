@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from wavelet_lm.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[2]
 STORED = "benchmarks/results/step_cost.json"
 HAS_TOOLS = importlib.util.find_spec("triton") is not None and any(
@@ -33,6 +35,16 @@ def test_what_is_no_config_is_refused():
     done = step_cost("--configs", "nothing")
     assert done.returncode == 2
     assert "nothing is neither a file nor one of headline, mini" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["{}", '{"rows": [{"config": "tiny"}]}', '{"rows": [1]}'])
+def test_what_has_no_whole_rows_is_refused(text, tmp_path):
+    from step_cost import stored_rows
+
+    file = tmp_path / "rows.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match="has no rows of this benchmark"):
+        stored_rows(str(file), ["tiny"])
 
 
 def test_growth_is_said_with_its_figures():
