@@ -82,6 +82,28 @@ def test_why_is_said_once_and_before_anybody_can_hear_of_it():
     assert store.get("failed") == b"rank 1 is gone"
 
 
+IN_THE_STORE = """
+import sys, time
+from wavelet_lm.training import process_group
+from wavelet_lm.training.together import together
+
+process_group.BEAT = 0.0  # a heart that is nearly always in the store
+with together():
+    time.sleep(0.5)
+    if sys.argv[1] != "0":
+        raise SystemExit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_no_thread_is_in_the_store_when_the_interpreter_ends(tmp_path, status):
+    script = tmp_path / "in_the_store.py"
+    script.write_text(IN_THE_STORE)
+    with started(2, script, str(status)) as processes:
+        results = ended(processes)
+    assert [found for found, _, _ in results] == [status] * 2, results
+
+
 def test_a_signal_to_one_process_stops_all_and_saves(tmp_path):
     with started_run(tmp_path, 2, save_interval=100_000) as processes:
         wait_for(lambda: list(tmp_path.glob("logs/*/metrics.jsonl")), processes)

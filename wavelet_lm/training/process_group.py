@@ -65,6 +65,7 @@ class ProcessGroup(Processes):
         self._n_told = self._n_turns = self._n_waits = 0
         self._connected = False
         self._ending, self._unsaid = threading.Event(), threading.Lock()
+        self._leaving, self._is_out = threading.Event(), threading.Event()  # of the store
         self.note: Callable[[str], None] = sys.stderr.write  # what is for no one line
         self._place = place()
         self._store.set(f"place/{self.rank}", self._place)
@@ -160,7 +161,7 @@ class ProcessGroup(Processes):
         """Beat, watch the next process, and end this one where another has failed."""
         store, watched = self._heart_store, (self.rank + 1) % self.size
         watch = Watch(store, watched, self._place, MISSED)
-        while not self._ending.wait(BEAT):
+        while not self._leaving.wait(BEAT):
             try:
                 store.add(f"beats/{self.rank}", 1)
                 if store.check(["failed"]):
@@ -171,9 +172,10 @@ class ProcessGroup(Processes):
                     self._speaks_first(gone(watched), self._say)
                     break
             except RuntimeError:
-                if not self._ending.is_set() and self._speaks_without_store():
+                if not self._leaving.is_set() and self._speaks_without_store():
                     self._say(gone(0))
                 break
+        self._is_out.set()
         if not self._ending.wait(GRACE):
             os._exit(STATUS)
 
@@ -248,8 +250,17 @@ class ProcessGroup(Processes):
         with contextlib.suppress(RuntimeError):
             self._store.set(f"left/{self.rank}", "")
         self._ending.set()
+        self.leave_store()
         if self._connected:
             dist.destroy_process_group()
+
+    def leave_store(self) -> None:
+        """Have the heart in the store no more; it still ends a process that does not end by itself.
+
+        A thread that is in the store when the interpreter ends would abort the process.
+        """
+        self._leaving.set()
+        self._is_out.wait(GRACE)
 
 
 class Watch:
@@ -324,8 +335,11 @@ def joined_group() -> Iterator[ProcessGroup]:
     try:
         yield group
     except BaseException as error:
-        if isinstance(error, SystemExit) and not error.code:
-            raise
-        raise group.failed(error) from error
+        try:
+            if isinstance(error, SystemExit) and not error.code:
+                raise
+            raise group.failed(error) from error
+        finally:
+            group.leave_store()
     else:
         group.leave()
