@@ -212,7 +212,7 @@ def assert_compiles(config: Config, backend: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4 * max(1, float(b.abs().max())))
 
 
-@settings(quickly, max_examples=3)
+@settings(quickly, max_examples=2)
 @given(configs())
 def test_compiled_is_the_same_in_aot_eager(config):
     assert_compiles(config, "aot_eager")
