@@ -103,7 +103,7 @@ class SpectralMixer(nn.Module):
             )
         mixed = together(mix_scales(self.scales, bands, self.routing, rotate_weights))
         mixed = self.rotate(together(bands) + mixed if self.residual else mixed)
-        return [mixed if factors is None else (mixed * by_row(factors, mixed)).to(mixed.dtype)]
+        return [multiplied(mixed, factors)]
 
 
 class LargestCoefficients(nn.Module):
@@ -231,9 +231,9 @@ def mix_alike(
     return batched_linear(y, rotate_mixed.of_columns(B))
 
 
-def multiplied(weights: Tensor, factors: Tensor | None) -> Tensor:
-    """Matrices [n, out, in] times factors [n], in their own dtype; as they are without factors."""
-    return weights if factors is None else (weights * by_row(factors, weights)).to(weights.dtype)
+def multiplied(x: Tensor, factors: Tensor | None) -> Tensor:
+    """x [n, rows, C] times factors [n], in x's dtype; as it is without factors."""
+    return x if factors is None else (x * by_row(factors, x)).to(x.dtype)
 
 
 def gate_matrices(cores: Sequence[GatedMixer]) -> list[list[nn.Parameter]]:
